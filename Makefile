@@ -1,0 +1,49 @@
+# The index of verbs. `make serve` and `make test` do everything on a fresh clone.
+MODEL ?= all-MiniLM-L6-v2
+ARGS ?=
+PYTHON ?= python3
+BIN := .venv/bin
+# Exact versions that were tested together; other Python versions resolve from pyproject.toml.
+LOCK := constraints-$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
+CONSTRAIN := $(if $(wildcard $(LOCK)),--constraint $(LOCK))
+
+.PHONY: help env build serve test lint format perf sts clean
+
+help:  ## List the verbs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: .venv/.installed  ## Make the virtual environment
+
+.venv/.installed: pyproject.toml $(wildcard constraints-*.txt)
+	$(PYTHON) -m venv .venv || { echo "No venv in this Python. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install $(CONSTRAIN) --editable '.[server,docker,build,test,lint]'
+	@touch $@
+
+build: env  ## Build MODEL into model_repository/
+	$(BIN)/python -m tools build $(MODEL) $(ARGS)
+
+serve: env  ## Build what is missing and serve; ARGS='--http-port 9000 …'
+	@exec $(BIN)/python -m tools serve $(ARGS)
+
+test: env build  ## Lint, then run every test against a real Triton
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: env  ## Linter, formatter and type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+perf: env build  ## Server against bare engine with perf_analyzer; report in docs/benchmarks/
+	$(BIN)/python -m tools perf $(ARGS)
+
+sts: env  ## STS Spearman through a running server; ARGS='--file stsb-dev.tsv'
+	$(BIN)/python -m tools sts $(ARGS)
+
+clean:  ## Remove environment, downloads and built files
+	rm -rf .venv .halimede model_repository/*/1 model_repository/*/warmup

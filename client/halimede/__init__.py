@@ -1,0 +1,33 @@
+"""halimede: embeddings from a Triton Inference Server, with results that say what they are."""
+
+from halimede_ops.errors import (
+    DeadlineExceeded,
+    HalimedeError,
+    InvalidDimensions,
+    InvalidInput,
+    InvalidText,
+    ModelNotFound,
+    ServerError,
+    ServerOverloaded,
+    ServerUnreachable,
+    UnknownInputType,
+)
+
+from halimede.embedder import Embedder
+from halimede.results import Embeddings, ServedModel
+
+__all__ = [
+    "DeadlineExceeded",
+    "Embedder",
+    "Embeddings",
+    "HalimedeError",
+    "InvalidDimensions",
+    "InvalidInput",
+    "InvalidText",
+    "ModelNotFound",
+    "ServedModel",
+    "ServerError",
+    "ServerOverloaded",
+    "ServerUnreachable",
+    "UnknownInputType",
+]

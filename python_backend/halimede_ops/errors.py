@@ -1,0 +1,103 @@
+"""Every error halimede raises, and what each means on Triton's wire.
+
+HalimedeError                  INTERNAL
+├── InvalidInput               INVALID_ARG   the caller must change the request
+│   ├── InvalidText            not UTF-8, not a string, too large
+│   ├── UnknownInputType       no such prompt
+│   └── InvalidDimensions      outside 1 … the model's dims
+├── ModelNotFound              NOT_FOUND     no such model on this server
+├── ServerError                UNAVAILABLE   the same request may succeed later
+│   ├── ServerUnreachable      nothing answers at the address, or it died mid-request
+│   ├── ServerOverloaded       a queue is full
+│   └── DeadlineExceeded       no answer within `timeout_s`
+├── InvalidModel               INVALID_ARG   a model folder, spec.json or model.onnx is not what it must be
+├── BuildError                 INTERNAL      a build step failed; the repository is as it was
+│   ├── DownloadError          no source gave the files
+│   │   └── ChecksumMismatch   the bytes are not the published ones
+│   └── QualityError           a precision misses the bar of its own check
+└── ServeError                 INTERNAL      the server could not be started
+
+`code` is the name of a Triton error code; `retryable` says whether the same request can
+succeed on a second try. Messages name what was given and what to do; they never hold a
+user's text or a path of the server's.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class HalimedeError(Exception):
+    """Root of the tree: catch this to catch everything halimede raises on purpose."""
+
+    code: ClassVar[str] = "INTERNAL"
+    retryable: ClassVar[bool] = False
+
+
+class InvalidInput(HalimedeError, ValueError):
+    """The request itself is wrong: change it before sending it again."""
+
+    code = "INVALID_ARG"
+
+
+class InvalidText(InvalidInput):
+    """A text is not valid UTF-8, not a string, or larger than the model accepts."""
+
+
+class UnknownInputType(InvalidInput):
+    """`input_type` names no prompt of the model."""
+
+
+class InvalidDimensions(InvalidInput):
+    """`dimensions` lies outside 1 … the model's dims."""
+
+
+class ModelNotFound(HalimedeError):
+    """The server has no model of this name, or has not loaded it."""
+
+    code = "NOT_FOUND"
+
+
+class ServerError(HalimedeError):
+    """The server could not answer now; the same request may succeed later."""
+
+    code = "UNAVAILABLE"
+    retryable = True
+
+
+class ServerUnreachable(ServerError):
+    """Nothing answers at the address, or the connection broke mid-request."""
+
+
+class ServerOverloaded(ServerError):
+    """A queue on the server is full: back off, then send the request again."""
+
+
+class DeadlineExceeded(ServerError):
+    """No answer came within `timeout_s`."""
+
+
+class InvalidModel(HalimedeError):
+    """A model folder or one of its files is not what it must be."""
+
+    code = "INVALID_ARG"
+
+
+class BuildError(HalimedeError):
+    """A build step failed; the repository is as it was before."""
+
+
+class DownloadError(BuildError):
+    """No source of the catalogue row gave the model's files."""
+
+
+class ChecksumMismatch(DownloadError):
+    """A downloaded file is not the published one."""
+
+
+class QualityError(BuildError):
+    """A built precision misses the bar of its own check."""
+
+
+class ServeError(HalimedeError):
+    """The server could not be started."""

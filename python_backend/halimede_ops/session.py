@@ -1,0 +1,144 @@
+"""One ONNX model and how to run token rows of any lengths through it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime
+
+from halimede_ops import batch
+from halimede_ops.errors import InvalidModel
+from halimede_ops.spec import POOLED
+
+FILE_NAME = "model.onnx"
+
+
+class Accelerator(NamedTuple):
+    """An execution accelerator by its name in config.pbtxt, with its parameters."""
+
+    name: str
+    parameters: Mapping[str, str] = {}
+
+
+class Row(NamedTuple):
+    """One tokenized text as it comes from a request."""
+
+    ids: np.ndarray
+    """Token ids `[tokens]` int64."""
+    mask: np.ndarray
+    """Attention mask `[tokens]` int64: 1 for a token, 0 for padding."""
+
+
+class Session:
+    """An opened model.onnx. Safe to call from several threads."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self.providers: list[str] = session.get_providers()
+
+    def run(self, rows: Sequence[Row]) -> np.ndarray:
+        """Pooled vectors `[len(rows), dims]` float32, in the order of `rows`.
+
+        Rows are sorted by length and run in micro-batches, so a row's vector does not depend on
+        what is asked beside it beyond the last bits of float32.
+        """
+        parts = list(batch.plan([len(row.ids) for row in rows]))
+        results = [self.run_together([rows[i] for i in part]) for part in parts]
+        out = np.empty((len(rows), results[0].shape[1]), np.float32)
+        for part, vectors in zip(parts, results, strict=True):
+            out[part] = vectors
+        return out
+
+    def run_together(self, rows: Sequence[Row]) -> np.ndarray:
+        """Pooled vectors `[len(rows), dims]` float32 of one run, all rows padded alike."""
+        length = batch.padded_length(max(len(row.ids) for row in rows))
+        feeds = {
+            "input_ids": batch.pad([row.ids for row in rows], length),
+            "attention_mask": batch.pad([row.mask for row in rows], length),
+        }
+        return self._session.run([POOLED], feeds)[0]
+
+
+def open_session(
+    path: Path, accelerators: Sequence[Accelerator] = (), threads: int = 0
+) -> tuple[Session, list[str]]:
+    """The session of a model.onnx, and the names of accelerators this onnxruntime lacks.
+
+    `threads` is the number of CPU threads one run may use; 0: all cores. A missing accelerator
+    falls back to the CPU execution provider; the caller decides how to say so.
+
+    Raises:
+        InvalidModel: the file is missing or onnxruntime cannot read it, or an accelerator's
+            name is unknown.
+    """
+    providers, missing = execution_providers(accelerators, threads)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    # Threads that spin between operators starve the other instance on the same cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime raises its own, undocumented classes
+        raise InvalidModel(
+            f"{FILE_NAME} cannot be opened ({type(error).__name__}); build the model again"
+        ) from error
+    _check_signature(session)
+    return Session(session), missing
+
+
+def execution_providers(
+    accelerators: Sequence[Accelerator], threads: int
+) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
+    """onnxruntime's providers for the accelerators of a config.pbtxt, and the missing names."""
+    available = set(onnxruntime.get_available_providers())
+    providers: list[tuple[str, dict[str, str]]] = []
+    missing: list[str] = []
+    for accelerator in accelerators:
+        provider, options = _provider(accelerator, threads)
+        if provider in available:
+            providers.append((provider, options))
+        else:
+            missing.append(accelerator.name)
+    return [*providers, ("CPUExecutionProvider", {})], missing
+
+
+def _provider(accelerator: Accelerator, threads: int) -> tuple[str, dict[str, str]]:
+    parameters = dict(accelerator.parameters)
+    if accelerator.name == "openvino":
+        # ACCURACY keeps float32 float32 on CPUs where OpenVINO would choose bfloat16.
+        options = {"device_type": "CPU", "precision": "ACCURACY", "num_streams": "1"}
+        if threads:
+            options["num_of_threads"] = str(threads)
+        return "OpenVINOExecutionProvider", options
+    if accelerator.name == "cuda":
+        return "CUDAExecutionProvider", parameters
+    if accelerator.name == "tensorrt":
+        return "TensorrtExecutionProvider", _tensorrt_options(parameters)
+    raise InvalidModel(
+        f"execution accelerator {accelerator.name!r} is unknown; use openvino, cuda or tensorrt"
+    )
+
+
+def _tensorrt_options(parameters: dict[str, str]) -> dict[str, str]:
+    """onnxruntime's TensorRT options from the keys Triton's ONNX Runtime backend takes."""
+    options = {key: value for key, value in parameters.items() if key.startswith("trt_")}
+    if "max_workspace_size_bytes" in parameters:
+        options["trt_max_workspace_size"] = parameters["max_workspace_size_bytes"]
+    precision = parameters.get("precision_mode", "FP32")
+    if precision in ("FP16", "INT8"):
+        options[f"trt_{precision.lower()}_enable"] = "1"
+    return options
+
+
+def _check_signature(session: onnxruntime.InferenceSession) -> None:
+    inputs = {node.name for node in session.get_inputs()}
+    outputs = {node.name for node in session.get_outputs()}
+    if inputs != {"input_ids", "attention_mask"} or POOLED not in outputs:
+        raise InvalidModel(
+            f"{FILE_NAME} takes {sorted(inputs)} and gives {sorted(outputs)}; it must take "
+            f"input_ids and attention_mask and give {POOLED}. Build the model again."
+        )

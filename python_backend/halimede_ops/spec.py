@@ -1,0 +1,79 @@
+"""What a served model is: read from the `spec.json` its build wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from halimede_ops.errors import InvalidModel, UnknownInputType
+
+FILE_NAME = "spec.json"
+POOLED = "sentence_embedding"
+"""Output of every model.onnx the build writes: pooled vectors `[batch, dims]` float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """The facts of one model that tokenizing and pooling need; equal for all its precisions."""
+
+    name: str
+    """Name it is served under, without a precision suffix."""
+    space: str
+    """Fingerprint of weights, tokenizer, pooling, head, prompts and dims, 16 hex digits.
+    Vectors of two models may be compared only when their spaces are equal."""
+    dims: int
+    """Length of a full vector."""
+    max_tokens: int
+    """Longest input in tokens, special tokens included; what lies beyond is cut off."""
+    normalised: bool
+    """Whether vectors have L2 norm 1 (before and after truncation to fewer dimensions)."""
+    prompts: Mapping[str, str]
+    """Input type → text put in front. `query` and `document` are always present."""
+    default_input_type: str | None = None
+    """Input type of a request that names none; None: nothing is put in front."""
+    length_buckets: tuple[int, ...] = (16, 32, 64, 128, 256)
+    """Token lengths that rows are padded to for a backend that computes its padding; ascending,
+    the last is `max_tokens`."""
+    max_text_bytes: int = 4 * 1024 * 1024
+    """Largest text accepted, in bytes of UTF-8."""
+
+    def prompt(self, input_type: str | None) -> str:
+        """Text to put in front of an input of this type.
+
+        Raises:
+            UnknownInputType: the model has no such prompt.
+        """
+        name = input_type or self.default_input_type
+        if name is None:
+            return ""
+        try:
+            return self.prompts[name]
+        except KeyError:
+            known = ", ".join(sorted(self.prompts))
+            # The value given is the caller's own text: it is not repeated.
+            raise UnknownInputType(
+                f"the input type given is not one of {self.name}'s: {known}. Omit it for none."
+            ) from None
+
+    def to_json(self) -> str:
+        """The text of `spec.json`: indented, keys in field order, ends with a newline."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def load(folder: Path) -> ModelSpec:
+    """ModelSpec from `spec.json` in a version folder of the repository.
+
+    Raises:
+        InvalidModel: the file is missing, not JSON, or not a spec.
+    """
+    try:
+        fields: dict[str, Any] = json.loads((folder / FILE_NAME).read_text("utf-8"))
+        fields["length_buckets"] = tuple(fields["length_buckets"])
+        return ModelSpec(**fields)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InvalidModel(
+            f"{FILE_NAME} cannot be read ({type(error).__name__}); build the model again"
+        ) from error

@@ -1,0 +1,52 @@
+"""Pooled vectors to embeddings: truncate, normalise."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from halimede_ops.errors import InvalidDimensions
+from halimede_ops.spec import ModelSpec
+
+
+def embed(pooled: np.ndarray, spec: ModelSpec, dimensions: int | None = None) -> np.ndarray:
+    """Embeddings `[batch, dimensions]` float32 from pooled vectors `[batch, spec.dims]` float32.
+
+    Raises:
+        InvalidDimensions: `dimensions` lies outside 1 … `spec.dims`.
+    """
+    cut = truncate(pooled, check_dimensions(dimensions, spec))
+    return normalise(cut) if spec.normalised else cut
+
+
+def check_dimensions(dimensions: int | None, spec: ModelSpec) -> int:
+    """`dimensions`, or the model's dims for None.
+
+    Raises:
+        InvalidDimensions: it lies outside 1 … `spec.dims`.
+    """
+    if dimensions is None:
+        return spec.dims
+    if not 1 <= dimensions <= spec.dims:
+        raise InvalidDimensions(
+            f"dimensions is {dimensions}; {spec.name} gives 1 to {spec.dims}. "
+            f"Omit it for all {spec.dims}."
+        )
+    return dimensions
+
+
+def truncate(vectors: np.ndarray, dimensions: int) -> np.ndarray:
+    """The first `dimensions` components of each vector: `[batch, dim]` → `[batch, dimensions]`."""
+    return vectors[:, :dimensions]
+
+
+def normalise(vectors: np.ndarray) -> np.ndarray:
+    """Vectors of L2 norm 1, `[batch, dim]` float32; a zero vector stays zero, never NaN."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(norms, np.float32(1e-12))
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine of each row of `a` with the same row of `b`: two `[n, dim]` → `[n]` float64."""
+    a64, b64 = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    norms = np.linalg.norm(a64, axis=1) * np.linalg.norm(b64, axis=1)
+    return np.einsum("nd,nd->n", a64, b64) / np.maximum(norms, 1e-24)

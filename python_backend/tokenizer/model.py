@@ -1,0 +1,77 @@
+"""Triton backend `tokenizer`: TEXT and INPUT_TYPE to token ids, mask and token counts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).parent.parent))
+import triton_adapter as triton
+from halimede_ops import batch, spec, text
+from halimede_ops.errors import HalimedeError
+
+PADDING_IS_FREE = (Path(__file__).parent.parent / "onnxruntime" / "model.py").exists()
+"""Whether our own `onnxruntime` backend stands beside this one. It trims padding, and Triton
+batches equal shapes only, so there every row gets the same length. Triton's C++ backend
+computes its padding: there rows get the nearest of the model's length buckets."""
+
+
+class Texts(NamedTuple):
+    """One request."""
+
+    texts: list[str]
+    input_types: list[str | None]
+
+
+class TritonPythonModel:
+    """One instance of a tokenizer model."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the model's tokenizer."""
+        folder = triton.ModelConfig(args).version_folder
+        self.spec = triton.load(lambda: spec.load(folder))
+        self.tokenizer = triton.load(lambda: text.load(folder, self.spec))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Tokenize all texts of all requests in one call."""
+        return triton.answer(requests, self._read, self._tokenize, self._write)
+
+    def _read(self, request: Any) -> Texts:
+        values = triton.tensor(request, "TEXT").reshape(-1)
+        texts = [text.decode(value, row, self.spec) for row, value in enumerate(values)]
+        given = triton.optional_tensor(request, "INPUT_TYPE")
+        if given is None:
+            return Texts(texts, [None] * len(texts))
+        input_types = [
+            text.decode(value, row, self.spec) or None
+            for row, value in enumerate(given.reshape(-1))
+        ]
+        for input_type in set(input_types):
+            self.spec.prompt(input_type)  # an unknown one fails this request alone
+        return Texts(texts, input_types)
+
+    def _tokenize(self, requests: list[Texts]) -> list[list[text.Tokens] | HalimedeError]:
+        tokens = iter(
+            self.tokenizer.encode(
+                [text for request in requests for text in request.texts],
+                [input_type for request in requests for input_type in request.input_types],
+            )
+        )
+        return [[next(tokens) for _ in request.texts] for request in requests]
+
+    def _write(self, rows: list[text.Tokens]) -> list[Any]:
+        lengths = [len(row.ids) for row in rows]
+        length = self._padded_length(max(lengths))
+        return [
+            triton.output("input_ids", batch.pad([row.ids for row in rows], length)),
+            triton.output("attention_mask", batch.mask(lengths, length)),
+            triton.output("TOKENS", np.array([[row.total] for row in rows], np.int32)),
+        ]
+
+    def _padded_length(self, longest: int) -> int:
+        if PADDING_IS_FREE:
+            return self.spec.max_tokens
+        return batch.bucket(longest, self.spec.length_buckets)

@@ -1,0 +1,128 @@
+"""What every backend here needs of Triton: read requests, answer each, translate errors.
+
+One bad request fails alone: reading it gives an error in its place, and the others of the
+same dynamic batch are answered.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from halimede_ops.errors import HalimedeError, InvalidModel
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class ModelConfig:
+    """The config.pbtxt of the model that this process serves, and where its files are."""
+
+    def __init__(self, args: Mapping[str, str]) -> None:
+        self.fields: dict[str, Any] = json.loads(args["model_config"])
+        self.name = self.fields["name"]
+        self.version_folder = Path(args["model_repository"]) / args["model_version"]
+
+    def parameter(self, name: str, default: str = "") -> str:
+        """The string value of one of the config's `parameters`."""
+        return self.fields.get("parameters", {}).get(name, {}).get("string_value", default)
+
+
+def load(read: Callable[[], T]) -> T:
+    """What `read` gives; a model that cannot be read fails to load with one plain line."""
+    try:
+        return read()
+    except InvalidModel as error:
+        raise pb_utils.TritonModelException(str(error)) from None
+
+
+def answer(
+    requests: Sequence[Any],
+    read: Callable[[Any], T],
+    compute: Callable[[list[T]], Sequence[R | HalimedeError]],
+    write: Callable[[R], list[Any]],
+) -> list[Any]:
+    """One InferenceResponse a request: read each, compute all that read well, write each.
+
+    `read` may raise HalimedeError for its request; `compute` gives a result or an error for
+    each value it got, in order; `write` turns a result into output tensors.
+    """
+    read_results = [_try(read, request) for request in requests]
+    values = [value for value in read_results if not isinstance(value, HalimedeError)]
+    computed = iter(_compute_all(compute, values))
+    return [
+        _respond(
+            value if isinstance(value, HalimedeError) else next(computed),
+            write,
+        )
+        for value in read_results
+    ]
+
+
+def _compute_all(
+    compute: Callable[[list[T]], Sequence[R | HalimedeError]], values: list[T]
+) -> Sequence[R | HalimedeError]:
+    if not values:
+        return []
+    results = _try(compute, values)
+    if isinstance(results, HalimedeError):
+        return [results] * len(values)
+    return results
+
+
+def _try(function: Callable[[T], R], value: T) -> R | HalimedeError:
+    try:
+        return function(value)
+    except HalimedeError as error:
+        return error
+    except Exception as error:
+        return _internal(error)
+
+
+def _respond(result: R | HalimedeError, write: Callable[[R], list[Any]]) -> Any:
+    if not isinstance(result, HalimedeError):
+        return pb_utils.InferenceResponse(output_tensors=write(result))
+    code = getattr(pb_utils.TritonError, result.code)
+    # The class goes first, so that the client raises the same one.
+    message = f"{type(result).__name__}: {result}"
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def _internal(error: Exception) -> HalimedeError:
+    """The error a caller sees for one nobody foresaw; its message could hold a user's text, so
+    the log gets its class and place alone and the caller neither."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}:{frame.lineno}"
+    pb_utils.Logger.log_error(f"{type(error).__name__} at {place}")
+    return HalimedeError("internal error; the server's log names its place")
+
+
+def warn(message: str) -> None:
+    """Write one warning to the server's log."""
+    pb_utils.Logger.log_warn(message)
+
+
+def tensor(request: Any, name: str) -> np.ndarray:
+    """The named input as an array of the request's own shape."""
+    return pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+
+
+def optional_tensor(request: Any, name: str) -> np.ndarray | None:
+    """The named input, or None when the request leaves it out."""
+    found = pb_utils.get_input_tensor_by_name(request, name)
+    return None if found is None else found.as_numpy()
+
+
+def output(name: str, array: np.ndarray) -> Any:
+    """An output tensor."""
+    return pb_utils.Tensor(name, array)
+
+
+def split(array: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+    """Consecutive parts of `array`, one a request, of `counts` rows each."""
+    return np.split(array, np.cumsum(counts)[:-1])

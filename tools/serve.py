@@ -1,0 +1,108 @@
+"""Serve: prepare what is missing, start Triton, show that it embeds, wait for the signal to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from halimede import Embedder
+from halimede_ops.errors import ServeError
+
+from tools import catalogue, triton
+from tools.build import PRECISIONS, build
+from tools.repository import served_name
+from tools.settings import Settings
+from tools.steps import console
+
+SAMPLE = "hello world"
+
+
+def serve(settings: Settings, options: triton.Options, runtime: str) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        BuildError: a model that is missing could not be built.
+        ServeError: the server could not be started.
+    """
+    with _interrupted_by_sigterm():
+        for model in _missing(settings, options):
+            build(model, settings)
+        try:
+            with _runtime(runtime, settings, options) as server:
+                show(options)
+                while server.is_running():
+                    time.sleep(0.5)
+        except KeyboardInterrupt:
+            console.print("stopped")
+            return
+        raise ServeError("Triton ended by itself; see its log")
+
+
+def _runtime(
+    runtime: str, settings: Settings, options: triton.Options
+) -> contextlib.AbstractContextManager[triton.Running]:
+    if runtime == "wheel":
+        run = settings.home / "run" / str(options.grpc_port)
+        run.mkdir(parents=True, exist_ok=True)
+        return triton.serve(settings.repository, settings.python_backend, run, options)
+    if runtime == "docker":
+        from tools import container
+
+        return container.serve(settings.repository, settings.python_backend, options)
+    raise ServeError(f"runtime {runtime!r} is unknown; use wheel or docker")
+
+
+def _missing(settings: Settings, options: triton.Options) -> list[str]:
+    """Models of the catalogue that are asked for and not built: the default one when none is named."""
+    asked = options.models or tuple(_all_precisions(catalogue.DEFAULT))
+    return sorted(
+        {
+            model.name
+            for model in catalogue.MODELS
+            for name in _all_precisions(model.name)
+            if name in asked and not _is_built(settings.repository / name)
+        }
+    )
+
+
+def _all_precisions(model: str) -> list[str]:
+    return [served_name(model, precision) for precision in PRECISIONS]
+
+
+def _is_built(folder: Path) -> bool:
+    return (folder / "1" / "quality.json").exists()
+
+
+def show(options: triton.Options) -> None:
+    """Embed a sample through gRPC and print what a user needs to go on."""
+    model = (options.models or (catalogue.DEFAULT,))[0]
+    with Embedder(f"{options.host}:{options.grpc_port}", model) as embedder:
+        result = embedder.embed([SAMPLE])
+    head = ", ".join(f"{value:.4f}" for value in result.vectors[0, :6])
+    http = f"http://{options.host}:{options.http_port}"
+    console.print(f"\n[bold green]ready[/]  {model}, {result.precision}, space {result.space}")
+    console.print(f'  "{SAMPLE}" → [{head}, …] ({result.dims} numbers)')
+    console.print(f"  gRPC     {options.host}:{options.grpc_port}")
+    console.print(f"  HTTP     {http}")
+    console.print(f"  metrics  http://{options.host}:{options.metrics_port}/metrics")
+    console.print(f"\n  {curl(http, model)}\n")
+    console.print("  Ctrl-C stops it.")
+
+
+def curl(http: str, model: str) -> str:
+    """A curl command that embeds the sample over HTTP."""
+    tensor = f'{{"name":"TEXT","datatype":"BYTES","shape":[1,1],"data":["{SAMPLE}"]}}'
+    return f"curl -s {http}/v2/models/{model}/infer -d '{{\"inputs\":[{tensor}]}}'"
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does: unwind, and stop what was started."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

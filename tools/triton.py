@@ -1,0 +1,279 @@
+"""The wheel's Triton as a child process: prepare, start, wait until ready, stop.
+
+The wheel `nvidia-pytriton` carries the server, its Python backend and one stub a Python version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import tritonclient.grpc as grpcclient
+from halimede_ops.errors import ServeError
+from pydantic import BaseModel
+from tritonclient.utils import InferenceServerException
+
+READY_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 20.0
+LOG_LEVELS = ("error", "warning", "info", "verbose")
+
+
+class Options(BaseModel):
+    """How a server is started."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; loopback unless asked otherwise."""
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    log_level: str = "warning"
+    """error, warning, info or verbose."""
+    models: tuple[str, ...] = ()
+    """Models to serve, without their composing models; empty: all of the repository."""
+
+    def ports(self) -> dict[str, int]:
+        """Ports by their names."""
+        return {"HTTP": self.http_port, "gRPC": self.grpc_port, "metrics": self.metrics_port}
+
+    def arguments(self) -> list[str]:
+        """tritonserver's arguments; the same for the wheel's server and for NVIDIA's container."""
+        loaded = self.models or ("*",)
+        return [
+            "--model-control-mode=explicit",
+            *[f"--load-model={model}" for model in loaded],
+            "--disable-auto-complete-config",
+            "--exit-on-error=true",
+            "--strict-readiness=true",
+            f"--http-address={self.host}",
+            f"--http-port={self.http_port}",
+            f"--grpc-address={self.host}",
+            f"--grpc-port={self.grpc_port}",
+            f"--metrics-address={self.host}",
+            f"--metrics-port={self.metrics_port}",
+            *_log_arguments(self.log_level),
+        ]
+
+
+def _log_arguments(level: str) -> list[str]:
+    if level not in LOG_LEVELS:
+        raise ServeError(f"log level {level!r} is unknown; use one of {', '.join(LOG_LEVELS)}")
+    rank = LOG_LEVELS.index(level)
+    return [
+        "--log-error=true",
+        f"--log-warning={str(rank >= 1).lower()}",
+        f"--log-info={str(rank >= 2).lower()}",
+        f"--log-verbose={int(rank >= 3)}",
+    ]
+
+
+class Running(Protocol):
+    """A started server of any runtime."""
+
+    def is_running(self) -> bool:
+        """Whether it still runs."""
+        ...
+
+
+class Server:
+    """A running Triton of the wheel."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], options: Options, log: Path, shared_memory: str
+    ) -> None:
+        self.process = process
+        self.options = options
+        self.log = log
+        self.shared_memory = shared_memory
+        """Prefix of its regions in /dev/shm, removed when it stops."""
+
+    @property
+    def grpc_address(self) -> str:
+        """host:port of the gRPC endpoint."""
+        return f"{self.options.host}:{self.options.grpc_port}"
+
+    @property
+    def http_address(self) -> str:
+        """host:port of the HTTP endpoint."""
+        return f"{self.options.host}:{self.options.http_port}"
+
+    def is_running(self) -> bool:
+        """Whether the process lives."""
+        return self.process.poll() is None
+
+    def stop(self) -> None:
+        """Stop the server and every child; kill what has not ended in STOP_TIMEOUT_S."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for region in Path("/dev/shm").glob(f"{self.shared_memory}*"):
+            region.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def serve(repository: Path, python_backend: Path, run: Path, options: Options) -> Iterator[Server]:
+    """A server that is ready; stopped on leaving.
+
+    `run` is a folder for the backends and the log.
+
+    Raises:
+        ServeError: a port is taken, the wheel or libpython is missing, a model does not load.
+    """
+    _check_ports(options)
+    _check_models(repository, options)
+    server = _start(repository, python_backend, run, options)
+    try:
+        _wait_until_ready(server)
+        yield server
+    finally:
+        server.stop()
+
+
+def _start(repository: Path, python_backend: Path, run: Path, options: Options) -> Server:
+    wheel = _wheel()
+    backends = _lay_out_backends(wheel, python_backend, run / "backends")
+    log = run / "triton.log"
+    shared_memory = f"halimede-{os.getpid()}-{options.grpc_port}-"
+    command = [
+        str(wheel / "bin" / "tritonserver"),
+        f"--model-repository={repository.resolve()}",
+        f"--backend-directory={backends}",
+        f"--cache-directory={wheel / 'caches'}",
+        f"--backend-config=python,shm-region-prefix-name={shared_memory}",
+        *options.arguments(),
+    ]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            env=_environment(wheel),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+    return Server(process, options, log, shared_memory)
+
+
+def _wheel() -> Path:
+    found = importlib.util.find_spec("pytriton")
+    if found is None or not found.submodule_search_locations:
+        raise ServeError("Triton is not installed. Run: pip install 'halimede[server]'")
+    return Path(found.submodule_search_locations[0]) / "tritonserver"
+
+
+def _lay_out_backends(wheel: Path, python_backend: Path, folder: Path) -> Path:
+    """A backend directory with Triton's Python backend and ours side by side.
+
+    Copies: Triton refuses a link that leads out of its backend directory.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(python_backend, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    python = folder / "python"
+    python.mkdir()
+    for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
+        shutil.copy2(wheel / "backends" / "python" / name, python)
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = wheel / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.exists():
+        raise ServeError(f"Triton's wheel has no stub for Python {version}; use 3.10 to 3.13")
+    shutil.copy2(stub, python)
+    return folder.resolve()
+
+
+def _environment(wheel: Path) -> dict[str, str]:
+    libraries = [str(wheel.parent.parent / "nvidia_pytriton.libs"), str(_libpython().parent)]
+    bin_folder = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "LD_LIBRARY_PATH": ":".join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]),
+        "PATH": f"{bin_folder}:{os.environ.get('PATH', '')}",
+        # The tokenizer's own threads would compete with the engine's for the same cores.
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def _libpython() -> Path:
+    name = sysconfig.get_config_var("INSTSONAME")
+    folders = [sysconfig.get_config_var("LIBDIR"), "/usr/lib/x86_64-linux-gnu", "/usr/lib64"]
+    for folder in folders:
+        path = Path(folder or "/") / str(name)
+        if str(name).endswith((".so", ".so.1.0")) and path.exists():
+            return path
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    raise ServeError(
+        f"libpython{version}.so.1.0 was not found. On Debian and Ubuntu run: "
+        f"apt-get install libpython{version}"
+    )
+
+
+def _check_ports(options: Options) -> None:
+    for name, port in options.ports().items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((options.host, port))
+            except OSError:
+                raise ServeError(
+                    f"{name} port {port} on {options.host} is taken. Stop what uses it, or "
+                    f"choose another with --{name.lower()}-port."
+                ) from None
+
+
+def _check_models(repository: Path, options: Options) -> None:
+    served = {path.parent.name for path in repository.glob("*/config.pbtxt")}
+    for model in options.models:
+        if model not in served:
+            raise ServeError(
+                f"{model!r} is not in the repository; it has: {', '.join(sorted(served))}"
+            )
+    for name in served:
+        if not (repository / name / "1").is_dir():
+            raise ServeError(f"{name} is not built. Run: make build")
+
+
+def _wait_until_ready(server: Server) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    with grpcclient.InferenceServerClient(server.grpc_address) as client:
+        while time.monotonic() < deadline:
+            if server.process.poll() is not None:
+                raise ServeError(_why_it_ended(server))
+            with contextlib.suppress(InferenceServerException):
+                if client.is_server_ready(client_timeout=1):
+                    return
+            time.sleep(0.05)
+    raise ServeError(f"Triton was not ready within {READY_TIMEOUT_S:.0f} s; see {server.log}")
+
+
+def _why_it_ended(server: Server) -> str:
+    """One line from the log of a server that did not come up."""
+    text = server.log.read_text(errors="replace")
+    failed = re.search(r"failed to load '([^']+)'[^:]*: (.*)", text)
+    if failed:
+        reason = failed[2].split("\\n")[0].removeprefix("TritonModelException: ").strip()
+        return f"model {failed[1]} did not load: {reason} (log: {server.log})"
+    last = text.strip().splitlines()[-1:] or ["no output"]
+    return f"Triton ended with code {server.process.returncode}: {last[0]} (log: {server.log})"
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end the server when its launcher is killed."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
