@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -51,6 +52,34 @@ def serve(
         models=tuple(name.strip() for name in models.split(",") if name.strip()),
     )
     serve_repository(Settings(), options, runtime)
+
+
+@app.command()
+def perf(
+    model: Annotated[str, typer.Option()] = catalogue.DEFAULT,
+    precisions: Annotated[str, typer.Option(help="Separated by commas.")] = "fp32,int8",
+    rounds: Annotated[int, typer.Option(help="Engine and server in turn, this often.")] = 5,
+) -> None:
+    """Measure the server under load against the engine alone; write the report."""
+    from tools.perf import perf as measure
+
+    measure(Settings(), model, precisions.split(","), rounds)
+
+
+@app.command()
+def sts(
+    file: Annotated[Path, typer.Option(help="Tab-separated: score, sentence1, sentence2.")],
+    models: Annotated[str, typer.Option(help="Names, separated by commas.")] = catalogue.DEFAULT,
+    url: Annotated[str | None, typer.Option(help="A running server. [HALIMEDE_URL]")] = None,
+) -> None:
+    """Print STS Spearman x100 of models on a running server."""
+    from halimede import Embedder
+
+    from tools.sts import spearman
+
+    for model in models.split(","):
+        with Embedder(url, model) as embedder:
+            print(f"{model}\t{spearman(file, embedder):.3f}")
 
 
 def main() -> None:

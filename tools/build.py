@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tools.settings import Settings
 from tools.steps import console, key_of, once, sha256
 
 PRECISIONS = tuple(BARS)
+STEP_MODULES = ("export", "quantise", "corpus", "check")
 
 
 def build(name: str, settings: Settings) -> list[str]:
@@ -60,29 +61,36 @@ def _steps(model: catalogue.Model, folder: Path) -> repository.Built:
     verify(model, source)
     spec = describe(source, model.name)
     versions = [f"{tool}={importlib.metadata.version(tool)}" for tool in TOOLS]
+    # A step is done again when its own code changes.
+    code = {name: sha256(Path(__file__).parent / f"{name}.py") for name in STEP_MODULES}
     exported = once(
         folder / "fp32",
-        key_of("export", spec.to_json(), *versions),
+        key_of(code["export"], spec.to_json(), *versions),
         "export to ONNX, optimise (fp32)",
         lambda target: _export(source, spec, target),
     )
     fp32_digest = sha256(exported / session.FILE_NAME)
-    files = {"fp32": exported / session.FILE_NAME}
-    quantisers: dict[str, Callable[[Path, ModelSpec, Path], None]] = {
-        "fp16": _to_fp16,
-        "int8": _to_int8,
+    fp16 = once(
+        folder / "fp16",
+        key_of(code["quantise"], fp32_digest, *versions),
+        "quantise (fp16)",
+        lambda target: _to_fp16(exported, target),
+    )
+    int8 = once(
+        folder / "int8",
+        key_of(code["quantise"], code["corpus"], fp32_digest, *model.int8_kept_fp32, *versions),
+        "quantise (int8)",
+        lambda target: _to_int8(exported, spec, model.int8_kept_fp32, target),
+    )
+    files = {
+        precision: step / session.FILE_NAME
+        for precision, step in (("fp32", exported), ("fp16", fp16), ("int8", int8))
     }
-    for precision, quantise in quantisers.items():
-        done = once(
-            folder / precision,
-            key_of(precision, fp32_digest, *versions),
-            f"quantise ({precision})",
-            lambda target, quantise=quantise: quantise(exported, spec, target),  # type: ignore[misc]
-        )
-        files[precision] = done / session.FILE_NAME
     checked = once(
         folder / "checked",
-        key_of("check", spec.space, *[sha256(path) for path in files.values()], *versions),
+        key_of(
+            code["check"], code["corpus"], spec.space, *map(sha256, files.values()), *versions
+        ),
         "check against sentence-transformers",
         lambda target: _check(source, exported, files, spec, target),
     )
@@ -106,17 +114,17 @@ def _export(source: Path, spec: ModelSpec, target: Path) -> None:
     export(source, spec, target)
 
 
-def _to_fp16(exported: Path, spec: ModelSpec, target: Path) -> None:
+def _to_fp16(exported: Path, target: Path) -> None:
     from tools.quantise import to_fp16
 
     to_fp16(exported / session.FILE_NAME, target / session.FILE_NAME)
 
 
-def _to_int8(exported: Path, spec: ModelSpec, target: Path) -> None:
+def _to_int8(exported: Path, spec: ModelSpec, kept_fp32: Sequence[str], target: Path) -> None:
     from tools.quantise import to_int8
 
-    fp32 = exported / session.FILE_NAME
-    to_int8(fp32, exported, spec, corpus.calibration_texts(), target / session.FILE_NAME)
+    fp32, int8 = exported / session.FILE_NAME, target / session.FILE_NAME
+    to_int8(fp32, exported, spec, corpus.calibration_texts(), kept_fp32, int8)
 
 
 def _check(

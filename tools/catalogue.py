@@ -47,6 +47,9 @@ class Model:
     weights_file: str
     weights_sha256: str
     weights_size_bytes: int
+    int8_kept_fp32: tuple[str, ...] = ()
+    """Parts of node names in the exported graph that INT8 leaves in FP32, because quantising them
+    costs more accuracy than it gains speed."""
 
 
 MODELS = (
@@ -64,6 +67,9 @@ MODELS = (
         weights_file="model.safetensors",
         weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         weights_size_bytes=90868376,
+        # The inputs of this layer have outliers: without it the mean cosine over the check's
+        # texts is 0.9929, with it 0.9955, for 5 % of the speed. No other layer gains as much.
+        int8_kept_fp32=("layer.0/output/dense/MatMul",),
     ),
 )
 DEFAULT = MODELS[0].name

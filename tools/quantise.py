@@ -26,9 +26,16 @@ def to_fp16(fp32: Path, target: Path) -> None:
 
 
 def to_int8(
-    fp32: Path, tokenizer_folder: Path, spec: ModelSpec, calibration: Sequence[str], target: Path
+    fp32: Path,
+    tokenizer_folder: Path,
+    spec: ModelSpec,
+    calibration: Sequence[str],
+    kept_fp32: Sequence[str],
+    target: Path,
 ) -> None:
     """Write `target`: static QDQ INT8, activation ranges calibrated on the texts given.
+
+    Nodes whose name contains one of `kept_fp32` are left as they are.
 
     Static, because dynamic quantisation takes its ranges from the whole batch, so that a
     text's vector would depend on its neighbours.
@@ -43,10 +50,13 @@ def to_int8(
         ids = np.array([tokenizer.encode([sample], [None])[0].ids], np.int64)
         return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
-    model = nncf.quantize(
-        onnx.load(fp32),
+    model = onnx.load(fp32)
+    kept = [node.name for node in model.graph.node if any(part in node.name for part in kept_fp32)]
+    quantised = nncf.quantize(
+        model,
         nncf.Dataset(list(calibration), feed),
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(calibration),
+        ignored_scope=nncf.IgnoredScope(names=kept),
     )
-    onnx.save(model, target)
+    onnx.save(quantised, target)

@@ -28,6 +28,9 @@ from tritonclient.utils import InferenceServerException
 
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
+# gRPC waits ever longer between connections, up to 2 minutes: a server that took long to start
+# would be noticed late.
+RECONNECT_SOON = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
 LOG_LEVELS = ("error", "warning", "info", "verbose")
 
 
@@ -135,11 +138,12 @@ def serve(repository: Path, python_backend: Path, run: Path, options: Options) -
     Raises:
         ServeError: a port is taken, the wheel or libpython is missing, a model does not load.
     """
-    _check_ports(options)
-    _check_models(repository, options)
+    check_ports(options)
+    check_models(repository, options)
     server = _start(repository, python_backend, run, options)
     try:
-        _wait_until_ready(server)
+        if not is_ready_within(READY_TIMEOUT_S, server, server.grpc_address):
+            raise ServeError(_why_not_ready(server))
         yield server
     finally:
         server.stop()
@@ -178,6 +182,11 @@ def _wheel() -> Path:
     return Path(found.submodule_search_locations[0]) / "tritonserver"
 
 
+def wheel_libraries() -> Path:
+    """The folder of the shared libraries that the wheel carries."""
+    return _wheel().parent.parent / "nvidia_pytriton.libs"
+
+
 def _lay_out_backends(wheel: Path, python_backend: Path, folder: Path) -> Path:
     """A backend directory with Triton's Python backend and ours side by side.
 
@@ -198,7 +207,7 @@ def _lay_out_backends(wheel: Path, python_backend: Path, folder: Path) -> Path:
 
 
 def _environment(wheel: Path) -> dict[str, str]:
-    libraries = [str(wheel.parent.parent / "nvidia_pytriton.libs"), str(_libpython().parent)]
+    libraries = [str(wheel_libraries()), str(_libpython().parent)]
     bin_folder = str(Path(sys.executable).parent)
     return {
         **os.environ,
@@ -224,7 +233,12 @@ def _libpython() -> Path:
     )
 
 
-def _check_ports(options: Options) -> None:
+def check_ports(options: Options) -> None:
+    """Nothing when every port is free on the host.
+
+    Raises:
+        ServeError: one is taken.
+    """
     for name, port in options.ports().items():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -237,7 +251,12 @@ def _check_ports(options: Options) -> None:
                 ) from None
 
 
-def _check_models(repository: Path, options: Options) -> None:
+def check_models(repository: Path, options: Options) -> None:
+    """Nothing when the models asked for are in the repository and all of it is built.
+
+    Raises:
+        ServeError: one is not.
+    """
     served = {path.parent.name for path in repository.glob("*/config.pbtxt")}
     for model in options.models:
         if model not in served:
@@ -249,28 +268,35 @@ def _check_models(repository: Path, options: Options) -> None:
             raise ServeError(f"{name} is not built. Run: make build")
 
 
-def _wait_until_ready(server: Server) -> None:
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    with grpcclient.InferenceServerClient(server.grpc_address) as client:
-        while time.monotonic() < deadline:
-            if server.process.poll() is not None:
-                raise ServeError(_why_it_ended(server))
+def is_ready_within(timeout_s: float, server: Running, grpc_address: str) -> bool:
+    """Whether the server's models are all ready in time; False at once when it ends."""
+    deadline = time.monotonic() + timeout_s
+    with grpcclient.InferenceServerClient(grpc_address, channel_args=RECONNECT_SOON) as client:
+        while time.monotonic() < deadline and server.is_running():
             with contextlib.suppress(InferenceServerException):
                 if client.is_server_ready(client_timeout=1):
-                    return
+                    return True
             time.sleep(0.05)
-    raise ServeError(f"Triton was not ready within {READY_TIMEOUT_S:.0f} s; see {server.log}")
+    return False
 
 
-def _why_it_ended(server: Server) -> str:
-    """One line from the log of a server that did not come up."""
-    text = server.log.read_text(errors="replace")
-    failed = re.search(r"failed to load '([^']+)'[^:]*: (.*)", text)
+def _why_not_ready(server: Server) -> str:
+    if server.is_running():
+        return f"Triton was not ready within {READY_TIMEOUT_S:.0f} s; see {server.log}"
+    ended = f"Triton ended with code {server.process.returncode}"
+    reason = why_it_ended(server.log.read_text(errors="replace"), ended)
+    return f"{reason} (log: {server.log})"
+
+
+def why_it_ended(log: str, ended: str) -> str:
+    """One line from the log of a server that did not come up: the model that failed to load,
+    else `ended` and the last line."""
+    failed = re.search(r"failed to load '([^']+)'[^:]*: (.*)", log)
     if failed:
         reason = failed[2].split("\\n")[0].removeprefix("TritonModelException: ").strip()
-        return f"model {failed[1]} did not load: {reason} (log: {server.log})"
-    last = text.strip().splitlines()[-1:] or ["no output"]
-    return f"Triton ended with code {server.process.returncode}: {last[0]} (log: {server.log})"
+        return f"model {failed[1]} did not load: {reason}"
+    last = log.strip().splitlines()[-1:] or ["no output"]
+    return f"{ended}: {last[0]}"
 
 
 def _die_with_parent() -> None:

@@ -1,0 +1,72 @@
+"""One real Triton for the whole run, on free ports, with the real weights."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools import corpus, triton
+from tools.settings import Settings
+
+MODEL = "all-MiniLM-L6-v2"
+PRECISIONS = ("fp32", "fp16", "int8")
+NAMES = {"fp32": MODEL, "fp16": f"{MODEL}-fp16", "int8": f"{MODEL}-int8"}
+
+
+def free_options(**fields: object) -> triton.Options:
+    """Options with three free ports."""
+    with contextlib.ExitStack() as open_sockets:
+        ports = []
+        for _ in range(3):
+            probe = open_sockets.enter_context(socket.socket())
+            probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
+    return triton.Options(
+        http_port=ports[0], grpc_port=ports[1], metrics_port=ports[2], **fields
+    )
+
+
+@pytest.fixture(scope="session")
+def settings() -> Settings:
+    return Settings()
+
+
+@pytest.fixture(scope="session")
+def server(
+    settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[triton.Server]:
+    """A running Triton with all precisions of the default model."""
+    run = tmp_path_factory.mktemp("triton")
+    with triton.serve(
+        settings.repository, settings.python_backend, run, free_options()
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """600 texts: short, long, beyond 256 tokens, emoji, Chinese, Arabic, control, empty."""
+    return corpus.check_texts()
+
+
+@pytest.fixture(scope="session")
+def source(settings: Settings) -> Path:
+    """The folder of the default model's own weights."""
+    return settings.home / "models" / MODEL / "source"
+
+
+@pytest.fixture(scope="session")
+def expected(source: Path, texts: list[str]) -> np.ndarray:
+    """sentence-transformers' embeddings of `texts`."""
+    from tools.check import reference
+
+    return reference(source, texts)

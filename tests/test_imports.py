@@ -1,0 +1,59 @@
+"""Who may import whom."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+OPS = ROOT / "python_backend" / "halimede_ops"
+SERVER_SIDE = {"numpy", "tokenizers", "PIL", "onnxruntime"}
+OWN = {"halimede", "halimede_ops", "tools", "triton_adapter"}
+STANDARD = {"__future__", "collections", "concurrent", "dataclasses", "json", "os", "pathlib"}
+STANDARD |= {"sys", "traceback", "typing"}
+BUILD_ONLY = {"torch", "transformers", "sentence_transformers", "optimum", "nncf", "onnx"}
+
+
+def imported(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Each file of a folder with each top-level module that it imports."""
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from ((path, alias.name.split(".")[0]) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                yield path, node.module.split(".")[0]
+
+
+def test_operations_import_only_themselves_and_arrays() -> None:
+    """halimede_ops needs numpy, tokenizers, pillow and onnxruntime, and nothing of ours."""
+    allowed = SERVER_SIDE | STANDARD | {"halimede_ops"}
+    assert {name for _, name in imported(OPS)} <= allowed
+
+
+@pytest.mark.parametrize("backend", ["tokenizer", "onnxruntime", "pooler"])
+def test_backends_import_operations_alone(backend: str) -> None:
+    """A backend needs Triton's adapter and halimede_ops; neither client nor tools."""
+    names = {name for _, name in imported(ROOT / "python_backend" / backend)}
+    assert names & OWN <= {"halimede_ops", "triton_adapter"}
+    assert not names & BUILD_ONLY
+
+
+def test_client_imports_neither_tools_nor_what_builds() -> None:
+    """The client needs halimede_ops, and never torch."""
+    names = {name for _, name in imported(ROOT / "client")}
+    assert names & OWN <= {"halimede", "halimede_ops"}
+    assert not names & BUILD_ONLY
+
+
+def test_one_file_knows_model_config() -> None:
+    """config.pbtxt is printed from typed messages in tools/config.py alone."""
+    users = [
+        path.name
+        for folder in ("tools", "client", "python_backend")
+        for path in (ROOT / folder).rglob("*.py")
+        if "import model_config_pb2" in path.read_text()
+    ]
+    assert users == ["config.py"]

@@ -1,0 +1,200 @@
+"""The pure operations, without Triton."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MODEL
+from halimede_ops import batch, session, spec, text, vectors
+from halimede_ops.errors import (
+    InvalidDimensions,
+    InvalidModel,
+    InvalidText,
+    UnknownInputType,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from tools.settings import Settings
+
+TOKENIZER = Settings().repository / f"{MODEL}-tokenizer" / "1"
+SPEC = spec.load(TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> text.TextTokenizer:
+    return text.load(TOKENIZER, SPEC)
+
+
+def test_spec_survives_its_file(tmp_path: Path) -> None:
+    """A spec written and loaded is the same spec."""
+    (tmp_path / "spec.json").write_text(SPEC.to_json())
+    assert spec.load(tmp_path) == SPEC
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"name": 1}', "\x00"])
+def test_bad_spec_is_named(tmp_path: Path, content: str) -> None:
+    """A broken spec.json is an InvalidModel that says what to do, without its path."""
+    (tmp_path / "spec.json").write_text(content)
+    with pytest.raises(InvalidModel, match="build the model again") as raised:
+        spec.load(tmp_path)
+    assert str(tmp_path) not in str(raised.value)
+
+
+def test_unknown_input_type_lists_the_known_without_repeating_the_given() -> None:
+    """The error of an unknown input type names those that exist, and not the caller's text."""
+    with pytest.raises(UnknownInputType, match="document, query") as raised:
+        SPEC.prompt("my secret")
+    assert "secret" not in str(raised.value)
+
+
+def test_prompt_goes_in_front(tokenizer: text.TextTokenizer) -> None:
+    """A prompt's tokens stand before the text's; no input type means the default's prompt."""
+    prompted = dataclasses.replace(SPEC, prompts={"query": "search: "}, default_input_type="query")
+    with_prompt = text.load(TOKENIZER, prompted)
+    plain = tokenizer.encode(["search: cats"], [None])
+    assert with_prompt.encode(["cats"], ["query"]) == plain
+    assert with_prompt.encode(["cats"], [None]) == plain
+
+
+def test_truncation_is_counted(tokenizer: text.TextTokenizer) -> None:
+    """A long text is cut at max_tokens, and its whole number of tokens is told."""
+    [tokens] = tokenizer.encode(["word " * 1000], [None])
+    assert len(tokens.ids) == SPEC.max_tokens
+    assert tokens.total == 1002
+    [short] = tokenizer.encode(["word"], [None])
+    assert short.total == len(short.ids) == 3
+
+
+def test_invalid_utf8_is_refused_without_the_text() -> None:
+    """Bytes that are not UTF-8 give InvalidText with the row and the byte's place."""
+    with pytest.raises(InvalidText, match=r"text 3 is not valid UTF-8 \(byte 2\)"):
+        text.decode(b"ab\xff", 3, SPEC)
+
+
+def test_too_large_text_is_refused() -> None:
+    """A text beyond max_text_bytes gives InvalidText with both sizes."""
+    with pytest.raises(InvalidText, match="4,194,305 bytes; .* takes 4,194,304"):
+        text.decode(b"a" * (SPEC.max_text_bytes + 1), 0, SPEC)
+
+
+@given(st.lists(st.integers(0, 300), max_size=60))
+def test_plan_holds_every_row_once_within_the_budget(lengths: list[int]) -> None:
+    """A plan has each index once; a micro-batch beyond the budget is a single row."""
+    parts = batch.plan(lengths)
+    assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
+    for part in parts:
+        tokens = max(batch.padded_length(lengths[index]) for index in part) * len(part)
+        assert len(part) == 1 or tokens <= batch.MICRO_BATCH_TOKENS
+
+
+@given(st.lists(st.integers(1, 256), min_size=2, max_size=40))
+def test_plan_never_costs_more_than_one_run_a_row(lengths: list[int]) -> None:
+    """Batching is chosen only where it is cheaper than running each row alone."""
+
+    def cost(parts: list[list[int]]) -> int:
+        return sum(
+            batch.RUN_TOKENS
+            + max(batch.padded_length(lengths[index]) for index in part) * len(part)
+            for part in parts
+        )
+
+    assert cost(batch.plan(lengths)) <= cost([[index] for index in range(len(lengths))])
+
+
+def test_used_lengths_sees_past_holes() -> None:
+    """A row's length ends at its last 1; an all-masked row has length 0."""
+    mask = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    assert batch.used_lengths(mask).tolist() == [2, 3, 0, 4]
+
+
+def test_pad_and_mask_agree() -> None:
+    """Padding puts zeros on the right, where the mask is 0."""
+    assert batch.pad([[5, 6], [7]], 3).tolist() == [[5, 6, 0], [7, 0, 0]]
+    assert batch.mask([2, 1], 3).tolist() == [[1, 1, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(("length", "size"), [(1, 16), (16, 16), (17, 32), (256, 256), (999, 256)])
+def test_bucket(length: int, size: int) -> None:
+    """The smallest bucket that holds a length; the last where none does."""
+    assert batch.bucket(length, (16, 32, 64, 128, 256)) == size
+
+
+def test_normalise_keeps_zero_zero() -> None:
+    """Norms become 1; a zero vector stays zero and is never NaN."""
+    out = vectors.normalise(np.array([[3, 4], [0, 0]], np.float32))
+    assert out.tolist() == [[np.float32(0.6), np.float32(0.8)], [0, 0]]
+    assert out.dtype == np.float32
+
+
+def test_embed_truncates_then_normalises() -> None:
+    """Fewer dimensions are the leading ones, of norm 1 again."""
+    pooled = np.random.default_rng(0).normal(size=(4, SPEC.dims)).astype(np.float32)
+    out = vectors.embed(pooled, SPEC, 64)
+    assert out.shape == (4, 64)
+    assert np.allclose(np.linalg.norm(out, axis=1), 1, atol=1e-6)
+    assert np.allclose(vectors.cosine(out, pooled[:, :64]), 1)
+
+
+@pytest.mark.parametrize("dimensions", [0, -1, 385, 10**9])
+def test_dimensions_outside_are_refused(dimensions: int) -> None:
+    """Dimensions outside 1 … dims give InvalidDimensions with both numbers."""
+    with pytest.raises(InvalidDimensions, match=f"is {dimensions}; .* 1 to 384"):
+        vectors.check_dimensions(dimensions, SPEC)
+
+
+def test_unknown_accelerator_is_refused() -> None:
+    """An accelerator's name that Triton's backend does not know is an InvalidModel."""
+    with pytest.raises(InvalidModel, match="'directml' is unknown"):
+        session.execution_providers([session.Accelerator("directml")], threads=1, streams=1)
+
+
+def test_missing_accelerator_is_reported_and_the_cpu_serves() -> None:
+    """Without CUDA in this onnxruntime the CPU provider is used and the caller is told."""
+    providers, missing = session.execution_providers(
+        [session.Accelerator("cuda"), session.Accelerator("openvino")], threads=2, streams=1
+    )
+    assert missing == ["cuda"]
+    assert [name for name, _ in providers] == ["OpenVINOExecutionProvider", "CPUExecutionProvider"]
+
+
+def test_tensorrt_options_follow_tritons_keys() -> None:
+    """The keys of Triton's backend become onnxruntime's TensorRT options."""
+    options = session.tensorrt_options(
+        {
+            "precision_mode": "FP16",
+            "max_workspace_size_bytes": "1024",
+            "trt_engine_cache_enable": "1",
+        }
+    )
+    assert options == {
+        "trt_fp16_enable": "1",
+        "trt_max_workspace_size": "1024",
+        "trt_engine_cache_enable": "1",
+    }
+
+
+def test_broken_model_file_is_named(tmp_path: Path) -> None:
+    """A truncated model.onnx is an InvalidModel that says what to do."""
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x07not onnx")
+    with pytest.raises(InvalidModel, match="build the model again"):
+        session.open_session(tmp_path / "model.onnx")
+
+
+def test_masked_rows_give_zeros_and_rows_are_alike_in_any_company(
+    tokenizer: text.TextTokenizer,
+) -> None:
+    """An all-masked row is zeros; a row's vector does not depend on its neighbours."""
+    path = Settings().repository / f"{MODEL}-onnx" / "1" / "model.onnx"
+    opened, _ = session.open_session(path, threads=2)
+    tokens = tokenizer.encode(["a cat", "word " * 300, "一只猫"], [None] * 3)
+    rows = [
+        session.Row(np.array(row.ids, np.int64), np.ones(len(row.ids), np.int64)) for row in tokens
+    ]
+    masked = session.Row(np.zeros(3, np.int64), np.zeros(3, np.int64))
+    together = opened.run([masked, *rows])
+    assert not together[0].any()
+    alone = np.concatenate([opened.run([row]) for row in rows])
+    assert vectors.cosine(together[1:], alone).min() >= 0.99999

@@ -1,0 +1,35 @@
+"""STS: how well a served model ranks sentence pairs by similarity."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from halimede import Embedder
+from halimede_ops import vectors
+from halimede_ops.errors import InvalidInput
+
+
+def spearman(file: Path, embedder: Embedder) -> float:
+    """Spearman correlation ×100 of cosine similarity with the scores of an STS file.
+
+    The file is tab-separated with the columns score, sentence1 and sentence2.
+
+    Raises:
+        InvalidInput: the file cannot be read or lacks a column.
+    """
+    from scipy.stats import spearmanr
+
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+        scores = [float(row["score"]) for row in rows]
+        first, second = ([row[name] for row in rows] for name in ("sentence1", "sentence2"))
+    except (OSError, KeyError, ValueError) as error:
+        raise InvalidInput(
+            "the STS file cannot be read; it must be tab-separated with the columns score, "
+            f"sentence1 and sentence2 ({type(error).__name__})"
+        ) from None
+    a, b = embedder.embed(first).vectors, embedder.embed(second).vectors
+    return float(100 * np.float64(spearmanr(vectors.cosine(a, b), scores).statistic))
