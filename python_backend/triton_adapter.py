@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+
 from halimede_ops.errors import HalimedeError, InvalidModel
 
 T = TypeVar("T")
@@ -95,7 +96,8 @@ def _respond(result: R | HalimedeError, write: Callable[[R], list[Any]]) -> Any:
 
 def _internal(error: Exception) -> HalimedeError:
     """The error a caller sees for one nobody foresaw; its message could hold a user's text, so
-    the log gets its class and place alone and the caller neither."""
+    the log gets its class and place alone and the caller neither.
+    """
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(frame.filename).name}:{frame.lineno}"
     pb_utils.Logger.log_error(f"{type(error).__name__} at {place}")

@@ -30,9 +30,7 @@ def free_options(**fields: object) -> triton.Options:
             probe = open_sockets.enter_context(socket.socket())
             probe.bind(("127.0.0.1", 0))
             ports.append(probe.getsockname()[1])
-    return triton.Options(
-        http_port=ports[0], grpc_port=ports[1], metrics_port=ports[2], **fields
-    )
+    return triton.Options(http_port=ports[0], grpc_port=ports[1], metrics_port=ports[2], **fields)
 
 
 @pytest.fixture(scope="session")
@@ -41,14 +39,10 @@ def settings() -> Settings:
 
 
 @pytest.fixture(scope="session")
-def server(
-    settings: Settings, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[triton.Server]:
+def server(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[triton.Server]:
     """A running Triton with all precisions of the default model."""
     run = tmp_path_factory.mktemp("triton")
-    with triton.serve(
-        settings.repository, settings.python_backend, run, free_options()
-    ) as running:
+    with triton.serve(settings.repository, settings.python_backend, run, free_options()) as running:
         yield running
 
 

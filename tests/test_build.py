@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import MODEL, NAMES, ROOT
 from filelock import FileLock
+
 from halimede_ops import spec
 from halimede_ops.errors import (
     BuildError,
@@ -45,7 +46,10 @@ def test_build_writes_exactly_the_committed_configs(
     written = {p.parent.name: p.read_bytes() for p in tmp_path.glob("*/config.pbtxt")}
     listed = subprocess.run(
         ["git", "ls-files", "model_repository/*/config.pbtxt"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     committed = {(ROOT / p).parent.name: (ROOT / p).read_bytes() for p in listed}
     assert written == committed
@@ -179,8 +183,8 @@ def test_tampered_weights_are_refused(tmp_path: Path, monkeypatch) -> None:
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("fake/model/model.safetensors", "tampered")
         archive.writestr(
-            "halimede_fake-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: halimede-fake\n"
-            "Version: 1\n",
+            "halimede_fake-1.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: halimede-fake\nVersion: 1\n",
         )
         archive.writestr(
             "halimede_fake-1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n"

@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import MODEL
+from hypothesis import given
+from hypothesis import strategies as st
+
 from halimede_ops import batch, session, spec, text, vectors
 from halimede_ops.errors import (
     InvalidDimensions,
@@ -15,8 +18,6 @@ from halimede_ops.errors import (
     InvalidText,
     UnknownInputType,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 from tools.settings import Settings
 
 TOKENIZER = Settings().repository / f"{MODEL}-tokenizer" / "1"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from halimede_ops.errors import HalimedeError
 
+from halimede_ops.errors import HalimedeError
 from tools import catalogue
 from tools.settings import Settings
 
@@ -74,7 +74,6 @@ def sts(
 ) -> None:
     """Print STS Spearman x100 of models on a running server."""
     from halimede import Embedder
-
     from tools.sts import spearman
 
     for model in models.split(","):

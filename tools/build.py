@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
 from halimede_ops import session, text
 from halimede_ops.errors import BuildError
 from halimede_ops.spec import ModelSpec
-
 from tools import catalogue, corpus, repository
 from tools.check import BARS, TOOLS
 from tools.describe import describe
@@ -88,9 +88,7 @@ def _steps(model: catalogue.Model, folder: Path) -> repository.Built:
     }
     checked = once(
         folder / "checked",
-        key_of(
-            code["check"], code["corpus"], spec.space, *map(sha256, files.values()), *versions
-        ),
+        key_of(code["check"], code["corpus"], spec.space, *map(sha256, files.values()), *versions),
         "check against sentence-transformers",
         lambda target: _check(source, exported, files, spec, target),
     )

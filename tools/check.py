@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from halimede_ops import session, text, vectors
 from halimede_ops.errors import QualityError
 from halimede_ops.spec import ModelSpec
-
-from tools import corpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,7 @@ def reference(source: Path, texts: Sequence[str]) -> np.ndarray:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(source), device="cpu", local_files_only=True)
-    return model.encode(list(texts), batch_size=32, show_progress_bar=False)
+    return np.asarray(model.encode(list(texts), batch_size=32, show_progress_bar=False))
 
 
 class Engine:
@@ -116,7 +115,8 @@ def check(
 
 def _invariance(engine: Engine, texts: Sequence[str], together: np.ndarray) -> float:
     """Lowest cosine between each text sorted among all, alone, and in a small random batch, where
-    it is padded to a neighbour's length."""
+    it is padded to a neighbour's length.
+    """
     rows = engine.rows(texts)
     order = random.Random(4).sample(range(len(rows)), len(rows))
     alone = np.concatenate([engine.session.run_together([row]) for row in rows])

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from google.protobuf import text_format
-from halimede_ops.spec import POOLED, ModelSpec
 from tritonclient.grpc import model_config_pb2 as pb
+
+from halimede_ops.spec import POOLED, ModelSpec
 
 MAX_BATCH_SIZE = 128
 """Most rows in one request, and most that are batched together."""
@@ -20,7 +21,7 @@ HEADER = "# Written by the build. Change the build's source (tools/config.py), n
 
 def to_text(config: pb.ModelConfig) -> str:
     """The text of config.pbtxt; equal configs give equal bytes."""
-    return HEADER + text_format.MessageToString(config)
+    return HEADER + str(text_format.MessageToString(config))
 
 
 def tokenizer(name: str, spec: ModelSpec) -> pb.ModelConfig:
@@ -108,7 +109,9 @@ def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
     )
 
 
-def ensemble(name: str, spec: ModelSpec, precision: str, steps: Mapping[str, str]) -> pb.ModelConfig:
+def ensemble(
+    name: str, spec: ModelSpec, precision: str, steps: Mapping[str, str]
+) -> pb.ModelConfig:
     """TEXT, INPUT_TYPE, DIMENSIONS → EMBEDDING, TOKENS; `steps` names the composing models."""
     parameters = {
         "space": spec.space,
@@ -130,7 +133,9 @@ def ensemble(name: str, spec: ModelSpec, precision: str, steps: Mapping[str, str
                     {"input_ids": "ids", "attention_mask": "mask", "TOKENS": "TOKENS"},
                 ),
                 _step(
-                    steps["onnx"], {"input_ids": "ids", "attention_mask": "mask"}, {POOLED: "pooled"}
+                    steps["onnx"],
+                    {"input_ids": "ids", "attention_mask": "mask"},
+                    {POOLED: "pooled"},
                 ),
                 _step(
                     steps["pooler"],

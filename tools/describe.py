@@ -9,7 +9,6 @@ from typing import Any
 
 from halimede_ops.errors import InvalidModel
 from halimede_ops.spec import ModelSpec
-
 from tools.steps import sha256
 
 KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")

@@ -9,7 +9,6 @@ import zipfile
 from pathlib import Path
 
 from halimede_ops.errors import ChecksumMismatch, DownloadError
-
 from tools.catalogue import Hub, Model, Source, Wheel
 from tools.steps import console, sha256
 

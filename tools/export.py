@@ -63,7 +63,8 @@ def _keep_pooled_output(path: Path, spec: ModelSpec) -> None:
 
 def _optimise(raw: Path, target: Path) -> None:
     """Fold constants and drop dead nodes; nothing that only onnxruntime understands, so that
-    OpenVINO and TensorRT read the same file."""
+    OpenVINO and TensorRT read the same file.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

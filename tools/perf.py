@@ -25,7 +25,6 @@ from pathlib import Path
 
 from halimede_ops.errors import HalimedeError
 from halimede_ops.session import FILE_NAME
-
 from tools import corpus, triton
 from tools.repository import served_name
 from tools.settings import ROOT, Settings
@@ -115,7 +114,6 @@ def _engine_alone(settings: Settings, name: str, model: str) -> tuple[float, flo
 def engine_texts_per_s(onnx: Path, tokenizer: Path) -> tuple[float, float]:
     """This process's texts/s, warm: all texts at once, and CONCURRENCY at a time."""
     from halimede_ops import spec
-
     from tools.check import BARS, Engine
 
     engine = Engine(onnx, tokenizer, spec.load(tokenizer), BARS["fp32"].accelerators)
@@ -180,7 +178,8 @@ class PerfAnalyzer:
 
     def _libraries(self) -> Path:
         """A folder with the two libraries the binary wants under their plain names; Triton's
-        wheel carries both."""
+        wheel carries both.
+        """
         folder = self._folder / "lib"
         folder.mkdir(exist_ok=True)
         wheel_libraries = triton.wheel_libraries()
@@ -206,7 +205,8 @@ def _report(model: str, rows: Sequence[Row], rounds: int) -> str:
         "# Server against engine",
         "",
         f"`make perf`, {datetime.now(timezone.utc):%Y-%m-%d}, commit {commit}, {model}.",
-        f"{_processor()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, "
+        f"{_processor()}, {len(os.sched_getaffinity(0))} cores, "
+        f"Python {platform.python_version()}, "
         f"onnxruntime-openvino {importlib.metadata.version('onnxruntime-openvino')}, "
         "Triton 2.51.0 (nvidia-pytriton "
         f"{importlib.metadata.version('nvidia-pytriton')}).",
@@ -217,14 +217,15 @@ def _report(model: str, rows: Sequence[Row], rounds: int) -> str:
         f"perf_analyzer over gRPC, {CONCURRENCY} single-text requests on their way; the load "
         "generator runs on the same cores.",
         "",
-        f"| precision | engine | {CONCURRENCY} in hand | server | server / engine | p50 ms | p99 ms |",
+        f"| precision | engine | {CONCURRENCY} in hand | server | server / engine | p50 ms "
+        "| p99 ms |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        lines.append(
-            f"| {row.precision} | {row.engine:.0f} | {row.engine_in_hand:.0f} | {row.server:.0f} "
-            f"| {row.ratio:.0%} | {row.p50_ms:.0f} | {row.p99_ms:.0f} |"
-        )
+    lines += [
+        f"| {row.precision} | {row.engine:.0f} | {row.engine_in_hand:.0f} | {row.server:.0f} "
+        f"| {row.ratio:.0%} | {row.p50_ms:.0f} | {row.p99_ms:.0f} |"
+        for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 

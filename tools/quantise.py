@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
 from halimede_ops import text
 from halimede_ops.spec import ModelSpec
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from halimede_ops import session, spec, text
 from halimede_ops.spec import ModelSpec
-
 from tools import config
 
 VERSION = "1"
@@ -67,9 +67,7 @@ def write_tokenizer(built: Built, folder: Path) -> None:
     _write_text(built.spec.to_json(), folder / VERSION / spec.FILE_NAME)
     _write_bytes(_bytes_tensor(WARMUP_TEXT), folder / "warmup" / "text")
     _write_bytes(_bytes_tensor("query"), folder / "warmup" / "input_type")
-    _write_text(
-        config.to_text(config.tokenizer(folder.name, built.spec)), folder / "config.pbtxt"
-    )
+    _write_text(config.to_text(config.tokenizer(folder.name, built.spec)), folder / "config.pbtxt")
 
 
 def write_onnx(built: Built, model: Path, folder: Path) -> None:
@@ -115,7 +113,7 @@ def _write_bytes(content: bytes, path: Path) -> None:
         return
     part = _part(path)
     part.write_bytes(content)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def _copy(source: Path, path: Path) -> None:
@@ -127,7 +125,7 @@ def _copy(source: Path, path: Path) -> None:
         os.link(source, part)
     except OSError:  # another file system
         shutil.copyfile(source, part)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def _part(path: Path) -> Path:

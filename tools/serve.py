@@ -1,4 +1,4 @@
-"""Serve: prepare what is missing, start Triton, show that it embeds, wait for the signal to stop."""
+"""Serve: prepare what is missing, start Triton, show that it embeds, wait for the stop signal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 from halimede import Embedder
 from halimede_ops.errors import ServeError
-
 from tools import catalogue, triton
 from tools.build import PRECISIONS, build
 from tools.repository import served_name
@@ -56,7 +55,7 @@ def _runtime(
 
 
 def _missing(settings: Settings, options: triton.Options) -> list[str]:
-    """Models of the catalogue that are asked for and not built: the default one when none is named."""
+    """Models of the catalogue that are asked for and not built; none named asks for the default."""
     asked = options.models or tuple(_all_precisions(catalogue.DEFAULT))
     return sorted(
         {

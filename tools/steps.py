@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -35,7 +34,7 @@ def once(folder: Path, key: str, name: str, make: Callable[[Path], None]) -> Pat
     files = {str(path.relative_to(part)): sha256(path) for path in _files(part)}
     (part / RECORD).write_text(json.dumps({"key": key, "files": files}, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    part.replace(folder)
     console.print(f"  [green]✓[/] {name} [dim]{time.monotonic() - began:.1f} s[/]")
     return folder
 

@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
+
 from halimede import Embedder
 from halimede_ops import vectors
 from halimede_ops.errors import InvalidInput

@@ -17,20 +17,25 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import tritonclient.grpc as grpcclient
-from halimede_ops.errors import ServeError
 from pydantic import BaseModel
 from tritonclient.utils import InferenceServerException
 
+from halimede_ops.errors import ServeError
+
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend makes its regions
 # gRPC waits ever longer between connections, up to 2 minutes: a server that took long to start
 # would be noticed late.
-RECONNECT_SOON = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
+RECONNECT_SOON = [
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+]
 LOG_LEVELS = ("error", "warning", "info", "verbose")
 
 
@@ -52,7 +57,7 @@ class Options(BaseModel):
         return {"HTTP": self.http_port, "gRPC": self.grpc_port, "metrics": self.metrics_port}
 
     def arguments(self) -> list[str]:
-        """tritonserver's arguments; the same for the wheel's server and for NVIDIA's container."""
+        """Tritonserver's arguments; the same for the wheel's server and for NVIDIA's container."""
         loaded = self.models or ("*",)
         return [
             "--model-control-mode=explicit",
@@ -125,7 +130,7 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        for region in Path("/dev/shm").glob(f"{self.shared_memory}*"):
+        for region in SHARED_MEMORY.glob(f"{self.shared_memory}*"):
             region.unlink(missing_ok=True)
 
 
@@ -207,7 +212,7 @@ def _lay_out_backends(wheel: Path, python_backend: Path, folder: Path) -> Path:
 
 
 def _environment(wheel: Path) -> dict[str, str]:
-    libraries = [str(wheel_libraries()), str(_libpython().parent)]
+    libraries = [str(wheel_libraries()), str(libpython().parent)]
     bin_folder = str(Path(sys.executable).parent)
     return {
         **os.environ,
@@ -219,7 +224,12 @@ def _environment(wheel: Path) -> dict[str, str]:
     }
 
 
-def _libpython() -> Path:
+def libpython() -> Path:
+    """The shared library of the running Python, which Triton's stub links.
+
+    Raises:
+        ServeError: it is not there; the message names the package that brings it.
+    """
     name = sysconfig.get_config_var("INSTSONAME")
     folders = [sysconfig.get_config_var("LIBDIR"), "/usr/lib/x86_64-linux-gnu", "/usr/lib64"]
     for folder in folders:
@@ -289,11 +299,10 @@ def _why_not_ready(server: Server) -> str:
 
 
 def why_it_ended(log: str, ended: str) -> str:
-    """One line from the log of a server that did not come up: the model that failed to load,
-    else `ended` and the last line."""
+    """One line from the log of a server: the model that failed to load, else `ended`: last line."""
     failed = re.search(r"failed to load '([^']+)'[^:]*: (.*)", log)
     if failed:
-        reason = failed[2].split("\\n")[0].removeprefix("TritonModelException: ").strip()
+        reason = re.sub(r"^(\w+: )*", "", failed[2].split("\\n")[0]).strip()
         return f"model {failed[1]} did not load: {reason}"
     last = log.strip().splitlines()[-1:] or ["no output"]
     return f"{ended}: {last[0]}"

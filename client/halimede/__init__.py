@@ -1,5 +1,7 @@
 """halimede: embeddings from a Triton Inference Server, with results that say what they are."""
 
+from halimede.embedder import Embedder
+from halimede.results import Embeddings, ServedModel
 from halimede_ops.errors import (
     DeadlineExceeded,
     HalimedeError,
@@ -12,9 +14,6 @@ from halimede_ops.errors import (
     ServerUnreachable,
     UnknownInputType,
 )
-
-from halimede.embedder import Embedder
-from halimede.results import Embeddings, ServedModel
 
 __all__ = [
     "DeadlineExceeded",

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from halimede_ops.errors import HalimedeError, InvalidInput, InvalidText
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +20,7 @@ from halimede.embedder import Embedder
 from halimede.results import Embeddings, ServedModel
 from halimede.settings import Settings
 from halimede.triton import Triton
+from halimede_ops.errors import HalimedeError, InvalidInput, InvalidText
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from halimede_ops.errors import InvalidDimensions, InvalidText
 
 from halimede.results import Embeddings, ServedModel
 from halimede.settings import Settings
 from halimede.triton import Answer, Triton, Wait
+from halimede_ops.errors import InvalidDimensions, InvalidText
 
 REQUESTS_IN_FLIGHT = 4
 """Requests of one call that are on their way at once: the server's steps overlap."""
@@ -37,7 +37,7 @@ class Embedder:
             model: name of the served model. Default: `HALIMEDE_MODEL`, else all-MiniLM-L6-v2.
             timeout_s: longest wait for one request. Default: `HALIMEDE_TIMEOUT_S`, else 30.
         """
-        given = {"url": url, "model": model, "timeout_s": timeout_s}
+        given: dict[str, Any] = {"url": url, "model": model, "timeout_s": timeout_s}
         settings = Settings(**{key: value for key, value in given.items() if value is not None})
         self.model_name = settings.model
         self._triton = Triton(settings.url, settings.timeout_s)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
 import numpy as np
-from halimede_ops import errors
 from tritonclient.utils import InferenceServerException
 
 from halimede.results import ServedModel
+from halimede_ops import errors
 
 Wait = Callable[[], "Answer"]
 """Blocks until a sent request is answered."""
@@ -98,7 +98,7 @@ class Triton:
     def send(
         self, model: str, texts: Sequence[bytes], input_type: str | None, dimensions: int | None
     ) -> Wait:
-        """Send one request of at most the model's `max_batch_size` texts; call the result to wait."""
+        """Send one request of at most `max_batch_size` texts; call the result to wait for it."""
         rows = len(texts)
         inputs = [self._input("TEXT", "BYTES", np.array(texts, np.object_).reshape(rows, 1))]
         if input_type is not None:
@@ -131,7 +131,7 @@ class Triton:
             answer = getattr(self._clients.get(), method)(*arguments, **options)
         if method == "get_model_repository_index" and self.is_grpc:
             return answer.get("models", [])
-        return answer["config"] if "config" in answer else answer
+        return answer.get("config", answer)
 
     def _input(self, name: str, datatype: str, value: np.ndarray) -> Any:
         tensor = self._api.InferInput(name, list(value.shape), datatype)

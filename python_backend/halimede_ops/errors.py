@@ -10,7 +10,7 @@ HalimedeError                  INTERNAL
 │   ├── ServerUnreachable      nothing answers at the address, or it died mid-request
 │   ├── ServerOverloaded       a queue is full
 │   └── DeadlineExceeded       no answer within `timeout_s`
-├── InvalidModel               INVALID_ARG   a model folder, spec.json or model.onnx is not what it must be
+├── InvalidModel               INVALID_ARG   a model folder or a file in it is not what it must be
 ├── BuildError                 INTERNAL      a build step failed; the repository is as it was
 │   ├── DownloadError          no source gave the files
 │   │   └── ChecksumMismatch   the bytes are not the published ones

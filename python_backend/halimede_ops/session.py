@@ -61,7 +61,7 @@ class Session:
             "input_ids": batch.pad([row.ids for row in rows], length),
             "attention_mask": batch.pad([row.mask for row in rows], length),
         }
-        return self._session.run([POOLED], feeds)[0]
+        return np.asarray(self._session.run([POOLED], feeds)[0])
 
 
 def open_session(
@@ -96,7 +96,7 @@ def open_session(
 def execution_providers(
     accelerators: Sequence[Accelerator], threads: int, streams: int
 ) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
-    """onnxruntime's providers for the accelerators of a config.pbtxt, and the missing names."""
+    """Onnxruntime's providers for the accelerators of a config.pbtxt, and the missing names."""
     available = set(onnxruntime.get_available_providers())
     providers: list[tuple[str, dict[str, str]]] = []
     missing: list[str] = []
@@ -130,7 +130,7 @@ def _provider(accelerator: Accelerator, threads: int, streams: int) -> tuple[str
 
 
 def tensorrt_options(parameters: dict[str, str]) -> dict[str, str]:
-    """onnxruntime's TensorRT options from the keys Triton's ONNX Runtime backend takes."""
+    """Onnxruntime's TensorRT options from the keys Triton's ONNX Runtime backend takes."""
     options = {key: value for key, value in parameters.items() if key.startswith("trt_")}
     if "max_workspace_size_bytes" in parameters:
         options["trt_max_workspace_size"] = parameters["max_workspace_size_bytes"]

@@ -16,6 +16,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
 import triton_adapter as triton
+
 from halimede_ops import batch, session, spec
 from halimede_ops.errors import HalimedeError, InvalidInput
 

@@ -14,6 +14,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
 import triton_adapter as triton
+
 from halimede_ops import spec, vectors
 from halimede_ops.errors import HalimedeError, InvalidDimensions
 
