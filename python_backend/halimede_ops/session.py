@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,13 @@ from halimede_ops.errors import InvalidModel
 from halimede_ops.spec import POOLED
 
 FILE_NAME = "model.onnx"
+
+
+OPENVINO_PROPERTIES = {
+    # OpenVINO pins the threads of every process to the same first cores: two instances of one
+    # model would share one core and leave the other idle.
+    "ENABLE_CPU_PINNING": "NO",
+}
 
 
 class Accelerator(NamedTuple):
@@ -89,6 +97,10 @@ def open_session(
         raise InvalidModel(
             f"{FILE_NAME} cannot be opened ({type(error).__name__}); build the model again"
         ) from error
+    # onnxruntime drops a provider that it cannot start and goes on with the next.
+    lost = [name for name, _ in providers if name not in session.get_providers()]
+    if lost:
+        raise InvalidModel(f"{FILE_NAME} cannot be run by {', '.join(lost)}; see the server's log")
     _check_signature(session)
     return Session(session, streams), missing
 
@@ -115,6 +127,7 @@ def _provider(accelerator: Accelerator, threads: int, streams: int) -> tuple[str
         # ACCURACY keeps float32 float32 on CPUs where OpenVINO would choose bfloat16.
         options = {
             "device_type": "CPU",
+            "load_config": json.dumps({"CPU": OPENVINO_PROPERTIES}),
             "precision": "ACCURACY",
             "num_of_threads": str(threads),
             "num_streams": str(streams),
