@@ -15,6 +15,7 @@ import numpy as np
 from halimede_ops import session, text, vectors
 from halimede_ops.errors import QualityError
 from halimede_ops.spec import ModelSpec
+from tools import config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,6 @@ class Bar:
     """Lowest cosine of a text alone to the same text in a batch, and in wider padding."""
     size_ratio: float
     """Largest file size against FP32."""
-    accelerators: tuple[session.Accelerator, ...] = (session.Accelerator("openvino"),)
 
 
 BARS = {
@@ -47,16 +47,11 @@ def reference(source: Path, texts: Sequence[str]) -> np.ndarray:
 
 
 class Engine:
-    """The whole way of a text in one process: tokenize, run, embed."""
+    """A text's whole way in one process, as the served configs run it: tokenize, run, embed."""
 
-    def __init__(
-        self,
-        model: Path,
-        tokenizer_folder: Path,
-        spec: ModelSpec,
-        accelerators: Sequence[session.Accelerator],
-    ) -> None:
+    def __init__(self, model: Path, tokenizer_folder: Path, spec: ModelSpec) -> None:
         cores = len(os.sched_getaffinity(0))
+        accelerators = [session.Accelerator(name) for name in config.CPU_ACCELERATORS]
         self.spec = spec
         self.tokenizer = text.load(tokenizer_folder, spec)
         self.session, _ = session.open_session(model, accelerators, cores, streams=cores)
@@ -89,7 +84,7 @@ def check(
         QualityError: it misses the bar of its precision.
     """
     bar = BARS[precision]
-    engine = Engine(model, tokenizer_folder, spec, bar.accelerators)
+    engine = Engine(model, tokenizer_folder, spec)
     together = engine.embed(texts)
     cosines = vectors.cosine(together, expected)
     record: dict[str, Any] = {

@@ -16,6 +16,8 @@ MAX_QUEUE_SIZE = 1024
 """Requests that may wait at a step; more are rejected at once with UNAVAILABLE."""
 ONNX_INSTANCES = 2
 """Instances of the ONNX step: while one returns its vectors the other computes."""
+CPU_ACCELERATORS = ("openvino",)
+"""Execution accelerators of the ONNX step on CPU."""
 HEADER = "# Written by the build. Change the build's source (tools/config.py), not this file.\n"
 
 
@@ -67,7 +69,8 @@ def onnx(name: str, spec: ModelSpec) -> pb.ModelConfig:
         optimization=pb.ModelOptimizationPolicy(
             execution_accelerators=pb.ModelOptimizationPolicy.ExecutionAccelerators(
                 cpu_execution_accelerator=[
-                    pb.ModelOptimizationPolicy.ExecutionAccelerators.Accelerator(name="openvino")
+                    pb.ModelOptimizationPolicy.ExecutionAccelerators.Accelerator(name=name)
+                    for name in CPU_ACCELERATORS
                 ]
             )
         ),

@@ -114,9 +114,9 @@ def _engine_alone(settings: Settings, name: str, model: str) -> tuple[float, flo
 def engine_texts_per_s(onnx: Path, tokenizer: Path) -> tuple[float, float]:
     """This process's texts/s, warm: all texts at once, and CONCURRENCY at a time."""
     from halimede_ops import spec
-    from tools.check import BARS, Engine
+    from tools.check import Engine
 
-    engine = Engine(onnx, tokenizer, spec.load(tokenizer), BARS["fp32"].accelerators)
+    engine = Engine(onnx, tokenizer, spec.load(tokenizer))
     texts = corpus.mixed_texts(TEXTS)
     parts = [texts[start : start + CONCURRENCY] for start in range(0, TEXTS, CONCURRENCY)]
 
