@@ -67,8 +67,8 @@ MODELS = (
         weights_file="model.safetensors",
         weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         weights_size_bytes=90868376,
-        # The inputs of this layer have outliers: without it the mean cosine over the check's
-        # texts is 0.9929, with it 0.9955, for 5 % of the speed. No other layer gains as much.
+        # Quantising this node takes the mean cosine over the check's texts from 0.9961 to 0.9936,
+        # below the bar, for about 5 % of the speed. No other layer's costs as much.
         int8_kept_fp32=("layer.0/output/dense/MatMul",),
     ),
 )
