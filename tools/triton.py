@@ -57,7 +57,7 @@ class Options(BaseModel):
         return {"HTTP": self.http_port, "gRPC": self.grpc_port, "metrics": self.metrics_port}
 
     def arguments(self) -> list[str]:
-        """Tritonserver's arguments; the same for the wheel's server and for NVIDIA's container."""
+        """The arguments of tritonserver; the same for the wheel's and for NVIDIA's container."""
         loaded = self.models or ("*",)
         return [
             "--model-control-mode=explicit",

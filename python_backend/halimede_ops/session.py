@@ -108,7 +108,7 @@ def open_session(
 def execution_providers(
     accelerators: Sequence[Accelerator], threads: int, streams: int
 ) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
-    """Onnxruntime's providers for the accelerators of a config.pbtxt, and the missing names."""
+    """The execution providers for a config.pbtxt's accelerators, and the missing names."""
     available = set(onnxruntime.get_available_providers())
     providers: list[tuple[str, dict[str, str]]] = []
     missing: list[str] = []
@@ -143,7 +143,7 @@ def _provider(accelerator: Accelerator, threads: int, streams: int) -> tuple[str
 
 
 def tensorrt_options(parameters: dict[str, str]) -> dict[str, str]:
-    """Onnxruntime's TensorRT options from the keys Triton's ONNX Runtime backend takes."""
+    """TensorRT options of onnxruntime from the keys that Triton's ONNX Runtime backend takes."""
     options = {key: value for key, value in parameters.items() if key.startswith("trt_")}
     if "max_workspace_size_bytes" in parameters:
         options["trt_max_workspace_size"] = parameters["max_workspace_size_bytes"]
