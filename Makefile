@@ -1,5 +1,7 @@
 # The index of verbs. `make serve` and `make test` do everything on a fresh clone.
 MODEL ?= all-MiniLM-L6-v2
+NAME ?=
+DEVICE ?= cpu
 ARGS ?=
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,13 +23,17 @@ env: .venv/.installed  ## Make the virtual environment
 	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,docker,build,test,lint]'
 	@touch $@
 
-build: env  ## Build MODEL into model_repository/
-	$(BIN)/python -m tools build $(MODEL) $(ARGS)
+build: env  ## Build MODEL (a name or a folder) into model_repository/; NAME=…, DEVICE=cuda
+	$(BIN)/python -m tools build $(MODEL) $(if $(NAME),--name $(NAME)) --device $(DEVICE) $(ARGS)
+
+.PHONY: default
+default: env
+	@$(BIN)/python -m tools build
 
 serve: env  ## Build what is missing and serve; ARGS='--http-port 9000 …'
 	@exec $(BIN)/python -m tools serve $(ARGS)
 
-test: env build  ## Lint, then run every test against a real Triton
+test: env default  ## Lint, then run every test against a real Triton
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -40,7 +46,7 @@ format: env  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-perf: env build  ## Server against bare engine with perf_analyzer; report in docs/benchmarks/
+perf: env default  ## Server against bare engine with perf_analyzer; report in docs/benchmarks/
 	$(BIN)/python -m tools perf $(ARGS)
 
 sts: env  ## STS Spearman through a running server; ARGS='--file stsb-dev.tsv'

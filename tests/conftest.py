@@ -62,5 +62,6 @@ def source(settings: Settings) -> Path:
 def expected(source: Path, texts: list[str]) -> np.ndarray:
     """sentence-transformers' embeddings of `texts`."""
     from tools.check import reference
+    from tools.describe import Reading
 
-    return reference(source, texts)
+    return reference(source, texts, Reading(MODEL))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from halimede_ops.errors import HalimedeError
-from tools import catalogue
+from halimede import catalogue
+from halimede_ops.errors import HalimedeError, InvalidInput
 from tools.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -17,12 +17,73 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 @app.command()
 def build(
-    model: Annotated[str, typer.Argument(help="Name in the catalogue.")] = catalogue.DEFAULT,
+    model: Annotated[
+        str, typer.Argument(help="Name in the catalogue, or path of a model's folder.")
+    ] = catalogue.DEFAULT,
+    name: Annotated[
+        str | None, typer.Option(help="Name to serve it under; default: the model's or folder's.")
+    ] = None,
+    precisions: Annotated[str, typer.Option(help="Separated by commas.")] = "fp32,fp16,int8",
+    accept: Annotated[
+        str, typer.Option(help="Precisions to publish even if they miss their bar.")
+    ] = "",
+    accept_licence: Annotated[
+        str | None, typer.Option(help="A restricted licence that you have read, by its name.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the folder carries.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or tensorrt: what the configs ask for.")
+    ] = "cpu",
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Token limit to serve with; at most the model's.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Prompt of an input type: 'query=search: '.")
+    ] = None,
+    token_embeddings: Annotated[
+        bool, typer.Option("--token-embeddings", help="Also serve the last hidden state.")
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Texts to calibrate INT8 on, one a line.")
+    ] = None,
+    sts: Annotated[
+        Path | None, typer.Option(help="STS file to score: score, sentence1, sentence2.")
+    ] = None,
 ) -> None:
     """Build a model's folders in the repository, doing only what is missing."""
     from tools.build import build as build_model
+    from tools.build import order
 
-    build_model(model, Settings())
+    options: dict[str, Any] = {
+        "precisions": _names(precisions),
+        "accepted": _names(accept),
+        "accepted_licence": accept_licence,
+        "device": device,
+        "calibration": calibration,
+        "sts": sts,
+        "trust_remote_code": trust_remote_code,
+        "max_tokens": max_tokens,
+        "token_embeddings": token_embeddings,
+    }
+    if prompt:
+        options["prompts"] = _prompts(prompt)
+    build_model(order(model, name, **options), Settings())
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
+
+
+def _prompts(given: list[str]) -> dict[str, str]:
+    prompts = {}
+    for entry in given:
+        input_type, equals, prompt = entry.partition("=")
+        if not equals:
+            raise InvalidInput("--prompt is not INPUT_TYPE=TEXT, such as 'query=search: '.")
+        prompts[input_type] = prompt
+    return prompts
 
 
 @app.command()
@@ -49,7 +110,7 @@ def serve(
         grpc_port=grpc_port,
         metrics_port=metrics_port,
         log_level=log_level,
-        models=tuple(name.strip() for name in models.split(",") if name.strip()),
+        models=_names(models),
     )
     serve_repository(Settings(), options, runtime)
 
@@ -63,7 +124,7 @@ def perf(
     """Measure the server under load against the engine alone; write the report."""
     from tools.perf import perf as measure
 
-    measure(Settings(), model, precisions.split(","), rounds)
+    measure(Settings(), model, _names(precisions), rounds)
 
 
 @app.command()
@@ -76,9 +137,10 @@ def sts(
     from halimede import Embedder
     from tools.sts import spearman
 
-    for model in models.split(","):
+    for model in _names(models):
         with Embedder(url, model) as embedder:
-            print(f"{model}\t{spearman(file, embedder):.3f}")
+            score = spearman(file, lambda texts: embedder.embed(texts).vectors)
+            print(f"{model}\t{score:.3f}")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Build: one model's whole way from its name to its folders in the repository.
+"""Build: one model's whole way from its name or folder to its folders in the repository.
 
 Download → export → optimise → quantise → check → write. Every step is done once: a second
 build does what is missing and nothing else.
@@ -6,110 +6,244 @@ build does what is missing and nothing else.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from halimede_ops import session, text
-from halimede_ops.errors import BuildError
+from halimede import catalogue
+from halimede_ops import session, spec, text
+from halimede_ops.errors import BuildError, InvalidInput, LicenceNotAccepted, QualityError
 from halimede_ops.spec import ModelSpec
-from tools import catalogue, corpus, repository
+from tools import config, corpus, describe, repository
 from tools.check import BARS, TOOLS
-from tools.describe import describe
-from tools.download import download, verify
+from tools.describe import Reading
+from tools.download import download
 from tools.settings import Settings
-from tools.steps import console, key_of, once, sha256
+from tools.steps import console, fingerprint, key_of, once, sha256
 
 PRECISIONS = tuple(BARS)
-STEP_MODULES = ("export", "quantise", "corpus", "check")
+LOCK = ".lock"
 
 
-def build(name: str, settings: Settings) -> list[str]:
-    """Build the catalogue's model `name` in every precision; the names it is served under.
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What to build, and what the user has accepted."""
+
+    reading: Reading
+    source: catalogue.Model | Path
+    """A row of the catalogue, or the model's own folder."""
+    precisions: tuple[str, ...] = PRECISIONS
+    accepted: tuple[str, ...] = ()
+    """Precisions that are published even when they miss their bar."""
+    accepted_licence: str | None = None
+    device: str = config.CPU
+    calibration: Path | None = None
+    """File with one text a line to take INT8's ranges from, instead of the built-in texts."""
+    sts: Path | None = None
+    """STS file to score every precision on."""
+
+    @property
+    def name(self) -> str:
+        """Name the model is served under."""
+        return self.reading.name
+
+
+def order(model: str, name: str | None = None, **options: Any) -> Order:
+    """The Order for a name of the catalogue or the path of a folder.
+
+    `options` are the fields of Order and Reading.
 
     Raises:
-        ModelNotFound: the catalogue has no such row.
+        ModelNotFound: it is neither.
+        InvalidInput: a precision or device is unknown, or a folder's name cannot be served.
+    """
+    reading = {key: options.pop(key) for key in Reading._fields if key in options}
+    folder = Path(model)
+    if folder.is_dir() or model.startswith((".", "/")):
+        chosen = name or folder.resolve().name
+        source: catalogue.Model | Path = folder.resolve()
+    else:
+        source = catalogue.find(model)
+        chosen = name or source.name
+        facts = ("prompts", "matryoshka", "layer_norm_before_cut")
+        reading = {fact: getattr(source, fact) for fact in facts} | reading
+    if not chosen.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise InvalidInput(f"name is {chosen!r}; use letters, digits, '-', '_' and '.'.")
+    made = Order(Reading(chosen, **reading), source, **options)
+    for given in (*made.precisions, *made.accepted):
+        if given not in PRECISIONS:
+            raise InvalidInput(f"precision is {given!r}; use {', '.join(PRECISIONS)}.")
+    config.check_device(made.device)
+    return made
+
+
+def build(wanted: Order, settings: Settings) -> list[str]:
+    """Build what is wanted; the names of the ensembles it is served under.
+
+    Raises:
+        InvalidModel: the folder is not a model that is supported.
         BuildError: a step failed, or another build of the model runs; the repository is as it was.
     """
-    model = catalogue.find(name)
-    folder = settings.home / "models" / name
+    check_licence(wanted)
+    folder = settings.models / wanted.name
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            console.print(f"[bold]{name}[/]")
-            built = _steps(model, folder)
+        with FileLock(folder / LOCK, timeout=0):
+            console.print(f"[bold]{wanted.name}[/]")
+            built = _steps(wanted, folder, settings)
             ensembles = repository.write(built, settings.repository)
             console.print(f"  [green]✓[/] write: {', '.join(ensembles)}")
             return ensembles
     except Timeout:
         raise BuildError(
-            f"another build of {name} is running; wait for it, then run the same command again"
+            f"another build of {wanted.name} is running; wait for it, then run the same command "
+            "again"
         ) from None
 
 
-def _steps(model: catalogue.Model, folder: Path) -> repository.Built:
-    source = once(
-        folder / "source",
-        key_of("download", model.weights_sha256),
-        "download",
-        lambda target: download(model, target),
+def check_licence(wanted: Order) -> None:
+    """Nothing, when the model's licence needs no consent, or has it.
+
+    Raises:
+        LicenceNotAccepted: the licence restricts use and was not accepted by name.
+    """
+    row = wanted.source
+    if isinstance(row, Path) or not row.restricted or wanted.accepted_licence == row.licence:
+        return
+    raise LicenceNotAccepted(
+        f"{row.name} is under {row.licence}: {row.restricted} Read it; "
+        f"then pass --accept-licence {row.licence}."
     )
-    verify(model, source)
-    spec = describe(source, model.name)
+
+
+def _steps(wanted: Order, folder: Path, settings: Settings) -> repository.Built:
+    source = _source(wanted, folder)
+    describe.check_memory(source, wanted.name, settings.memory_limit_bytes)
     versions = [f"{tool}={importlib.metadata.version(tool)}" for tool in TOOLS]
-    # A step is done again when its own code changes.
-    code = {name: sha256(Path(__file__).parent / f"{name}.py") for name in STEP_MODULES}
     exported = once(
         folder / "fp32",
-        key_of(code["export"], spec.to_json(), *versions),
+        key_of(
+            _code("describe", "export", "graph"),
+            fingerprint(source),
+            json.dumps(wanted.reading),
+            *versions,
+        ),
         "export to ONNX, optimise (fp32)",
-        lambda target: _export(source, spec, target),
+        lambda target: _export(source, wanted.reading, target),
     )
-    fp32_digest = sha256(exported / session.FILE_NAME)
-    fp16 = once(
-        folder / "fp16",
-        key_of(code["quantise"], fp32_digest, *versions),
-        "quantise (fp16)",
-        lambda target: _to_fp16(exported, target),
-    )
-    int8 = once(
-        folder / "int8",
-        key_of(code["quantise"], code["corpus"], fp32_digest, *model.int8_kept_fp32, *versions),
-        "quantise (int8)",
-        lambda target: _to_int8(exported, spec, model.int8_kept_fp32, target),
-    )
-    files = {
-        precision: step / session.FILE_NAME
-        for precision, step in (("fp32", exported), ("fp16", fp16), ("int8", int8))
-    }
+    facts = spec.load(exported)
+    _say_where_folder_differs(wanted, facts)
+    steps = {"fp32": exported}
+    if "fp16" in wanted.precisions:
+        steps["fp16"] = once(
+            folder / "fp16",
+            key_of(_code("quantise", "graph"), fingerprint(exported), *versions),
+            "quantise (fp16)",
+            lambda target: _to_fp16(exported, target),
+        )
+    if "int8" in wanted.precisions:
+        calibration = corpus.calibration(wanted.calibration)
+        kept = () if isinstance(wanted.source, Path) else wanted.source.int8_kept_fp32
+        steps["int8"] = once(
+            folder / "int8",
+            key_of(
+                _code("quantise", "graph", "corpus"), fingerprint(exported), *calibration, *kept,
+                *versions,
+            ),
+            "quantise (int8)",
+            lambda target: _to_int8(exported, facts, calibration, kept, target),
+        )  # fmt: skip
+    files = {precision: step / session.FILE_NAME for precision, step in steps.items()}
     checked = once(
         folder / "checked",
-        key_of(code["check"], code["corpus"], spec.space, *map(sha256, files.values()), *versions),
+        key_of(
+            _code("check", "corpus", "sts"),
+            facts.space,
+            *(fingerprint(step) for step in steps.values()),
+            sha256(wanted.sts) if wanted.sts else "",
+            *versions,
+        ),
         "check against sentence-transformers",
-        lambda target: _check(source, exported, files, spec, target),
+        lambda target: _check(source, wanted, files, facts, target),
     )
+    records = {name: json.loads((checked / f"{name}.json").read_text()) for name in files}
+    published = _published(wanted, records)
     return repository.Built(
-        spec=spec,
+        spec=facts,
         tokenizer=exported / text.FILE_NAME,
-        models=files,
-        quality={
-            precision: json.loads((checked / f"{precision}.json").read_text())
-            for precision in files
-        },
+        models={name: files[name] for name in published},
+        quality={name: records[name] for name in published},
+        device=wanted.device,
     )
+
+
+def _source(wanted: Order, folder: Path) -> Path:
+    row = wanted.source
+    if isinstance(row, Path):
+        describe.check_modules(row, wanted.name)
+        return row
+    return once(
+        folder / "source",
+        key_of("download", row.weights_sha256 or json.dumps(row.sources)),
+        "download",
+        lambda target: download(row, target),
+    )
+
+
+def _published(wanted: Order, records: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The wanted precisions that reach their bar or are accepted below it.
+
+    Raises:
+        QualityError: FP32 misses its bar, or nothing is left to publish.
+    """
+    published = []
+    for precision in wanted.precisions:
+        missed = "; ".join(records[precision]["missed"])
+        if not missed or precision in wanted.accepted:
+            published.append(precision)
+            continue
+        line = (
+            f"{wanted.name} in {precision} is not published: {missed}. "
+            f"Publish it all the same with --accept {precision}."
+        )
+        if precision == "fp32":
+            raise QualityError(line)
+        console.print(f"  [yellow]! {line}[/]")
+    if not published:
+        raise QualityError(f"no precision of {wanted.name} reaches its bar.")
+    return published
+
+
+def _say_where_folder_differs(wanted: Order, facts: ModelSpec) -> None:
+    """The catalogue is for finding models; where the folder says otherwise, the folder holds."""
+    row = wanted.source
+    if isinstance(row, Path):
+        return
+    for name, listed, found in (
+        ("dims", row.dims, facts.dims),
+        ("max_tokens", row.max_tokens, facts.max_tokens),
+    ):
+        if listed != found:
+            console.print(f"  [yellow]! {name}: the catalogue has {listed}, the folder {found}[/]")
+
+
+def _code(*modules: str) -> str:
+    """A key of the tools' own code: a step is done again when it changes."""
+    return key_of(*(sha256(Path(__file__).parent / f"{module}.py") for module in modules))
 
 
 # The heavy imports (torch, nncf) wait until a step really runs: a second build takes seconds.
 
 
-def _export(source: Path, spec: ModelSpec, target: Path) -> None:
+def _export(source: Path, reading: Reading, target: Path) -> None:
     from tools.export import export
 
-    export(source, spec, target)
+    export(source, reading, target)
 
 
 def _to_fp16(exported: Path, target: Path) -> None:
@@ -118,22 +252,36 @@ def _to_fp16(exported: Path, target: Path) -> None:
     to_fp16(exported / session.FILE_NAME, target / session.FILE_NAME)
 
 
-def _to_int8(exported: Path, spec: ModelSpec, kept_fp32: Sequence[str], target: Path) -> None:
+def _to_int8(
+    exported: Path,
+    facts: ModelSpec,
+    calibration: list[str],
+    kept: tuple[str, ...],
+    target: Path,
+) -> None:
     from tools.quantise import to_int8
 
     fp32, int8 = exported / session.FILE_NAME, target / session.FILE_NAME
-    to_int8(fp32, exported, spec, corpus.calibration_texts(), kept_fp32, int8)
+    texts = corpus.check_texts()[::3]
+    done = to_int8(fp32, exported, facts, calibration, texts, kept, int8)
+    (target / "quantised.json").write_text(json.dumps(done, indent=2))
 
 
 def _check(
-    source: Path, exported: Path, files: dict[str, Path], spec: ModelSpec, target: Path
+    source: Path, wanted: Order, files: Mapping[str, Path], facts: ModelSpec, target: Path
 ) -> None:
-    from tools.check import check, reference
+    from tools.check import Engine, check, reference
+    from tools.sts import spearman
 
     texts = corpus.check_texts()
-    expected = reference(source, texts)
+    expected = reference(source, texts, wanted.reading)
     for precision, path in files.items():
-        record = check(precision, path, files["fp32"], exported, spec, texts, expected)
+        engine = Engine(path, files["fp32"].parent, facts)
+        record = check(precision, path, files["fp32"], engine, texts, expected)
+        if precision == "int8":
+            record |= json.loads((path.parent / "quantised.json").read_text())
+        if wanted.sts is not None:
+            record["sts_spearman"] = round(spearman(wanted.sts, engine.embed), 3)
         console.print(f"    {_summary(record)}")
         (target / f"{precision}.json").write_text(json.dumps(record, indent=2))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from halimede_ops.spec import POOLED, ModelSpec
+from halimede_ops.errors import InvalidInput
+from halimede_ops.spec import MULTI_VECTOR, POOLED, SPARSE, TOKEN_EMBEDDINGS, ModelSpec
 
 MAX_BATCH_SIZE = 128
 """Most rows in one request, and most that are batched together."""
@@ -18,6 +19,21 @@ ONNX_INSTANCES = 2
 """Instances of the ONNX step: while one returns its vectors the other computes."""
 CPU_ACCELERATORS = ("openvino",)
 """Execution accelerators of the ONNX step on CPU."""
+CPU, CUDA, TENSORRT = "cpu", "cuda", "tensorrt"
+"""Devices that a config can ask for. `cpu` runs on a GPU as well where Triton finds one."""
+DEVICES = (CPU, CUDA, TENSORRT)
+TENSORRT_CACHE = "/var/cache/halimede/tensorrt"
+"""Folder on the server that keeps TensorRT's engines: the first start builds them."""
+TENSORRT_ROWS = 32
+"""Rows in one request that TensorRT's kernels are tuned for."""
+WARM_TOKENS = 512
+"""Longest warm-up request."""
+HEAD_OUTPUTS = {
+    SPARSE: ("SPARSE_IDS", "SPARSE_WEIGHTS"),
+    MULTI_VECTOR: ("MULTI_VECTORS",),
+    TOKEN_EMBEDDINGS: ("TOKEN_EMBEDDINGS",),
+}
+"""Outputs of an ensemble for each further head of its model."""
 HEADER = "# Written by the build. Change the build's source (tools/config.py), not this file.\n"
 
 
@@ -53,26 +69,22 @@ def tokenizer(name: str, spec: ModelSpec) -> pb.ModelConfig:
     )
 
 
-def onnx(name: str, spec: ModelSpec) -> pb.ModelConfig:
-    """input_ids, attention_mask → the pooled vector."""
+def onnx(name: str, spec: ModelSpec, precision: str, device: str) -> pb.ModelConfig:
+    """input_ids, attention_mask → the pooled vector, and one row a token for each further head."""
     return pb.ModelConfig(
         name=name,
         backend="onnxruntime",
         default_model_filename="model.onnx",
         max_batch_size=MAX_BATCH_SIZE,
         input=[_input("input_ids", pb.TYPE_INT64, -1), _input("attention_mask", pb.TYPE_INT64, -1)],
-        output=[_output(POOLED, pb.TYPE_FP32, spec.dims)],
-        instance_group=[
-            pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_AUTO, count=ONNX_INSTANCES)
+        output=[
+            _output(POOLED, pb.TYPE_FP32, spec.dims),
+            *[_output(head, pb.TYPE_FP32, -1, width) for head, width in spec.heads.items()],
         ],
+        instance_group=[_instances(device)],
         dynamic_batching=_batching(),
         optimization=pb.ModelOptimizationPolicy(
-            execution_accelerators=pb.ModelOptimizationPolicy.ExecutionAccelerators(
-                cpu_execution_accelerator=[
-                    pb.ModelOptimizationPolicy.ExecutionAccelerators.Accelerator(name=name)
-                    for name in CPU_ACCELERATORS
-                ]
-            )
+            execution_accelerators=_accelerators(spec, precision, device)
         ),
         model_warmup=[
             pb.ModelWarmup(
@@ -83,20 +95,32 @@ def onnx(name: str, spec: ModelSpec) -> pb.ModelConfig:
                     for key in ("input_ids", "attention_mask")
                 },
             )
-            for length in spec.length_buckets
+            for length in warm_lengths(spec)
             for rows in (1, 8)
         ],
+        parameters=_parameters({"max_tokens": str(spec.max_tokens)}),
     )
 
 
+def warm_lengths(spec: ModelSpec) -> list[int]:
+    """Token lengths of the warm-up requests."""
+    return [length for length in spec.length_buckets if length <= WARM_TOKENS]
+
+
 def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
-    """The pooled vector, DIMENSIONS → EMBEDDING."""
+    """The pooled vector, DIMENSIONS → EMBEDDING; heads with ids and mask → their outputs."""
+    heads = [_input(head, pb.TYPE_FP32, -1, width) for head, width in spec.heads.items()]
+    tokens = [_input(name, pb.TYPE_INT64, -1) for name in ("input_ids", "attention_mask")]
     return pb.ModelConfig(
         name=name,
         backend="pooler",
         max_batch_size=MAX_BATCH_SIZE,
-        input=[_input(POOLED, pb.TYPE_FP32, spec.dims), _dimensions()],
-        output=[_embedding()],
+        input=[
+            _input(POOLED, pb.TYPE_FP32, spec.dims),
+            _dimensions(),
+            *(heads + tokens if heads else []),
+        ],
+        output=[_embedding(), *_head_outputs(spec)],
         instance_group=[_on_cpu()],
         dynamic_batching=_batching(),
         model_warmup=[
@@ -106,6 +130,14 @@ def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
                 inputs={
                     POOLED: _warm(pb.TYPE_FP32, spec.dims, zero_data=True),
                     "DIMENSIONS": _warm(pb.TYPE_INT32, 1, input_data_file="dimensions"),
+                    **{
+                        entry.name: pb.ModelWarmup.Input(
+                            data_type=entry.data_type,
+                            dims=[max(1, size) for size in entry.dims],
+                            zero_data=True,
+                        )
+                        for entry in (heads + tokens if heads else [])
+                    },
                 },
             )
         ],
@@ -113,49 +145,74 @@ def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
 
 
 def ensemble(
-    name: str, spec: ModelSpec, precision: str, steps: Mapping[str, str]
+    name: str,
+    spec: ModelSpec,
+    precision: str,
+    steps: Mapping[str, str],
+    missed: Sequence[str] = (),
 ) -> pb.ModelConfig:
-    """TEXT, INPUT_TYPE, DIMENSIONS → EMBEDDING, TOKENS; `steps` names the composing models."""
+    """TEXT, INPUT_TYPE, DIMENSIONS → EMBEDDING, TOKENS and the heads' outputs.
+
+    `steps` names the composing models; `missed` is what an accepted precision misses of its bar.
+    """
     parameters = {
         "space": spec.space,
         "precision": precision,
         "dims": str(spec.dims),
         "max_tokens": str(spec.max_tokens),
     }
+    if missed:
+        parameters["below_bar"] = "; ".join(missed)
+    outputs = ["EMBEDDING", *[entry.name for entry in _head_outputs(spec)]]
+    heads = {head: head for head in spec.heads}
+    tokens = {"input_ids": "ids", "attention_mask": "mask"}
     return pb.ModelConfig(
         name=name,
         platform="ensemble",
         max_batch_size=MAX_BATCH_SIZE,
         input=[_text(), _input_type(), _dimensions()],
-        output=[_embedding(), _output("TOKENS", pb.TYPE_INT32, 1)],
+        output=[_embedding(), _output("TOKENS", pb.TYPE_INT32, 1), *_head_outputs(spec)],
         ensemble_scheduling=pb.ModelEnsembling(
             step=[
                 _step(
                     steps["tokenizer"],
                     {"TEXT": "TEXT", "INPUT_TYPE": "INPUT_TYPE"},
-                    {"input_ids": "ids", "attention_mask": "mask", "TOKENS": "TOKENS"},
+                    {**tokens, "TOKENS": "TOKENS"},
                 ),
-                _step(
-                    steps["onnx"],
-                    {"input_ids": "ids", "attention_mask": "mask"},
-                    {POOLED: "pooled"},
-                ),
+                _step(steps["onnx"], tokens, {POOLED: "pooled", **heads}),
                 _step(
                     steps["pooler"],
-                    {POOLED: "pooled", "DIMENSIONS": "DIMENSIONS"},
-                    {"EMBEDDING": "EMBEDDING"},
+                    {
+                        POOLED: "pooled",
+                        "DIMENSIONS": "DIMENSIONS",
+                        **(heads | tokens if heads else {}),
+                    },
+                    {name: name for name in outputs},
                 ),
             ]
         ),
-        parameters={
-            key: pb.ModelParameter(string_value=value) for key, value in parameters.items()
-        },
+        parameters=_parameters(parameters),
     )
+
+
+def check_device(device: str) -> None:
+    """Nothing, when `device` is one that a config can ask for.
+
+    Raises:
+        InvalidInput: it is not.
+    """
+    if device not in DEVICES:
+        raise InvalidInput(f"device is {device!r}; use {', '.join(DEVICES)}.")
 
 
 def read(path: Path) -> pb.ModelConfig:
     """The config of a model folder of the repository."""
     return text_format.Parse(path.read_text(), pb.ModelConfig())
+
+
+def space(path: Path) -> str:
+    """The space that an ensemble's config names."""
+    return str(read(path).parameters["space"].string_value)
 
 
 def _text() -> pb.ModelInput:
@@ -175,12 +232,75 @@ def _embedding() -> pb.ModelOutput:
     return _output("EMBEDDING", pb.TYPE_FP32, -1)
 
 
-def _input(name: str, data_type: int, length: int, optional: bool = False) -> pb.ModelInput:
-    return pb.ModelInput(name=name, data_type=data_type, dims=[length], optional=optional)
+def _head_outputs(spec: ModelSpec) -> list[pb.ModelOutput]:
+    outputs = []
+    for head, width in spec.heads.items():
+        for name in HEAD_OUTPUTS[head]:
+            if name == "SPARSE_IDS":
+                outputs.append(_output(name, pb.TYPE_INT32, -1))
+            elif name == "SPARSE_WEIGHTS":
+                outputs.append(_output(name, pb.TYPE_FP32, -1))
+            else:
+                outputs.append(_output(name, pb.TYPE_FP32, -1, width))
+    return outputs
 
 
-def _output(name: str, data_type: int, length: int) -> pb.ModelOutput:
-    return pb.ModelOutput(name=name, data_type=data_type, dims=[length])
+def _input(name: str, data_type: int, *dims: int, optional: bool = False) -> pb.ModelInput:
+    return pb.ModelInput(name=name, data_type=data_type, dims=dims, optional=optional)
+
+
+def _output(name: str, data_type: int, *dims: int) -> pb.ModelOutput:
+    return pb.ModelOutput(name=name, data_type=data_type, dims=dims)
+
+
+def _parameters(values: Mapping[str, str]) -> dict[str, pb.ModelParameter]:
+    return {key: pb.ModelParameter(string_value=value) for key, value in values.items()}
+
+
+def _instances(device: str) -> pb.ModelInstanceGroup:
+    """The ONNX step's instances. KIND_AUTO takes a GPU where Triton has one, else the CPU."""
+    group = pb.ModelInstanceGroup
+    kind = group.KIND_AUTO if device == CPU else group.KIND_GPU
+    return pb.ModelInstanceGroup(kind=kind, count=ONNX_INSTANCES)
+
+
+def _accelerators(
+    spec: ModelSpec, precision: str, device: str
+) -> pb.ModelOptimizationPolicy.ExecutionAccelerators:
+    policy = pb.ModelOptimizationPolicy.ExecutionAccelerators
+    if device == CUDA:
+        return policy(gpu_execution_accelerator=[policy.Accelerator(name="cuda")])
+    if device == TENSORRT:
+        parameters = tensorrt_parameters(spec, precision)
+        accelerator = policy.Accelerator(name="tensorrt", parameters=parameters)
+        return policy(gpu_execution_accelerator=[accelerator])
+    return policy(
+        cpu_execution_accelerator=[policy.Accelerator(name=name) for name in CPU_ACCELERATORS]
+    )
+
+
+def tensorrt_parameters(spec: ModelSpec, precision: str) -> dict[str, str]:
+    """Parameters of Triton's TensorRT accelerator: precision, engine cache, and one profile of
+    shapes from one row of the shortest bucket to a full batch of the longest.
+    """
+    buckets = spec.length_buckets
+    shapes = {
+        "min": (1, buckets[0]),
+        "opt": (TENSORRT_ROWS, min(buckets, key=lambda length: abs(length - 64))),
+        "max": (MAX_BATCH_SIZE, buckets[-1]),
+    }
+    return {
+        "precision_mode": precision.upper(),
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": f"{TENSORRT_CACHE}/{spec.space}-{precision}",
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": TENSORRT_CACHE,
+        **{
+            f"trt_profile_{name}_shapes": f"input_ids:{rows}x{length},"
+            f"attention_mask:{rows}x{length}"
+            for name, (rows, length) in shapes.items()
+        },
+    }
 
 
 def _on_cpu() -> pb.ModelInstanceGroup:

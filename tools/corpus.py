@@ -10,6 +10,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from halimede_ops.errors import InvalidInput
+
 SENTENCES = (Path(__file__).parent / "data" / "sentences.txt").read_text("utf-8").splitlines()
 
 ODD_TEXTS = (
@@ -52,6 +54,25 @@ ODD_TEXTS = (
 def calibration_texts(count: int = 300) -> list[str]:
     """Texts to take activation ranges from: the even sentences, alone and joined."""
     return list(_drawn(SENTENCES[::2], count, random.Random(1)))
+
+
+def calibration(file: Path | None) -> list[str]:
+    """The lines of the user's file, else the built-in calibration texts.
+
+    Raises:
+        InvalidInput: the file cannot be read or has no text.
+    """
+    if file is None:
+        return calibration_texts()
+    try:
+        lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InvalidInput(
+            f"the calibration file cannot be read as UTF-8 text ({type(error).__name__})."
+        ) from None
+    if not lines:
+        raise InvalidInput("the calibration file has no text; give one text a line.")
+    return lines
 
 
 def check_texts(count: int = 600) -> list[str]:

@@ -8,9 +8,20 @@ import sys
 import zipfile
 from pathlib import Path
 
+from halimede.catalogue import Hub, Model, Source, Wheel
 from halimede_ops.errors import ChecksumMismatch, DownloadError
-from tools.catalogue import Hub, Model, Source, Wheel
 from tools.steps import console, sha256
+
+HUB_FILES = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "*_linear.pt",
+    "*.py",
+)
+"""What a build reads of a repository on the hub; code in it runs only when it is trusted."""
 
 
 def download(model: Model, folder: Path) -> None:
@@ -45,6 +56,9 @@ def verify(model: Model, folder: Path) -> None:
         ChecksumMismatch: they are not.
     """
     weights = folder / model.weights_file
+    if model.weights_sha256 is None:
+        console.print(f"    [yellow]{model.name}: no sha256 is recorded; the source is trusted[/]")
+        return
     if not weights.exists():
         raise ChecksumMismatch(f"{model.weights_file} is missing")
     digest = sha256(weights)
@@ -102,7 +116,8 @@ def _fetch_hub(source: Hub, folder: Path) -> None:
             source.repository,
             revision=source.revision,
             local_dir=folder,
-            allow_patterns=["*.json", "*.txt", "*.model", "model.safetensors"],
+            allow_patterns=list(HUB_FILES),
+            ignore_patterns=["onnx/*", "openvino/*"],
         )
     except Exception as error:  # the hub library raises many classes, httpx's and its own
         raise DownloadError(

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import nncf
 import numpy as np
+import onnx
+import onnxruntime
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from halimede_ops import text
+from halimede_ops import text, vectors
+from halimede_ops.session import DATA_SUFFIX
 from halimede_ops.spec import ModelSpec
+from tools import graph
+from tools.check import BARS, Engine
+from tools.steps import console
 
-KEPT_FP32 = ("ReduceSum", "ReduceL2", "Clip", "Div", "Softmax", "LayerNormalization")
+KEPT_FP32 = (
+    "ReduceSum", "ReduceL2", "ReduceMean", "Pow", "Sqrt", "Clip", "Div", "Softmax",
+    "LayerNormalization",
+)  # fmt: skip
 """Operators that FP16 would round or overflow in: sums over tokens, norms, softmax."""
+KEEP_COUNTS = (0, 1, 2, 4, 8)
+"""How many of the MatMuls that suffer most are left in FP32, tried in turn."""
+MARGIN = 0.0005
+"""What the mean cosine to FP32 must have beyond the bar of the mean cosine to the reference."""
+RANKING_TEXTS = 24
+FROM_MATMUL = ("MatMul", "Gemm")
 
 
 def to_fp16(fp32: Path, target: Path) -> None:
     """Write `target`: weights in float16, inputs and outputs as before."""
-    import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
     model = convert_float_to_float16(
         onnx.load(fp32), keep_io_types=True, op_block_list=list(KEPT_FP32)
     )
-    onnx.save(model, target)
+    graph.save(model, target)
 
 
 def to_int8(
@@ -31,33 +46,102 @@ def to_int8(
     tokenizer_folder: Path,
     spec: ModelSpec,
     calibration: Sequence[str],
-    kept_fp32: Sequence[str],
+    texts: Sequence[str],
+    kept_first: Sequence[str],
     target: Path,
-) -> None:
+) -> dict[str, Any]:
     """Write `target`: static QDQ INT8, activation ranges calibrated on the texts given.
 
-    Nodes whose name contains one of `kept_fp32` are left as they are.
-
     Static, because dynamic quantisation takes its ranges from the whole batch, so that a
-    text's vector would depend on its neighbours.
+    text's vector would depend on its neighbours. Where plain INT8 misses its bar on `texts`, the
+    MatMuls whose inputs suffer most are left in FP32, a few more in each attempt; nodes whose
+    name contains one of `kept_first` are left from the start.
+
+    Returns:
+        What was left in FP32, and each attempt's mean cosine to FP32.
     """
-    import nncf
-    import onnx
+    expected = Engine(fp32, tokenizer_folder, spec).embed(texts)
+    feeds = list(_feeds(text.load(tokenizer_folder, spec), calibration))
+    named = [node.name for node in onnx.load(fp32, load_external_data=False).graph.node]
+    first = [name for name in named if any(part in name for part in kept_first)]
+    attempts: list[dict[str, Any]] = []
+    ranked: list[str] = []
+    for count in KEEP_COUNTS:
+        if count == 1:
+            ranked = [name for name in suffering(fp32, feeds[:RANKING_TEXTS]) if name not in first]
+        kept = [*first, *ranked[:count]]
+        _quantise(fp32, feeds, kept, target)
+        got = Engine(target, tokenizer_folder, spec).embed(texts)
+        cosine = float(vectors.cosine(got, expected).mean())
+        attempts.append({"kept_fp32": kept, "mean_cosine": round(cosine, 6)})
+        console.print(f"    {len(kept)} MatMuls left in FP32: mean cosine {cosine:.6f}")
+        if cosine >= BARS["int8"].mean_cosine + MARGIN:
+            break
+    return {"kept_fp32": kept, "attempts": attempts}
 
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    tokenizer = text.load(tokenizer_folder, spec)
 
-    def feed(sample: str) -> dict[str, np.ndarray]:
-        ids = np.array([tokenizer.encode([sample], [None])[0].ids], np.int64)
-        return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+def suffering(fp32: Path, feeds: Sequence[dict[str, np.ndarray]]) -> list[str]:
+    """Names of the MatMuls with weights, the one whose input loses most by INT8 first.
 
+    The loss is the energy of the rounding error relative to the input's own, rounded over the
+    range that its values have in all feeds: outliers widen the range and drown the rest.
+    """
     model = onnx.load(fp32)
-    kept = [node.name for node in model.graph.node if any(part in node.name for part in kept_fp32)]
+    weights = {weight.name for weight in model.graph.initializer}
+    inputs = {
+        node.name: node.input[0]
+        for node in model.graph.node
+        if node.op_type in FROM_MATMUL and node.input[1] in weights
+    }
+    values = _activations(model, sorted(set(inputs.values())), feeds)
+    loss = {name: _rounding_loss(arrays) for name, arrays in values.items()}
+    return sorted(inputs, key=lambda node: loss[inputs[node]], reverse=True)
+
+
+def _activations(
+    model: onnx.ModelProto, names: Sequence[str], feeds: Sequence[dict[str, np.ndarray]]
+) -> dict[str, list[np.ndarray]]:
+    """The named tensors' values in each feed."""
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    run = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    ).run
+    results = [run(list(names), feed) for feed in feeds]
+    return {name: [result[index] for result in results] for index, name in enumerate(names)}
+
+
+def _rounding_loss(arrays: Sequence[np.ndarray]) -> float:
+    low = min(0.0, *(float(array.min()) for array in arrays))
+    high = max(0.0, *(float(array.max()) for array in arrays))
+    step = (high - low) / 255 or 1.0
+    losses = [
+        np.square(np.round(array / step) * step - array).sum() / max(np.square(array).sum(), 1e-12)
+        for array in arrays
+    ]
+    return float(np.mean(losses))
+
+
+def _quantise(
+    fp32: Path, feeds: Sequence[dict[str, np.ndarray]], kept: Sequence[str], target: Path
+) -> None:
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     quantised = nncf.quantize(
-        model,
-        nncf.Dataset(list(calibration), feed),
+        onnx.load(fp32),
+        nncf.Dataset(feeds),
         model_type=nncf.ModelType.TRANSFORMER,
-        subset_size=len(calibration),
-        ignored_scope=nncf.IgnoredScope(names=kept),
+        subset_size=len(feeds),
+        ignored_scope=nncf.IgnoredScope(names=list(kept)),
     )
-    onnx.save(quantised, target)
+    for path in (target, target.with_name(target.name + DATA_SUFFIX)):
+        path.unlink(missing_ok=True)
+    graph.save(quantised, target)
+
+
+def _feeds(tokenizer: text.TextTokenizer, texts: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+    for tokens in tokenizer.encode(texts, [None] * len(texts)):
+        ids = np.array([tokens.ids], np.int64)
+        yield {"input_ids": ids, "attention_mask": np.ones_like(ids)}

@@ -23,6 +23,7 @@ from halimede_ops.spec import ModelSpec
 from tools import config
 
 VERSION = "1"
+SUFFIXES = {"fp32": "", "fp16": "-fp16", "int8": "-int8"}
 WARMUP_TEXT = "The first request of a server should be as fast as the second."
 
 
@@ -37,16 +38,19 @@ class Built:
     """Precision → model.onnx."""
     quality: Mapping[str, dict[str, Any]]
     """Precision → quality record."""
+    device: str = config.CPU
+    """What the ONNX step's config asks for."""
 
 
 def served_name(model: str, precision: str) -> str:
     """Name that a precision is served under: FP32 has no suffix."""
-    return model if precision == "fp32" else f"{model}-{precision}"
+    return model + SUFFIXES[precision]
 
 
 def write(built: Built, repository: Path) -> list[str]:
     """Write all folders of a built model; the names of its ensembles."""
     name = built.spec.name
+    _unpublish_stale(built, repository)
     tokenizer, pooler = f"{name}-tokenizer", f"{name}-pooler"
     write_tokenizer(built, repository / tokenizer)
     write_pooler(built, repository / pooler)
@@ -54,11 +58,25 @@ def write(built: Built, repository: Path) -> list[str]:
     for precision, model in built.models.items():
         ensemble = served_name(name, precision)
         onnx = f"{ensemble}-onnx"
-        write_onnx(built, model, repository / onnx)
+        write_onnx(built, precision, model, repository / onnx)
         steps = {"tokenizer": tokenizer, "onnx": onnx, "pooler": pooler}
         write_ensemble(built, precision, steps, repository / ensemble)
         ensembles.append(ensemble)
     return ensembles
+
+
+def _unpublish_stale(built: Built, repository: Path) -> None:
+    """Remove precisions that this build does not give and that were built for another space: they
+    would run behind a tokenizer that is no longer theirs.
+    """
+    for precision in SUFFIXES:
+        ensemble = repository / served_name(built.spec.name, precision)
+        if precision in built.models or not (ensemble / "config.pbtxt").exists():
+            continue
+        if config.space(ensemble / "config.pbtxt") != built.spec.space:
+            for folder in (ensemble, ensemble.with_name(f"{ensemble.name}-onnx")):
+                (folder / "config.pbtxt").unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_tokenizer(built: Built, folder: Path) -> None:
@@ -70,14 +88,16 @@ def write_tokenizer(built: Built, folder: Path) -> None:
     _write_text(config.to_text(config.tokenizer(folder.name, built.spec)), folder / "config.pbtxt")
 
 
-def write_onnx(built: Built, model: Path, folder: Path) -> None:
+def write_onnx(built: Built, precision: str, model: Path, folder: Path) -> None:
     """The folder of the ONNX step of one precision."""
-    longest = built.spec.max_tokens
-    _copy(model, folder / VERSION / session.FILE_NAME)
+    longest = max(config.warm_lengths(built.spec))
+    for file in session.files(model):
+        _copy(file, folder / VERSION / file.name)
     # Small ids that every vocabulary has; Triton reads as much as each sample's shape takes.
     _write_bytes((np.arange(longest) % 100).astype("<i8").tobytes(), folder / "warmup/input_ids")
     _write_bytes(np.ones(longest, "<i8").tobytes(), folder / "warmup/attention_mask")
-    _write_text(config.to_text(config.onnx(folder.name, built.spec)), folder / "config.pbtxt")
+    written = config.onnx(folder.name, built.spec, precision, built.device)
+    _write_text(config.to_text(written), folder / "config.pbtxt")
 
 
 def write_pooler(built: Built, folder: Path) -> None:
@@ -89,13 +109,12 @@ def write_pooler(built: Built, folder: Path) -> None:
 
 def write_ensemble(built: Built, precision: str, steps: Mapping[str, str], folder: Path) -> None:
     """The folder of the ensemble of one precision, with its spec and quality record."""
-    quality = json.dumps(built.quality[precision], indent=2) + "\n"
+    record = built.quality[precision]
+    quality = json.dumps(record, indent=2) + "\n"
+    written = config.ensemble(folder.name, built.spec, precision, steps, record.get("missed", ()))
     _write_text(built.spec.to_json(), folder / VERSION / spec.FILE_NAME)
     _write_text(quality, folder / VERSION / "quality.json")
-    _write_text(
-        config.to_text(config.ensemble(folder.name, built.spec, precision, steps)),
-        folder / "config.pbtxt",
-    )
+    _write_text(config.to_text(written), folder / "config.pbtxt")
 
 
 def _bytes_tensor(value: str) -> bytes:

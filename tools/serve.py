@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from halimede import Embedder
+from halimede import Embedder, catalogue
 from halimede_ops.errors import ServeError
-from tools import catalogue, triton
-from tools.build import PRECISIONS, build
+from tools import triton
+from tools.build import PRECISIONS, build, order
 from tools.repository import served_name
 from tools.settings import Settings
 from tools.steps import console
@@ -28,7 +28,7 @@ def serve(settings: Settings, options: triton.Options, runtime: str) -> None:
     """
     with _interrupted_by_sigterm():
         for model in _missing(settings, options):
-            build(model, settings)
+            build(order(model), settings)
         try:
             with _runtime(runtime, settings, options) as server:
                 show(options)

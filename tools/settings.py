@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -21,3 +22,17 @@ class Settings(BaseSettings):
     """The Triton model repository that is built and served."""
     python_backend: Path = ROOT / "python_backend"
     """The backends that run inside Triton."""
+    memory_limit_gib: float = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    """Memory that building one model may take; the machine's own by default."""
+    store_limit_gib: float = 100.0
+    """Size that `home` is pruned to."""
+
+    @property
+    def models(self) -> Path:
+        """The model store: one folder a model, one folder a build step in it."""
+        return self.home / "models"
+
+    @property
+    def memory_limit_bytes(self) -> int:
+        """`memory_limit_gib` in bytes."""
+        return int(self.memory_limit_gib * 2**30)

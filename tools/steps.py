@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -11,7 +12,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from halimede_ops.errors import BuildError
+
 RECORD = ".done.json"
+"""In each finished step's folder: its key, and every file's sha256."""
+PART = ".part"
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -21,32 +26,63 @@ def once(folder: Path, key: str, name: str, make: Callable[[Path], None]) -> Pat
 
     `make` fills a folder beside it that is renamed when complete, so a killed build leaves
     either the whole step or nothing. `key` names all that the result depends on.
+
+    Raises:
+        BuildError: the disk is full; what was there before is kept.
     """
-    if _intact(folder, key):
+    if key_of_made(folder) == key and not damaged(folder):
         console.print(f"  [green]✓[/] {name} [dim]kept[/]")
         return folder
     console.print(f"  [cyan]•[/] {name} …")
     began = time.monotonic()
-    part = folder.with_name(folder.name + ".part")
+    part = folder.with_name(folder.name + PART)
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    make(part)
-    files = {str(path.relative_to(part)): sha256(path) for path in _files(part)}
-    (part / RECORD).write_text(json.dumps({"key": key, "files": files}, indent=2))
+    try:
+        part.mkdir(parents=True)
+        make(part)
+        files = {str(path.relative_to(part)): sha256(path) for path in _files(part)}
+        (part / RECORD).write_text(json.dumps({"key": key, "files": files}, indent=2))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise BuildError(
+            f"the disk is full: {name} was given up and what was there is kept. "
+            "Free some space, or prune the store, and run the same command again."
+        ) from error
+    finally:
+        if not (part / RECORD).exists():
+            shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     part.replace(folder)
     console.print(f"  [green]✓[/] {name} [dim]{time.monotonic() - began:.1f} s[/]")
     return folder
 
 
-def _intact(folder: Path, key: str) -> bool:
+def key_of_made(folder: Path) -> str | None:
+    """The key that a finished step was made for; None where there is none."""
     try:
-        record = json.loads((folder / RECORD).read_text())
-        return record["key"] == key and all(
-            sha256(folder / name) == digest for name, digest in record["files"].items()
-        )
+        return str(json.loads((folder / RECORD).read_text())["key"])
     except (OSError, ValueError, KeyError):
-        return False
+        return None
+
+
+def damaged(folder: Path) -> list[str]:
+    """Files of a finished step that are missing or not as they were made."""
+    files = json.loads((folder / RECORD).read_text())["files"]
+    return [
+        name
+        for name, digest in files.items()
+        if not (folder / name).is_file() or sha256(folder / name) != digest
+    ]
+
+
+def fingerprint(folder: Path) -> str:
+    """One key of all files of a folder: from the record of a finished step, else by reading."""
+    try:
+        files = json.loads((folder / RECORD).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        files = {str(path.relative_to(folder)): sha256(path) for path in _files(folder)}
+    return key_of(json.dumps(files, sort_keys=True))
 
 
 def _files(folder: Path) -> list[Path]:

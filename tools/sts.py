@@ -1,19 +1,21 @@
-"""STS: how well a served model ranks sentence pairs by similarity."""
+"""STS: how well a model ranks sentence pairs by similarity."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from halimede import Embedder
 from halimede_ops import vectors
 from halimede_ops.errors import InvalidInput
 
 
-def spearman(file: Path, embedder: Embedder) -> float:
+def spearman(file: Path, embed: Callable[[Sequence[str]], np.ndarray]) -> float:
     """Spearman correlation ×100 of cosine similarity with the scores of an STS file.
+
+    `embed` gives the vectors `[texts, dims]` of texts.
 
     The file is tab-separated with the columns score, sentence1 and sentence2.
 
@@ -32,5 +34,5 @@ def spearman(file: Path, embedder: Embedder) -> float:
             "the STS file cannot be read; it must be tab-separated with the columns score, "
             f"sentence1 and sentence2 ({type(error).__name__})"
         ) from None
-    a, b = embedder.embed(first).vectors, embedder.embed(second).vectors
-    return float(100 * np.float64(spearmanr(vectors.cosine(a, b), scores).statistic))
+    cosines = vectors.cosine(embed(first), embed(second))
+    return float(100 * np.float64(spearmanr(cosines, scores).statistic))

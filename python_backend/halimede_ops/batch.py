@@ -24,6 +24,15 @@ def pad(rows: Sequence[Sequence[int] | np.ndarray], length: int) -> np.ndarray:
     return matrix
 
 
+def pad_heads(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows `[tokens, width]` as one array `[len(rows), tokens of the longest, width]` float32."""
+    longest = max(len(row) for row in rows)
+    padded = np.zeros((len(rows), longest, rows[0].shape[1]), np.float32)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return padded
+
+
 def mask(lengths: Sequence[int], length: int) -> np.ndarray:
     """Attention mask `[len(lengths), length]` int64: 1 on each row's first tokens."""
     return (np.arange(length) < np.asarray(lengths)[:, None]).astype(np.int64)
@@ -40,9 +49,10 @@ def bucket(length: int, buckets: Sequence[int]) -> int:
     return next((size for size in buckets if size >= length), buckets[-1])
 
 
-def padded_length(tokens: int) -> int:
-    """`tokens` rounded up to a multiple of LENGTH_MULTIPLE, at least one multiple."""
-    return max(1, -(-tokens // LENGTH_MULTIPLE)) * LENGTH_MULTIPLE
+def padded_length(tokens: int, most: int | None = None) -> int:
+    """`tokens` rounded up to a multiple of LENGTH_MULTIPLE, at least one; `most` is the limit."""
+    rounded = max(1, -(-tokens // LENGTH_MULTIPLE)) * LENGTH_MULTIPLE
+    return rounded if most is None else max(tokens, min(rounded, most))
 
 
 def plan(lengths: Sequence[int]) -> list[list[int]]:

@@ -11,9 +11,11 @@ HalimedeError                  INTERNAL
 │   ├── ServerOverloaded       a queue is full
 │   └── DeadlineExceeded       no answer within `timeout_s`
 ├── InvalidModel               INVALID_ARG   a model folder or a file in it is not what it must be
+│   └── UntrustedCode          it carries Python code that nobody has accepted
 ├── BuildError                 INTERNAL      a build step failed; the repository is as it was
 │   ├── DownloadError          no source gave the files
 │   │   └── ChecksumMismatch   the bytes are not the published ones
+│   ├── LicenceNotAccepted     the model's licence must be accepted by name first
 │   └── QualityError           a precision misses the bar of its own check
 └── ServeError                 INTERNAL      the server could not be started
 
@@ -83,6 +85,10 @@ class InvalidModel(HalimedeError):
     code = "INVALID_ARG"
 
 
+class UntrustedCode(InvalidModel):
+    """A model folder carries Python code of its own and nobody has accepted to run it."""
+
+
 class BuildError(HalimedeError):
     """A build step failed; the repository is as it was before."""
 
@@ -93,6 +99,10 @@ class DownloadError(BuildError):
 
 class ChecksumMismatch(DownloadError):
     """A downloaded file is not the published one."""
+
+
+class LicenceNotAccepted(BuildError):
+    """The model's licence restricts its use: it must be accepted by name first."""
 
 
 class QualityError(BuildError):

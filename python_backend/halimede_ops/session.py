@@ -16,13 +16,25 @@ from halimede_ops.errors import InvalidModel
 from halimede_ops.spec import POOLED
 
 FILE_NAME = "model.onnx"
-
+DATA_SUFFIX = ".data"
+"""Weights of a model.onnx too large for one protobuf file lie in `model.onnx.data`."""
 
 OPENVINO_PROPERTIES = {
     # OpenVINO pins the threads of every process to the same first cores: two instances of one
     # model would share one core and leave the other idle.
     "ENABLE_CPU_PINNING": "NO",
 }
+
+
+def files(path: Path) -> list[Path]:
+    """A model.onnx and, where its weights lie beside it, their file."""
+    data = path.with_name(path.name + DATA_SUFFIX)
+    return [path, data] if data.exists() else [path]
+
+
+def file_bytes(path: Path) -> int:
+    """Size of a model.onnx with its weights."""
+    return sum(part.stat().st_size for part in files(path))
 
 
 class Accelerator(NamedTuple):
@@ -44,8 +56,13 @@ class Row(NamedTuple):
 class Session:
     """An opened model.onnx. Safe to call from several threads."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, streams: int) -> None:
+    def __init__(
+        self, session: onnxruntime.InferenceSession, streams: int, max_tokens: int | None
+    ) -> None:
         self._session = session
+        self._max_tokens = max_tokens
+        self.heads = [node.name for node in session.get_outputs() if node.name != POOLED]
+        """Names of the outputs with one row a token."""
         self._streams = ThreadPoolExecutor(streams) if streams > 1 else None
 
     def run(self, rows: Sequence[Row]) -> np.ndarray:
@@ -64,22 +81,43 @@ class Session:
 
     def run_together(self, rows: Sequence[Row]) -> np.ndarray:
         """Pooled vectors `[len(rows), dims]` float32 of one run, all rows padded alike."""
-        length = batch.padded_length(max(len(row.ids) for row in rows))
-        feeds = {
+        return np.asarray(self._session.run([POOLED], self._feeds(rows))[0])
+
+    def run_with_heads(self, rows: Sequence[Row]) -> list[dict[str, np.ndarray]]:
+        """Every output of one run, by row: POOLED `[dims]` float32, and each of `heads`
+        `[tokens of the row, width]` float32.
+        """
+        names = [POOLED, *self.heads]
+        outputs = self._session.run(names, self._feeds(rows))
+        return [
+            {
+                name: values[index] if name == POOLED else values[index, : len(row.ids)]
+                for name, values in zip(names, outputs, strict=True)
+            }
+            for index, row in enumerate(rows)
+        ]
+
+    def _feeds(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        length = batch.padded_length(max(len(row.ids) for row in rows), self._max_tokens)
+        return {
             "input_ids": batch.pad([row.ids for row in rows], length),
             "attention_mask": batch.pad([row.mask for row in rows], length),
         }
-        return np.asarray(self._session.run([POOLED], feeds)[0])
 
 
 def open_session(
-    path: Path, accelerators: Sequence[Accelerator] = (), threads: int = 1, streams: int = 1
+    path: Path,
+    accelerators: Sequence[Accelerator] = (),
+    threads: int = 1,
+    streams: int = 1,
+    max_tokens: int | None = None,
 ) -> tuple[Session, list[str]]:
     """The session of a model.onnx, and the names of accelerators this onnxruntime lacks.
 
     `threads` CPU threads are shared by `streams` micro-batches that run at the same time: more
-    streams give more texts a second, fewer give one text sooner. A missing accelerator falls
-    back to the CPU execution provider; the caller decides how to say so.
+    streams give more texts a second, fewer give one text sooner. Rows are never padded beyond
+    `max_tokens`, for which the model has positions. A missing accelerator falls back to the CPU
+    execution provider; the caller decides how to say so.
 
     Raises:
         InvalidModel: the file is missing or onnxruntime cannot read it, or an accelerator's
@@ -102,7 +140,7 @@ def open_session(
     if lost:
         raise InvalidModel(f"{FILE_NAME} cannot be run by {', '.join(lost)}; see the server's log")
     _check_signature(session)
-    return Session(session, streams), missing
+    return Session(session, streams, max_tokens), missing
 
 
 def execution_providers(

@@ -13,6 +13,12 @@ from halimede_ops.errors import InvalidModel, UnknownInputType
 FILE_NAME = "spec.json"
 POOLED = "sentence_embedding"
 """Output of every model.onnx the build writes: pooled vectors `[batch, dims]` float32."""
+SPARSE = "sparse_weights"
+"""Head of some models: one weight a token, `[batch, tokens, 1]` float32, none below 0."""
+MULTI_VECTOR = "multi_vectors"
+"""Head of some models: one vector a token, `[batch, tokens, width]` float32."""
+TOKEN_EMBEDDINGS = "token_embeddings"  # noqa: S105
+"""The last hidden state, `[batch, tokens, width]` float32, for models that are asked for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +40,14 @@ class ModelSpec:
     """Input type → text put in front. `query` and `document` are always present."""
     default_input_type: str | None = None
     """Input type of a request that names none; None: nothing is put in front."""
+    heads: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Further outputs of the model, one row a token: name (SPARSE, …) → width of a row."""
+    special_ids: tuple[int, ...] = ()
+    """Ids of the tokens that begin, end, pad or replace text: they have no sparse weight."""
+    matryoshka: tuple[int, ...] = ()
+    """Dimensions that the model was trained to be cut to; any other is accepted too."""
+    layer_norm_before_cut: bool = False
+    """Whether vectors are layer-normalised before they are cut to fewer dimensions."""
     length_buckets: tuple[int, ...] = (16, 32, 64, 128, 256)
     """Token lengths that rows are padded to for a backend that computes its padding; ascending,
     the last is `max_tokens`."""
@@ -71,7 +85,8 @@ def load(folder: Path) -> ModelSpec:
     """
     try:
         fields: dict[str, Any] = json.loads((folder / FILE_NAME).read_text("utf-8"))
-        fields["length_buckets"] = tuple(fields["length_buckets"])
+        for name in ("length_buckets", "special_ids", "matryoshka"):
+            fields[name] = tuple(fields[name])
         return ModelSpec(**fields)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InvalidModel(

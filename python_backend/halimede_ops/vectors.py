@@ -14,7 +14,10 @@ def embed(pooled: np.ndarray, spec: ModelSpec, dimensions: int | None = None) ->
     Raises:
         InvalidDimensions: `dimensions` lies outside 1 … `spec.dims`.
     """
-    cut = truncate(pooled, check_dimensions(dimensions, spec))
+    wanted = check_dimensions(dimensions, spec)
+    if spec.layer_norm_before_cut and wanted < spec.dims:
+        pooled = layer_norm(pooled)
+    cut = truncate(pooled, wanted)
     return normalise(cut) if spec.normalised else cut
 
 
@@ -43,6 +46,12 @@ def normalise(vectors: np.ndarray) -> np.ndarray:
     """Vectors of L2 norm 1, `[batch, dim]` float32; a zero vector stays zero, never NaN."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(norms, np.float32(1e-12))
+
+
+def layer_norm(vectors: np.ndarray) -> np.ndarray:
+    """Vectors of mean 0 and variance 1, `[batch, dim]` float32; as PyTorch's, without weights."""
+    centred = vectors - vectors.mean(axis=1, keepdims=True)
+    return centred / np.sqrt(np.square(centred).mean(axis=1, keepdims=True) + np.float32(1e-5))
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,12 @@ class TritonPythonModel:
         )
         accelerators = _accelerators(config, args["model_instance_kind"])
         self.session, missing = triton.load(
-            lambda: session.open_session(path, accelerators, _threads(config))
+            lambda: session.open_session(
+                path,
+                accelerators,
+                _threads(config),
+                max_tokens=int(config.parameter("max_tokens", "0")) or None,
+            )
         )
         for name in missing:
             triton.warn(
@@ -43,9 +49,23 @@ class TritonPythonModel:
         """Run the rows of all requests together."""
         return triton.answer(requests, _read, self._run, _write)
 
-    def _run(self, requests: list[list[session.Row]]) -> list[np.ndarray | HalimedeError]:
-        vectors = self.session.run([row for rows in requests for row in rows])
-        return [*triton.split(vectors, [len(rows) for rows in requests])]
+    def _run(
+        self, requests: list[list[session.Row]]
+    ) -> Sequence[dict[str, np.ndarray] | HalimedeError]:
+        rows = [row for request in requests for row in request]
+        if self.session.heads:
+            outputs = self._run_with_heads(rows)
+            return [_stack([next(outputs) for _ in request]) for request in requests]
+        vectors = self.session.run(rows)
+        parts = triton.split(vectors, [len(request) for request in requests])
+        return [{spec.POOLED: part} for part in parts]
+
+    def _run_with_heads(self, rows: list[session.Row]) -> Iterator[dict[str, np.ndarray]]:
+        outputs: dict[int, dict[str, np.ndarray]] = {}
+        for part in batch.plan([len(row.ids) for row in rows]):
+            ran = self.session.run_with_heads([rows[index] for index in part])
+            outputs.update(zip(part, ran, strict=True))
+        return (outputs[index] for index in range(len(rows)))
 
 
 def _read(request: Any) -> list[session.Row]:
@@ -62,8 +82,18 @@ def _read(request: Any) -> list[session.Row]:
     ]
 
 
-def _write(vectors: np.ndarray) -> list[Any]:
-    return [triton.output(spec.POOLED, vectors)]
+def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """One request's outputs: heads `[rows, tokens of the longest, width]`, zeros behind a row."""
+    return {
+        name: np.stack([row[name] for row in rows])
+        if name == spec.POOLED
+        else batch.pad_heads([row[name] for row in rows])
+        for name in rows[0]
+    }
+
+
+def _write(outputs: dict[str, np.ndarray]) -> list[Any]:
+    return [triton.output(name, values) for name, values in outputs.items()]
 
 
 def _accelerators(config: triton.ModelConfig, kind: str) -> list[session.Accelerator]:

@@ -18,6 +18,8 @@ PADDING_IS_FREE = (Path(__file__).parent.parent / "onnxruntime" / "model.py").ex
 """Whether our own `onnxruntime` backend stands beside this one. It trims padding, and Triton
 batches equal shapes only, so there every row gets the same length. Triton's C++ backend
 computes its padding: there rows get the nearest of the model's length buckets."""
+FREE_TOKENS = 512
+"""Where padding is free, rows up to this length are all padded to it."""
 
 
 class Texts(NamedTuple):
@@ -73,6 +75,6 @@ class TritonPythonModel:
         ]
 
     def _padded_length(self, longest: int) -> int:
-        if PADDING_IS_FREE:
-            return self.spec.max_tokens
+        if PADDING_IS_FREE and longest <= FREE_TOKENS:
+            return min(FREE_TOKENS, self.spec.max_tokens)
         return batch.bucket(longest, self.spec.length_buckets)

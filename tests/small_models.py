@@ -1,0 +1,405 @@
+"""Small models with random weights, each in the folder form its architecture is published in.
+
+Architectures are real (transformers' own classes), so are the tokenizers' kinds (WordPiece,
+Unigram, byte-level BPE, …), trained here on the project's own sentences. Weights are random
+but seeded, with larger variance than a fresh model's so that texts lie far apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules as st
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from tools.corpus import SENTENCES
+
+VOCABULARY = 1500
+BGE_QUERY = "Represent this sentence for searching relevant passages: "
+
+
+@cache
+def wordpiece(cls: str = "[CLS]", sep: str = "[SEP]") -> Tokenizer:
+    """BERT's tokenizer; MPNet's with other special tokens."""
+    pad, unk, mask = ("<pad>", "[UNK]", "<mask>") if cls == "<s>" else ("[PAD]", "[UNK]", "[MASK]")
+    tokenizer = Tokenizer(models.WordPiece(unk_token=unk))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    # BERT's padding is 0; MPNet's is 1, as RoBERTa's.
+    special = [cls, pad, sep, unk, mask] if cls == "<s>" else [pad, unk, cls, sep, mask]
+    tokenizer.train_from_iterator(
+        SENTENCES, trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} $B:1 {sep}:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
+    )
+    return tokenizer
+
+
+@cache
+def unigram() -> Tokenizer:
+    """XLM-R's tokenizer: sentencepiece Unigram."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Nmt(), normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer.train_from_iterator(
+        SENTENCES,
+        trainers.UnigramTrainer(
+            vocab_size=VOCABULARY, special_tokens=special, unk_token="<unk>", show_progress=False
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")],
+    )
+    return tokenizer
+
+
+@cache
+def byte_level(kind: str) -> Tokenizer:
+    """Byte-level BPE: RoBERTa's (`roberta`) or Qwen's, which ends each text (`qwen`)."""
+    special = (
+        ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if kind == "roberta" else ["<|endoftext|>"]
+    )
+    tokenizer = Tokenizer(models.BPE())
+    if kind == "qwen":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    if kind == "roberta":
+        tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    else:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A <|endoftext|>",
+            pair="$A $B <|endoftext|>",
+            special_tokens=[("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))],
+        )
+    return tokenizer
+
+
+@cache
+def gemma() -> Tokenizer:
+    """Gemma's tokenizer: BPE over ▁-joined text with byte fallback."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *[f"<0x{byte:02X}>" for byte in range(256)]]
+    tokenizer.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>",
+        pair="<bos> $A <eos> $B <eos>",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("<bos>", "<eos>")],
+    )
+    return tokenizer
+
+
+@cache
+def clip_bpe() -> Tokenizer:
+    """CLIP's tokenizer: lower-cased byte-level BPE with end-of-word marks."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Lowercase(),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"),
+                behavior="removed",
+                invert=True,
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<|startoftext|>", "<|endoftext|>"],
+            end_of_word_suffix="</w>",
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    start, end = (tokenizer.token_to_id(t) for t in ("<|startoftext|>", "<|endoftext|>"))
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("<|endoftext|>", end), ("<|startoftext|>", start), trim_offsets=False
+    )
+    return tokenizer
+
+
+def save(
+    folder: Path, model: hf.PreTrainedModel, tokenizer: Tokenizer, max_tokens: int, **special: Any
+) -> Path:
+    """A plain transformers folder: config.json, model.safetensors, tokenizer files."""
+    model.eval().save_pretrained(folder)
+    hf.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.to_str()),
+        model_max_length=max_tokens,
+        **special,
+    ).save_pretrained(folder)
+    return folder
+
+
+BERT_TOKENS = dict(
+    pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+)
+ROBERTA_TOKENS = dict(
+    bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>",
+    pad_token="<pad>", unk_token="<unk>", mask_token="<mask>",
+)  # fmt: skip
+SIZES = dict(
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=128,
+    initializer_range=0.2,
+)
+
+
+def build(model_class: Callable, config: hf.PretrainedConfig) -> hf.PreTrainedModel:
+    """A model of this architecture with seeded random weights."""
+    torch.manual_seed(7)
+    return model_class(config)
+
+
+def bert(folder: Path) -> Path:
+    """Plain BERT folder, as PubMedBERT's."""
+    config = hf.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=512, **SIZES)
+    return save(folder, build(hf.BertModel, config), wordpiece(), 512, **BERT_TOKENS)
+
+
+def bert_unigram(folder: Path) -> Path:
+    """BERT with a Unigram tokenizer, as paraphrase-multilingual-MiniLM."""
+    config = hf.BertConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=512, pad_token_id=0, **SIZES
+    )
+    return save(folder, build(hf.BertModel, config), unigram(), 512, **ROBERTA_TOKENS)
+
+
+def mpnet(folder: Path) -> Path:
+    """MPNet: no token types, positions begin at 2."""
+    config = hf.MPNetConfig(vocab_size=VOCABULARY, max_position_embeddings=514, **SIZES)
+    tokens = {**ROBERTA_TOKENS, "unk_token": "[UNK]"}
+    return save(folder, build(hf.MPNetModel, config), wordpiece("<s>", "</s>"), 512, **tokens)
+
+
+def distilbert(folder: Path) -> Path:
+    """DistilBERT: no token types."""
+    config = hf.DistilBertConfig(
+        vocab_size=VOCABULARY, dim=64, n_layers=2, n_heads=4, hidden_dim=128, initializer_range=0.2
+    )
+    tokens = {**BERT_TOKENS, "model_input_names": ["input_ids", "attention_mask"]}
+    return save(folder, build(hf.DistilBertModel, config), wordpiece(), 512, **tokens)
+
+
+def xlm_roberta(folder: Path) -> Path:
+    """XLM-R: Unigram tokenizer, positions begin at 2."""
+    config = hf.XLMRobertaConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=514, type_vocab_size=1, **SIZES
+    )
+    return save(folder, build(hf.XLMRobertaModel, config), unigram(), 512, **ROBERTA_TOKENS)
+
+
+def roberta(folder: Path) -> Path:
+    """Plain RoBERTa folder, as CodeBERT's; its tokenizer names no limit of its own."""
+    config = hf.RobertaConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=130, type_vocab_size=1, **SIZES
+    )
+    return save(
+        folder, build(hf.RobertaModel, config), byte_level("roberta"), 10**30, **ROBERTA_TOKENS
+    )
+
+
+def qwen3(folder: Path) -> Path:
+    """Qwen3: a causal decoder whose texts end with a token; padded on the left."""
+    config = hf.Qwen3Config(
+        vocab_size=VOCABULARY, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
+        eos_token_id=0, bos_token_id=0, **SIZES,
+    )  # fmt: skip
+    return save(
+        folder, build(hf.Qwen3Model, config), byte_level("qwen"), 1024,
+        pad_token="<|endoftext|>", eos_token="<|endoftext|>", padding_side="left",
+    )  # fmt: skip
+
+
+def gemma3(folder: Path) -> Path:
+    """Gemma 3 with attention in both directions, as EmbeddingGemma."""
+    config = hf.Gemma3TextConfig(
+        vocab_size=VOCABULARY, num_key_value_heads=1, head_dim=16, max_position_embeddings=512,
+        sliding_window=64, layer_types=["sliding_attention", "full_attention"],
+        use_bidirectional_attention=True, query_pre_attn_scalar=16, **SIZES,
+    )  # fmt: skip
+    return save(
+        folder, build(hf.Gemma3TextModel, config), gemma(), 512,
+        pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
+    )  # fmt: skip
+
+
+def clip(folder: Path) -> Path:
+    """CLIP with both towers; texts of at most 77 tokens."""
+    tower = dict(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+        projection_dim=32,
+    )  # fmt: skip
+    end = clip_bpe().token_to_id("<|endoftext|>")
+    start = clip_bpe().token_to_id("<|startoftext|>")
+    text = dict(
+        tower, vocab_size=VOCABULARY, eos_token_id=end, bos_token_id=start, pad_token_id=end
+    )
+    config = hf.CLIPConfig(
+        text_config=text,
+        vision_config=dict(tower, image_size=32, patch_size=16),
+        projection_dim=32,
+        initializer_factor=5.0,
+    )
+    save(
+        folder, build(hf.CLIPModel, config), clip_bpe(), 77,
+        pad_token="<|endoftext|>", eos_token="<|endoftext|>", bos_token="<|startoftext|>",
+        unk_token="<|endoftext|>",
+    )  # fmt: skip
+    hf.CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    ).save_pretrained(folder)
+    return folder
+
+
+def sentence_transformer(
+    base: Callable[[Path], Path],
+    folder: Path,
+    *modules: Any,
+    max_tokens: int | None = None,
+    prompts: Mapping[str, str] | None = None,
+    default_prompt: str | None = None,
+) -> Path:
+    """A sentence-transformers folder of `base` and these further modules."""
+    plain = base(folder.with_name(folder.name + "-plain"))
+    model = SentenceTransformer(
+        modules=[st.Transformer(str(plain), max_seq_length=max_tokens), *modules],
+        prompts=dict(prompts or {}),
+        default_prompt_name=default_prompt,
+        device="cpu",
+    )
+    model.save(str(folder), create_model_card=False)
+    return folder
+
+
+def dense(inputs: int, outputs: int, activation: torch.nn.Module) -> st.Dense:
+    """A Dense layer with seeded random weights."""
+    torch.manual_seed(11)
+    return st.Dense(inputs, outputs, activation_function=activation)
+
+
+def like_minilm(folder: Path) -> Path:
+    return sentence_transformer(
+        bert, folder, st.Pooling(64, "mean"), st.Normalize(), max_tokens=256
+    )
+
+
+def like_bge(folder: Path) -> Path:
+    return sentence_transformer(
+        bert, folder, st.Pooling(64, "cls"), st.Normalize(), max_tokens=512,
+        prompts={"query": BGE_QUERY},
+    )  # fmt: skip
+
+
+def like_e5(folder: Path) -> Path:
+    return sentence_transformer(
+        bert, folder, st.Pooling(64, "mean"), st.Normalize(), max_tokens=512,
+        prompts={"query": "query: ", "passage": "passage: "},
+    )  # fmt: skip
+
+
+def like_multilingual_minilm(folder: Path) -> Path:
+    return sentence_transformer(bert_unigram, folder, st.Pooling(64, "mean"), max_tokens=128)
+
+
+def like_mpnet(folder: Path) -> Path:
+    return sentence_transformer(
+        mpnet, folder, st.Pooling(64, "mean"), st.Normalize(), max_tokens=384
+    )
+
+
+def like_distiluse(folder: Path) -> Path:
+    head = dense(64, 48, torch.nn.Tanh())
+    return sentence_transformer(distilbert, folder, st.Pooling(64, "mean"), head, max_tokens=128)
+
+
+def like_qwen3(folder: Path) -> Path:
+    return sentence_transformer(
+        qwen3, folder, st.Pooling(64, "lasttoken"), st.Normalize(),
+        prompts={"query": "Instruct: Given a web search query\nQuery:", "document": ""},
+    )  # fmt: skip
+
+
+def like_embeddinggemma(folder: Path) -> Path:
+    return sentence_transformer(
+        gemma3, folder, st.Pooling(64, "mean"), dense(64, 128, torch.nn.Identity()),
+        dense(128, 64, torch.nn.Identity()), st.Normalize(), max_tokens=512,
+        prompts={"query": "task: search result | query: ", "document": "title: none | text: "},
+    )  # fmt: skip
+
+
+def like_bge_m3(folder: Path) -> Path:
+    """XLM-R with bge-m3's two further heads beside the dense one."""
+    sentence_transformer(xlm_roberta, folder, st.Pooling(64, "cls"), st.Normalize(), max_tokens=512)
+    torch.manual_seed(13)
+    torch.save(torch.nn.Linear(64, 1).state_dict(), folder / "sparse_linear.pt")
+    torch.save(torch.nn.Linear(64, 64).state_dict(), folder / "colbert_linear.pt")
+    return folder
+
+
+def like_sentence_clip(folder: Path) -> Path:
+    """CLIP in the form of sentence-transformers' clip-ViT models."""
+    clip(folder / "0_CLIPModel")
+    modules = [
+        {
+            "idx": 0,
+            "name": "0",
+            "path": "0_CLIPModel",
+            "type": "sentence_transformers.models.CLIPModel",
+        }
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    return folder

@@ -1,0 +1,128 @@
+"""Graph: what the build does to ONNX graphs as graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+from onnx import compose, helper
+
+from halimede_ops.errors import InvalidModel
+from halimede_ops.session import DATA_SUFFIX, file_bytes
+from halimede_ops.spec import POOLED, TOKEN_EMBEDDINGS
+
+INPUTS = ("input_ids", "attention_mask")
+HIDDEN, MASK, TAIL = "hidden", "mask", "tail/"
+LARGE_BYTES = 1_900_000_000
+"""A protobuf file holds less than 2 GiB: the weights of larger models lie beside it."""
+
+
+def save(model: onnx.ModelProto, path: Path, large_bytes: int = LARGE_BYTES) -> None:
+    """Write a model; large weights go to `<name>.data` beside it."""
+    onnx.save(
+        model,
+        path,
+        save_as_external_data=model.ByteSize() > large_bytes,
+        location=path.name + DATA_SUFFIX,
+    )
+
+
+def keep_outputs(path: Path, widths: Mapping[str, int]) -> None:
+    """Drop every output but these, and state the length of their last dimension."""
+    model = onnx.load(path)
+    found = {output.name: output for output in model.graph.output}
+    del model.graph.output[:]
+    for name, width in widths.items():
+        last = found[name].type.tensor_type.shape.dim[-1]
+        last.Clear()
+        last.dim_value = width
+        model.graph.output.append(found[name])
+    save(model, path)
+
+
+def optimise(raw: Path, target: Path) -> None:
+    """Fold constants and drop dead nodes; nothing that only onnxruntime understands, so that
+    OpenVINO and TensorRT read the same file.
+    """
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(target)
+    options.log_severity_level = 3
+    if file_bytes(raw) > LARGE_BYTES:
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", target.name + DATA_SUFFIX
+        )
+    onnxruntime.InferenceSession(str(raw), options, providers=["CPUExecutionProvider"])
+
+
+def opset(model: onnx.ModelProto) -> int:
+    """Version of the standard operators that a model uses."""
+    return next(int(entry.version) for entry in model.opset_import if not entry.domain)
+
+
+def output_names(model: onnx.ModelProto) -> list[str]:
+    """Names of a model's outputs."""
+    return [output.name for output in model.graph.output]
+
+
+def load_body(path: Path) -> onnx.ModelProto:
+    """A ready-made transformer with our two inputs alone, its hidden state as TOKEN_EMBEDDINGS.
+
+    Raises:
+        InvalidModel: it has inputs that are not known, or no hidden state.
+    """
+    model = onnx.load(path)
+    for name in [entry.name for entry in model.graph.input]:
+        if name == "token_type_ids":
+            _make_zeros(model, name)
+        elif name not in INPUTS:
+            raise InvalidModel(
+                f"the folder's model.onnx takes {name}; it may take input_ids, attention_mask "
+                "and token_type_ids."
+            )
+    names = output_names(model)
+    if "last_hidden_state" in names and TOKEN_EMBEDDINGS not in names:
+        _connect(model, "last_hidden_state", TOKEN_EMBEDDINGS)
+        hidden = onnx.ValueInfoProto()
+        hidden.CopyFrom(model.graph.output[names.index("last_hidden_state")])
+        hidden.name = TOKEN_EMBEDDINGS
+        model.graph.output.append(hidden)
+    elif TOKEN_EMBEDDINGS not in names and POOLED not in names:
+        raise InvalidModel(
+            f"the folder's model.onnx gives {', '.join(names)}; it must give "
+            f"last_hidden_state, {TOKEN_EMBEDDINGS} or {POOLED}."
+        )
+    return model
+
+
+def append(body: onnx.ModelProto, tail: Path) -> None:
+    """Put a graph of HIDDEN and MASK behind the body's hidden state and attention mask."""
+    after = compose.add_prefix(onnx.load(tail), TAIL).graph
+    _connect(body, TOKEN_EMBEDDINGS, TAIL + HIDDEN)
+    _connect(body, "attention_mask", TAIL + MASK)
+    body.graph.node.extend(after.node)
+    body.graph.initializer.extend(after.initializer)
+    for output in after.output:
+        name = output.name.removeprefix(TAIL)
+        _connect(body, output.name, name)
+        output.name = name
+        body.graph.output.append(output)
+
+
+def _connect(model: onnx.ModelProto, tensor: str, name: str) -> None:
+    """Give a tensor a second name."""
+    model.graph.node.append(helper.make_node("Identity", [tensor], [name]))
+
+
+def _make_zeros(model: onnx.ModelProto, name: str) -> None:
+    """Replace an input by zeros of input_ids' shape."""
+    graph: Any = model.graph
+    kept = [entry for entry in graph.input if entry.name != name]
+    del graph.input[:]
+    graph.input.extend(kept)
+    zero = helper.make_tensor("", onnx.TensorProto.INT64, [1], [0])
+    graph.node.insert(0, helper.make_node("ConstantOfShape", [f"{name}/shape"], [name], value=zero))
+    graph.node.insert(0, helper.make_node("Shape", ["input_ids"], [f"{name}/shape"]))
