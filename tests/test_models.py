@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +13,14 @@ import pytest
 import small_models
 import torch
 from conftest import free_options
-from sentence_transformers import models as st
+from safetensors.torch import load_file, save_file
+from sentence_transformers.sentence_transformer import modules as st
 from tritonclient import grpc as triton_grpc
 
 from halimede import Embedder
 from halimede_ops import heads, session, spec, vectors
-from tools import corpus, describe, triton
+from halimede_ops.errors import BuildError, InvalidInput, InvalidModel, UntrustedCode
+from tools import config, corpus, describe, triton
 from tools.build import build, order
 from tools.check import Engine
 from tools.describe import Reading
@@ -205,3 +209,169 @@ def exported(source: Path, folder: Path) -> Engine:
     folder.mkdir()
     export(source, Reading("m"), folder)
     return Engine(folder / session.FILE_NAME, folder, spec.load(folder))
+
+
+def test_weights_too_large_for_one_file_lie_beside_it(
+    folders: dict[str, Path], home: Settings, served: str, tmp_path: Path, texts: list[str]
+) -> None:
+    """A graph whose weights are kept in model.onnx.data gives the same vectors."""
+    import onnx
+
+    from tools import graph
+
+    step = home.models / "bert" / "fp32"
+    raw, target = tmp_path / "raw.onnx", tmp_path / session.FILE_NAME
+    graph.save(onnx.load(step / session.FILE_NAME), raw, large_bytes=1000)
+    assert [path.name for path in session.files(raw)] == ["raw.onnx", "raw.onnx.data"]
+    graph.optimise(raw, target, large_bytes=1000)
+    assert len(session.files(target)) == 2
+    facts = spec.load(step)
+    expected = Engine(step / session.FILE_NAME, step, facts).embed(texts)
+    assert vectors.cosine(Engine(target, step, facts).embed(texts), expected).min() >= 0.99999
+
+
+@pytest.fixture
+def copied(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A sentence-transformers folder to break."""
+    return Path(shutil.copytree(folders["minilm"], tmp_path / "copied"))
+
+
+def refused(folder: Path, error: type[Exception], match: str, settings: Settings) -> None:
+    """Building the folder gives this error, and the repository stays as it was."""
+    before = sorted(settings.repository.rglob("*"))
+    with pytest.raises(error, match=match):
+        build(order(str(folder), "broken", precisions=("fp32",)), settings)
+    assert sorted(settings.repository.rglob("*")) == before
+    assert not list((settings.models / "broken").glob("*.part"))
+
+
+def test_truncated_weights(copied: Path, home: Settings) -> None:
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    refused(copied, InvalidModel, "damaged", home)
+
+
+def test_folder_that_is_not_there(home: Settings, tmp_path: Path) -> None:
+    refused(tmp_path / "nothing", InvalidModel, "no such folder", home)
+
+
+def test_folder_that_is_no_model(home: Settings, tmp_path: Path) -> None:
+    refused(tmp_path, InvalidModel, "neither config.json nor modules.json", home)
+
+
+def test_unknown_module_is_named(copied: Path, home: Settings) -> None:
+    """A module that cannot be exported is refused by its name."""
+    modules = json.loads((copied / "modules.json").read_text())
+    modules[1]["type"] = "sentence_transformers.models.CNN"
+    (copied / "modules.json").write_text(json.dumps(modules))
+    refused(copied, InvalidModel, "module CNN", home)
+
+
+def test_own_code_runs_only_when_trusted(copied: Path, home: Settings) -> None:
+    """A folder that names Python code is refused; with the opt-in it builds, and is served
+    without that code.
+    """
+    (copied / "modeling_own.py").write_text(
+        "from transformers import BertModel\n\n\nclass OwnModel(BertModel):\n    pass\n"
+    )
+    configuration = json.loads((copied / "config.json").read_text())
+    configuration["auto_map"] = {"AutoModel": "modeling_own.OwnModel"}
+    (copied / "config.json").write_text(json.dumps(configuration))
+    refused(copied, UntrustedCode, "--trust-remote-code", home)
+    wanted = order(str(copied), "own", precisions=("fp32",), trust_remote_code=True)
+    assert build(wanted, home) == ["own"]
+
+
+def test_tokenizer_without_padding_token(copied: Path, home: Settings, texts: list[str]) -> None:
+    """Padding decides no vector: another special token stands in, and vectors stay the same."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        fields = json.loads((copied / name).read_text())
+        fields.pop("pad_token", None)
+        (copied / name).write_text(json.dumps(fields))
+    assert build(order(str(copied), "padless", precisions=("fp32",)), home) == ["padless"]
+
+
+def test_tokenizer_that_nothing_can_pad(copied: Path, home: Settings) -> None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        fields = json.loads((copied / name).read_text())
+        for token in ("pad", "eos", "sep", "unk"):
+            fields.pop(f"{token}_token", None)
+        (copied / name).write_text(json.dumps(fields))
+    refused(copied, InvalidModel, "no padding token", home)
+
+
+def test_model_above_the_memory_limit(copied: Path, home: Settings) -> None:
+    """The error says what is needed and what the limit is; nothing is loaded."""
+    small = home.model_copy(update={"memory_limit_gib": 0.001})
+    refused(copied, BuildError, "the limit is 0.0 GiB", small)
+
+
+def test_full_disk(copied: Path, home: Settings, tmp_path: Path) -> None:
+    """A disk that fills up while a step is made gives one clear error; with space it goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk]).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        full = home.model_copy(update={"home": disk})
+        refused(copied, BuildError, "the disk is full", full)
+        subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+        assert build(order(str(copied), "broken", precisions=("fp32",)), full) == ["broken"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_token_limit_of_a_build(copied: Path, home: Settings) -> None:
+    """A lower limit is served; one above the model's is refused."""
+    build(order(str(copied), "short", precisions=("fp32",), max_tokens=32), home)
+    assert spec.load(home.repository / "short" / "1").max_tokens == 32
+    with pytest.raises(InvalidModel, match="takes 1 to 256 tokens"):
+        build(order(str(copied), "long", precisions=("fp32",), max_tokens=1000), home)
+
+
+def test_wrong_options_are_named() -> None:
+    with pytest.raises(InvalidInput, match="fp32, fp16, int8"):
+        order("all-MiniLM-L6-v2", precisions=("int4",))
+    with pytest.raises(InvalidInput, match="cpu, cuda, tensorrt"):
+        order("all-MiniLM-L6-v2", device="npu")
+    with pytest.raises(InvalidInput, match="letters, digits"):
+        order("all-MiniLM-L6-v2", name="../up")
+
+
+def test_int8_leaves_in_fp32_what_suffers_most(copied: Path, tmp_path: Path) -> None:
+    """Outliers in one layer's input make it the first to be left in FP32."""
+    from tools import quantise
+
+    state = load_file(copied / "model.safetensors")
+    state["encoder.layer.1.intermediate.dense.bias"][3] = 300.0
+    save_file(state, copied / "model.safetensors", metadata={"format": "pt"})
+    engine = exported(copied, tmp_path / "onnx")
+    feeds = list(quantise._feeds(engine.tokenizer, corpus.calibration_texts(24)))
+    first, *_ = quantise.suffering(tmp_path / "onnx" / session.FILE_NAME, feeds)
+    assert "layer.1/output/dense" in first
+
+
+def test_precision_below_its_bar_needs_consent(
+    copied: Path, home: Settings, capfd: pytest.CaptureFixture
+) -> None:
+    """It is left out and named; with consent it is served, and its config says what it misses."""
+    wanted = {"precisions": ("fp32", "fp16")}
+    # The graph weighs as much as the weights of so small a model: FP16 misses its size.
+    assert build(order(str(copied), "coarse", **wanted), home) == ["coarse"]
+    assert "coarse in fp16 is not published: size_ratio" in capfd.readouterr().err
+    names = build(order(str(copied), "coarse", **wanted, accepted=("fp16",)), home)
+    assert names == ["coarse", "coarse-fp16"]
+    parameters = config.read(home.repository / "coarse-fp16" / "config.pbtxt").parameters
+    assert "size_ratio" in parameters["below_bar"].string_value
+
+
+def test_another_space_leaves_no_old_precision_behind(copied: Path, home: Settings) -> None:
+    """When a model changes, precisions that are not built again go: their tokenizer is gone."""
+    wanted = {"precisions": ("fp32", "fp16"), "accepted": ("fp16",)}
+    build(order(str(copied), "moving", **wanted), home)
+    build(order(str(copied), "moving", precisions=("fp32",)), home)
+    assert (home.repository / "moving-fp16").exists()
+    build(order(str(copied), "moving", precisions=("fp32",), max_tokens=64), home)
+    assert not (home.repository / "moving-fp16").exists()
+    assert not (home.repository / "moving-fp16-onnx").exists()
+    assert (home.repository / "moving").exists()

@@ -15,7 +15,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from halimede import catalogue
+from halimede import catalogue, store
+from halimede.store import sha256
 from halimede_ops import session, spec, text
 from halimede_ops.errors import BuildError, InvalidInput, LicenceNotAccepted, QualityError
 from halimede_ops.spec import ModelSpec
@@ -24,10 +25,9 @@ from tools.check import BARS, TOOLS
 from tools.describe import Reading
 from tools.download import download
 from tools.settings import Settings
-from tools.steps import console, fingerprint, key_of, once, sha256
+from tools.steps import console, fingerprint, key_of, once
 
 PRECISIONS = tuple(BARS)
-LOCK = ".lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,17 +93,22 @@ def build(wanted: Order, settings: Settings) -> list[str]:
     folder = settings.models / wanted.name
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / LOCK, timeout=0):
+        with FileLock(folder / store.LOCK, timeout=0):
+            (folder / store.USED).touch()
             console.print(f"[bold]{wanted.name}[/]")
             built = _steps(wanted, folder, settings)
             ensembles = repository.write(built, settings.repository)
             console.print(f"  [green]✓[/] write: {', '.join(ensembles)}")
-            return ensembles
     except Timeout:
         raise BuildError(
             f"another build of {wanted.name} is running; wait for it, then run the same command "
             "again"
         ) from None
+    for evicted in store.prune(
+        settings.models, settings.repository, settings.store_limit_bytes, keep=wanted.name
+    ):
+        console.print(f"  [dim]evicted {evicted.name}, {evicted.size_bytes / 1e6:.0f} MB[/]")
+    return ensembles
 
 
 def check_licence(wanted: Order) -> None:

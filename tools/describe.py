@@ -17,10 +17,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from halimede.store import sha256
 from halimede_ops import text
 from halimede_ops.errors import BuildError, InvalidModel, UntrustedCode
 from halimede_ops.spec import MULTI_VECTOR, SPARSE, TOKEN_EMBEDDINGS, ModelSpec
-from tools.steps import key_of, sha256
+from tools.steps import key_of
 
 KNOWN_MODULES = (
     "Transformer", "CLIPModel", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout",
@@ -80,8 +81,7 @@ def load(folder: Path, reading: Reading) -> Any:
             f"incomplete, or of an architecture that transformers does not know. "
             "Fetch the folder again."
         ) from error
-    if model.tokenizer is None or not getattr(model.tokenizer, "is_fast", False):
-        raise InvalidModel(f"{reading.name} has no tokenizer that can be saved as tokenizer.json.")
+    _check_tokenizer(model.tokenizer, reading.name)
     model.max_seq_length = _max_tokens(model, reading)
     return model
 
@@ -236,6 +236,21 @@ def check_memory(folder: Path, name: str, limit_bytes: int) -> None:
             f"building {name} takes about {needed / 2**30:.1f} GiB of memory; "
             f"the limit is {limit_bytes / 2**30:.1f} GiB. "
             "Build on a larger machine, or raise HALIMEDE_MEMORY_LIMIT_GIB."
+        )
+
+
+def _check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Make sure of a fast tokenizer with a padding token. Which token pads decides no vector: the
+    attention mask hides it.
+    """
+    if tokenizer is None or not getattr(tokenizer, "is_fast", False):
+        raise InvalidModel(f"{name} has no tokenizer that can be saved as tokenizer.json.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise InvalidModel(
+            f"{name}'s tokenizer has no padding token nor any that could stand for it. "
+            "Set pad_token in its tokenizer_config.json."
         )
 
 

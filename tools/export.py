@@ -41,6 +41,8 @@ def export(source: Path, reading: Reading, folder: Path) -> None:
                     _from_torch(model, facts, path)
                 else:
                     _from_onnx(model, describe.onnx_file(source), facts, path)
+        except OSError:
+            raise
         except Exception as error:  # torch, optimum and onnx each raise their own
             raise BuildError(
                 f"{facts.name} could not be exported to ONNX ({type(error).__name__}): {error}"

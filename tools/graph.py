@@ -43,7 +43,7 @@ def keep_outputs(path: Path, widths: Mapping[str, int]) -> None:
     save(model, path)
 
 
-def optimise(raw: Path, target: Path) -> None:
+def optimise(raw: Path, target: Path, large_bytes: int = LARGE_BYTES) -> None:
     """Fold constants and drop dead nodes; nothing that only onnxruntime understands, so that
     OpenVINO and TensorRT read the same file.
     """
@@ -51,7 +51,7 @@ def optimise(raw: Path, target: Path) -> None:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(target)
     options.log_severity_level = 3
-    if file_bytes(raw) > LARGE_BYTES:
+    if file_bytes(raw) > large_bytes:
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", target.name + DATA_SUFFIX
         )

@@ -83,8 +83,8 @@ def to_int8(
 def suffering(fp32: Path, feeds: Sequence[dict[str, np.ndarray]]) -> list[str]:
     """Names of the MatMuls with weights, the one whose input loses most by INT8 first.
 
-    The loss is the energy of the rounding error relative to the input's own, rounded over the
-    range that its values have in all feeds: outliers widen the range and drown the rest.
+    Values are rounded over the range that they have in all feeds: outliers widen the range and
+    drown the rest.
     """
     model = onnx.load(fp32)
     weights = {weight.name for weight in model.graph.initializer}
@@ -115,14 +115,11 @@ def _activations(
 
 
 def _rounding_loss(arrays: Sequence[np.ndarray]) -> float:
-    low = min(0.0, *(float(array.min()) for array in arrays))
-    high = max(0.0, *(float(array.max()) for array in arrays))
-    step = (high - low) / 255 or 1.0
-    losses = [
-        np.square(np.round(array / step) * step - array).sum() / max(np.square(array).sum(), 1e-12)
-        for array in arrays
-    ]
-    return float(np.mean(losses))
+    """Energy of the rounding error over that of the values about their channels' means."""
+    values = np.concatenate([array.reshape(-1, array.shape[-1]) for array in arrays])
+    step = float(max(0.0, values.max()) - min(0.0, values.min())) / 255 or 1.0
+    error = np.square(np.round(values / step) * step - values).sum()
+    return float(error / max(np.square(values - values.mean(axis=0)).sum(), 1e-12))
 
 
 def _quantise(

@@ -25,7 +25,7 @@ class Settings(BaseSettings):
     memory_limit_gib: float = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     """Memory that building one model may take; the machine's own by default."""
     store_limit_gib: float = 100.0
-    """Size that `home` is pruned to."""
+    """Size that the model store is pruned to after each build."""
 
     @property
     def models(self) -> Path:
@@ -36,3 +36,8 @@ class Settings(BaseSettings):
     def memory_limit_bytes(self) -> int:
         """`memory_limit_gib` in bytes."""
         return int(self.memory_limit_gib * 2**30)
+
+    @property
+    def store_limit_bytes(self) -> int:
+        """`store_limit_gib` in bytes."""
+        return int(self.store_limit_gib * 2**30)

@@ -12,11 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from halimede.store import PART, RECORD, damaged, recorded, sha256
 from halimede_ops.errors import BuildError
-
-RECORD = ".done.json"
-"""In each finished step's folder: its key, and every file's sha256."""
-PART = ".part"
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -66,36 +63,16 @@ def key_of_made(folder: Path) -> str | None:
         return None
 
 
-def damaged(folder: Path) -> list[str]:
-    """Files of a finished step that are missing or not as they were made."""
-    files = json.loads((folder / RECORD).read_text())["files"]
-    return [
-        name
-        for name, digest in files.items()
-        if not (folder / name).is_file() or sha256(folder / name) != digest
-    ]
-
-
 def fingerprint(folder: Path) -> str:
     """One key of all files of a folder: from the record of a finished step, else by reading."""
-    try:
-        files = json.loads((folder / RECORD).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        files = {str(path.relative_to(folder)): sha256(path) for path in _files(folder)}
+    files = recorded(folder) or {
+        str(path.relative_to(folder)): sha256(path) for path in _files(folder)
+    }
     return key_of(json.dumps(files, sort_keys=True))
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def key_of(*parts: str) -> str:
