@@ -1,8 +1,8 @@
 """Triton backend `onnxruntime`, in Python: stands in for the C++ one where Triton has none.
 
 It reads the same config.pbtxt: `optimization.execution_accelerators`, `instance_group` and the
-parameter `intra_op_thread_count`. Requests of different lengths run together: padding is
-trimmed, rows are sorted by length and cut into micro-batches.
+parameter `intra_op_thread_count`. Batching is continuous: the rows of all requests wait together,
+padding is trimmed, and whenever a stream is free it runs rows of like length.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import numpy as np
 sys.path.append(str(Path(__file__).parent.parent))
 import triton_adapter as triton
 
-from halimede_ops import batch, session, spec
-from halimede_ops.errors import HalimedeError, InvalidInput
+from halimede_ops import batch, continuous, session, spec
+from halimede_ops.errors import InvalidInput
+
+STREAMS = 2
+"""Micro-batches that one instance runs at the same time, each on its share of the threads."""
 
 
 class TritonPythonModel:
@@ -31,21 +34,25 @@ class TritonPythonModel:
             config.fields.get("default_model_filename") or session.FILE_NAME
         )
         accelerators = _accelerators(config, args["model_instance_kind"])
-        self.session, missing = triton.load(
-            lambda: session.open_session(path, accelerators, _threads(config))
+        threads = _threads(config)
+        streams = min(STREAMS, threads)
+        opened, missing = triton.load(
+            lambda: session.open_session(path, accelerators, threads, streams)
         )
         for name in missing:
             triton.warn(
                 f"{config.name}: this onnxruntime has no {name}; the CPU provider serves instead"
             )
+        self.batches = continuous.ContinuousBatches(opened.run_together, streams)
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """Run the rows of all requests together."""
-        return triton.answer(requests, _read, self._run, _write)
+    def execute(self, requests: list[Any]) -> None:
+        """Queue the rows of all requests; each request is answered when its rows have run."""
+        triton.answer_later(requests, _read, self.batches.submit, _write)
+        self.batches.wait_for_room()
 
-    def _run(self, requests: list[list[session.Row]]) -> list[np.ndarray | HalimedeError]:
-        vectors = self.session.run([row for rows in requests for row in rows])
-        return [*triton.split(vectors, [len(rows) for rows in requests])]
+    def finalize(self) -> None:
+        """Answer what waits."""
+        self.batches.close()
 
 
 def _read(request: Any) -> list[session.Row]:
@@ -58,7 +65,9 @@ def _read(request: Any) -> list[session.Row]:
         )
     lengths = batch.used_lengths(mask)
     return [
-        session.Row(ids[row, :length], mask[row, :length]) for row, length in enumerate(lengths)
+        # Copied: the arrays are Triton's memory, and end with `execute`.
+        session.Row(ids[row, :length].copy(), mask[row, :length].copy())
+        for row, length in enumerate(lengths)
     ]
 
 
