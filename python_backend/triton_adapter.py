@@ -65,6 +65,42 @@ def answer(
     ]
 
 
+def answer_later(
+    requests: Sequence[Any],
+    read: Callable[[Any], T],
+    start: Callable[[T, Callable[[R | Exception], None]], None],
+    write: Callable[[R], list[Any]],
+) -> None:
+    """Read each request and start it; each is answered, from any thread, when its result comes.
+
+    `read` may raise HalimedeError for its request; `start` gets what was read, and the function
+    to call once with the result or with what was raised.
+    """
+    for request in requests:
+        send = _sender(request, write)
+        value = _try(read, request)
+        if isinstance(value, HalimedeError):
+            send(value)
+        else:
+            start(value, send)
+
+
+def _sender(request: Any, write: Callable[[R], list[Any]]) -> Callable[[R | Exception], None]:
+    sender = request.get_response_sender()
+
+    def send(result: R | Exception) -> None:
+        if isinstance(result, Exception) and not isinstance(result, HalimedeError):
+            result = _internal(result)
+        try:
+            sender.send(
+                _respond(result, write), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+            )
+        except Exception as error:  # the next requests are answered all the same
+            _internal(error)
+
+    return send
+
+
 def _compute_all(
     compute: Callable[[list[T]], Sequence[R | HalimedeError]], values: list[T]
 ) -> Sequence[R | HalimedeError]:
@@ -86,11 +122,12 @@ def _try(function: Callable[[T], R], value: T) -> R | HalimedeError:
 
 
 def _respond(result: R | HalimedeError, write: Callable[[R], list[Any]]) -> Any:
-    if not isinstance(result, HalimedeError):
-        return pb_utils.InferenceResponse(output_tensors=write(result))
-    code = getattr(pb_utils.TritonError, result.code)
+    outputs = result if isinstance(result, HalimedeError) else _try(write, result)
+    if not isinstance(outputs, HalimedeError):
+        return pb_utils.InferenceResponse(output_tensors=outputs)
+    code = getattr(pb_utils.TritonError, outputs.code)
     # The class goes first, so that the client raises the same one.
-    message = f"{type(result).__name__}: {result}"
+    message = f"{type(outputs).__name__}: {outputs}"
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 
@@ -123,8 +160,3 @@ def optional_tensor(request: Any, name: str) -> np.ndarray | None:
 def output(name: str, array: np.ndarray) -> Any:
     """An output tensor."""
     return pb_utils.Tensor(name, array)
-
-
-def split(array: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
-    """Consecutive parts of `array`, one a request, of `counts` rows each."""
-    return np.split(array, np.cumsum(counts)[:-1])

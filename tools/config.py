@@ -15,7 +15,7 @@ MAX_BATCH_SIZE = 128
 """Most rows in one request, and most that are batched together."""
 MAX_QUEUE_SIZE = 1024
 """Requests that may wait at a step; more are rejected at once with UNAVAILABLE."""
-ONNX_INSTANCES = 2
+ONNX_INSTANCES = 1
 """Instances of the ONNX step: while one returns its vectors the other computes."""
 CPU_ACCELERATORS = ("openvino",)
 """Execution accelerators of the ONNX step on CPU."""

@@ -1,15 +1,14 @@
 """Triton backend `onnxruntime`, in Python: stands in for the C++ one where Triton has none.
 
 It reads the same config.pbtxt: `optimization.execution_accelerators`, `instance_group` and the
-parameter `intra_op_thread_count`. Requests of different lengths run together: padding is
-trimmed, rows are sorted by length and cut into micro-batches.
+parameter `intra_op_thread_count`. Batching is continuous: the rows of all requests wait together,
+padding is trimmed, and whenever a stream is free it runs rows of like length.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,11 @@ import numpy as np
 sys.path.append(str(Path(__file__).parent.parent))
 import triton_adapter as triton
 
-from halimede_ops import batch, session, spec
-from halimede_ops.errors import HalimedeError, InvalidInput
+from halimede_ops import batch, continuous, session, spec
+from halimede_ops.errors import InvalidInput
+
+STREAMS = 2
+"""Micro-batches that one instance runs at the same time, each on its share of the threads."""
 
 
 class TritonPythonModel:
@@ -32,40 +34,27 @@ class TritonPythonModel:
             config.fields.get("default_model_filename") or session.FILE_NAME
         )
         accelerators = _accelerators(config, args["model_instance_kind"])
-        self.session, missing = triton.load(
-            lambda: session.open_session(
-                path,
-                accelerators,
-                _threads(config),
-                max_tokens=int(config.parameter("max_tokens", "0")) or None,
-            )
+        threads = _threads(config)
+        streams = min(STREAMS, threads)
+        max_tokens = int(config.parameter("max_tokens", "0")) or None
+        opened, missing = triton.load(
+            lambda: session.open_session(path, accelerators, threads, streams, max_tokens)
         )
         for name in missing:
             triton.warn(
                 f"{config.name}: this onnxruntime has no {name}; the CPU provider serves instead"
             )
+        run = opened.run_with_heads if opened.heads else opened.run_together
+        self.batches = continuous.ContinuousBatches(run, streams)
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """Run the rows of all requests together."""
-        return triton.answer(requests, _read, self._run, _write)
+    def execute(self, requests: list[Any]) -> None:
+        """Queue the rows of all requests; each request is answered when its rows have run."""
+        triton.answer_later(requests, _read, self.batches.submit, _write)
+        self.batches.wait_for_room()
 
-    def _run(
-        self, requests: list[list[session.Row]]
-    ) -> Sequence[dict[str, np.ndarray] | HalimedeError]:
-        rows = [row for request in requests for row in request]
-        if self.session.heads:
-            outputs = self._run_with_heads(rows)
-            return [_stack([next(outputs) for _ in request]) for request in requests]
-        vectors = self.session.run(rows)
-        parts = triton.split(vectors, [len(request) for request in requests])
-        return [{spec.POOLED: part} for part in parts]
-
-    def _run_with_heads(self, rows: list[session.Row]) -> Iterator[dict[str, np.ndarray]]:
-        outputs: dict[int, dict[str, np.ndarray]] = {}
-        for part in batch.plan([len(row.ids) for row in rows]):
-            ran = self.session.run_with_heads([rows[index] for index in part])
-            outputs.update(zip(part, ran, strict=True))
-        return (outputs[index] for index in range(len(rows)))
+    def finalize(self) -> None:
+        """Answer what waits."""
+        self.batches.close()
 
 
 def _read(request: Any) -> list[session.Row]:
@@ -78,22 +67,22 @@ def _read(request: Any) -> list[session.Row]:
         )
     lengths = batch.used_lengths(mask)
     return [
-        session.Row(ids[row, :length], mask[row, :length]) for row, length in enumerate(lengths)
+        # Copied: the arrays are Triton's memory, and end with `execute`.
+        session.Row(ids[row, :length].copy(), mask[row, :length].copy())
+        for row, length in enumerate(lengths)
     ]
 
 
-def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """One request's outputs: heads `[rows, tokens of the longest, width]`, zeros behind a row."""
-    return {
-        name: np.stack([row[name] for row in rows])
-        if name == spec.POOLED
-        else batch.pad_heads([row[name] for row in rows])
-        for name in rows[0]
-    }
+def _write(rows: list[Any]) -> list[Any]:
+    """The outputs of one request from its rows' vectors, or from their outputs by name."""
+    if not isinstance(rows[0], dict):
+        return [triton.output(spec.POOLED, np.stack(rows))]
+    return [triton.output(name, _together(name, [row[name] for row in rows])) for name in rows[0]]
 
 
-def _write(outputs: dict[str, np.ndarray]) -> list[Any]:
-    return [triton.output(name, values) for name, values in outputs.items()]
+def _together(name: str, rows: list[np.ndarray]) -> np.ndarray:
+    """One output of a request; heads are as long as its longest row, zeros behind the others."""
+    return np.stack(rows) if name == spec.POOLED else batch.pad_heads(rows)
 
 
 def _accelerators(config: triton.ModelConfig, kind: str) -> list[session.Accelerator]:

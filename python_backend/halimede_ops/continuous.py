@@ -1,0 +1,134 @@
+"""Rows that arrive at any time, run in the cheapest micro-batches of those that wait."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+from halimede_ops import batch
+from halimede_ops.session import Row
+
+WAITING_ROWS = 128
+"""Rows that may wait before `wait_for_room` holds the caller back: enough to choose full
+micro-batches from, few enough to plan anew for each of them (0.2 ms)."""
+
+Outcome = Sequence[Any] | Exception
+"""One result a row, in order, or what running them raised."""
+
+
+class ContinuousBatches:
+    """Threads that run rows through `run`, each taking a micro-batch as soon as it is free.
+
+    A micro-batch has the row that waited longest, so none starves, and rows of like length beside
+    it, whichever request they came with, so little is padded.
+    """
+
+    def __init__(self, run: Callable[[Sequence[Row]], Sequence[Any]], threads: int) -> None:
+        self._run = run
+        self._waiting: list[_Waiting] = []
+        """In order of arrival."""
+        self._changed = threading.Condition()
+        """Guards `_waiting` and `_closed`."""
+        self._closed = False
+        self._done: SimpleQueue[tuple[list[_Waiting], Outcome] | None] = SimpleQueue()
+        self._running = [threading.Thread(target=self._run_all) for _ in range(threads)]
+        # One thread answers all: those that run lose no time, and answers need no lock.
+        self._answering = threading.Thread(target=self._answer_all)
+        for thread in (*self._running, self._answering):
+            thread.start()
+
+    def submit(self, rows: Sequence[Row], answer: Callable[[Outcome], None]) -> None:
+        """Queue the rows of one request; `answer` gets its outcome, once, from another thread."""
+        request = _Request(rows, answer)
+        with self._changed:
+            self._waiting += [_Waiting(request, place) for place in range(len(rows))]
+            self._changed.notify_all()
+
+    def wait_for_room(self) -> None:
+        """Return as soon as no more than WAITING_ROWS rows wait."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._waiting) <= WAITING_ROWS)
+
+    def close(self) -> None:
+        """Run and answer what waits, then end the threads."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._running:
+            thread.join()
+        self._done.put(None)
+        self._answering.join()
+
+    def _run_all(self) -> None:
+        while part := self._take():
+            self._done.put((part, self._outcome(part)))
+
+    def _outcome(self, part: list[_Waiting]) -> Outcome:
+        try:
+            return self._run([waiting.row for waiting in part])
+        except Exception as error:
+            return error
+
+    def _take(self) -> list[_Waiting]:
+        """The next micro-batch, which then waits no more; empty when closed and nothing waits."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if not self._waiting:
+                return []
+            parts = batch.plan([len(waiting.row.ids) for waiting in self._waiting])
+            chosen = next(part for part in parts if 0 in part)
+            part = [self._waiting[index] for index in chosen]
+            for index in sorted(chosen, reverse=True):
+                del self._waiting[index]
+            self._changed.notify_all()
+            return part
+
+    def _answer_all(self) -> None:
+        while done := self._done.get():
+            part, outcome = done
+            for number, (request, place) in enumerate(part):
+                if isinstance(outcome, Exception):
+                    request.fail(outcome)
+                else:
+                    request.put(place, outcome[number])
+
+
+class _Request:
+    """Rows that are answered together."""
+
+    def __init__(self, rows: Sequence[Row], answer: Callable[[Outcome], None]) -> None:
+        self.rows = rows
+        self._answer = answer
+        self._results: list[Any] = [None] * len(rows)
+        self._error: Exception | None = None
+        self._missing = len(rows)
+
+    def put(self, place: int, result: Any) -> None:
+        """Keep the result of the row at `place`."""
+        self._results[place] = result
+        self._count()
+
+    def fail(self, error: Exception) -> None:
+        """Keep what one row raised: it is the whole request's answer."""
+        self._error = error
+        self._count()
+
+    def _count(self) -> None:
+        """Answer after the last row."""
+        self._missing -= 1
+        if not self._missing:
+            self._answer(self._error or self._results)
+
+
+class _Waiting(NamedTuple):
+    """One row of a request."""
+
+    request: _Request
+    place: int
+    """Of the row in its request."""
+
+    @property
+    def row(self) -> Row:
+        return self.request.rows[self.place]

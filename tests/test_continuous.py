@@ -1,0 +1,139 @@
+"""Continuous batching, with a run that says which rows it was given."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halimede_ops.continuous import WAITING_ROWS, ContinuousBatches, Outcome
+from halimede_ops.session import Row
+
+TIMEOUT_S = 20.0
+
+
+class Answer:
+    """Waits for one request's outcome."""
+
+    def __init__(self) -> None:
+        self._given = threading.Event()
+        self._outcomes: list[Outcome] = []
+
+    def __call__(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
+        self._given.set()
+
+    def wait(self) -> Outcome:
+        assert self._given.wait(TIMEOUT_S), "not answered"
+        [outcome] = self._outcomes
+        return outcome
+
+
+class Gate:
+    """A run that holds its thread until opened, and keeps the lengths of each micro-batch."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.entered = threading.Event()
+        self.parts: list[list[int]] = []
+
+    def run(self, rows: Sequence[Row]) -> list[int]:
+        self.parts.append([len(row.ids) for row in rows])
+        self.entered.set()
+        assert self.opened.wait(TIMEOUT_S)
+        return first_ids(rows)
+
+
+def row(length: int, first: int = 0) -> Row:
+    ids = np.full(length, first, np.int64)
+    return Row(ids, np.ones(length, np.int64))
+
+
+def first_ids(rows: Sequence[Row]) -> list[int]:
+    """Each row's first id."""
+    return [int(row.ids[0]) for row in rows]
+
+
+@contextmanager
+def closing(batches: ContinuousBatches) -> Iterator[ContinuousBatches]:
+    try:
+        yield batches
+    finally:
+        batches.close()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=9), max_size=30))
+def test_each_request_gets_its_own_rows_in_order(requests: list[list[int]]) -> None:
+    """Whatever the lengths and whichever thread runs them, vectors return to their request."""
+    answers = [Answer() for _ in requests]
+    firsts = iter(range(1000))
+    expected = []
+    with closing(ContinuousBatches(first_ids, threads=3)) as batches:
+        for lengths, answer in zip(requests, answers, strict=True):
+            rows = [row(length, next(firsts)) for length in lengths]
+            expected.append(first_ids(rows))
+            batches.submit(rows, answer)
+        assert [answer.wait() for answer in answers] == expected
+
+
+def test_the_row_that_waited_longest_is_in_the_next_run() -> None:
+    """A long text among many short ones is not passed over, and those like it go with it."""
+    gate = Gate()
+    with closing(ContinuousBatches(gate.run, threads=1)) as batches:
+        batches.submit([row(16)], Answer())
+        assert gate.entered.wait(TIMEOUT_S)
+        for length in (200, *[16] * 40, 198):
+            batches.submit([row(length)], Answer())
+        gate.opened.set()
+    assert gate.parts[0] == [16]
+    assert sorted(gate.parts[1]) == [198, 200]
+    assert all(set(part) == {16} for part in gate.parts[2:])
+
+
+def test_a_failed_run_fails_its_requests_alone() -> None:
+    """An error reaches the requests whose rows were in the run, and the next ones are served."""
+
+    def run(rows: Sequence[Row]) -> list[int]:
+        if any(row.ids[0] == 13 for row in rows):
+            raise ValueError("13")
+        return first_ids(rows)
+
+    with closing(ContinuousBatches(run, threads=2)) as batches:
+        bad, good = Answer(), Answer()
+        batches.submit([row(5, 1), row(250, 13)], bad)
+        assert isinstance(bad.wait(), ValueError)
+        batches.submit([row(5, 2)], good)
+        assert good.wait() == [2]
+
+
+def test_the_caller_is_held_back_until_there_is_room() -> None:
+    """With more than WAITING_ROWS rows waiting, `wait_for_room` returns when runs took some."""
+    gate = Gate()
+    with closing(ContinuousBatches(gate.run, threads=1)) as batches:
+        batches.submit([row(16)], Answer())
+        assert gate.entered.wait(TIMEOUT_S)
+        batches.submit([row(16)] * WAITING_ROWS, Answer())
+        batches.wait_for_room()
+        batches.submit([row(16)], Answer())
+        caller = threading.Thread(target=batches.wait_for_room)
+        caller.start()
+        caller.join(0.2)
+        assert caller.is_alive()
+        gate.opened.set()
+        caller.join(TIMEOUT_S)
+        assert not caller.is_alive()
+
+
+def test_closing_answers_what_waits() -> None:
+    """Every request submitted before `close` has its answer when `close` returns."""
+    answers = [Answer() for _ in range(100)]
+    batches = ContinuousBatches(first_ids, threads=2)
+    for index, answer in enumerate(answers):
+        batches.submit([row(1 + index, index)], answer)
+    batches.close()
+    assert [answer.wait() for answer in answers] == [[i] for i in range(100)]
