@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import zipfile
@@ -17,10 +18,11 @@ from halimede_ops.errors import (
     BuildError,
     ChecksumMismatch,
     DownloadError,
+    LicenceNotAccepted,
     ModelNotFound,
 )
 from tools import check, config, corpus, describe, download, repository, steps
-from tools.build import build, order
+from tools.build import build, check_licence, order
 from tools.settings import Settings
 
 
@@ -216,3 +218,55 @@ def test_spec_is_in_every_folder_that_reads_it(settings: Settings) -> None:
     """Tokenizer, pooler and ensembles hold the same spec."""
     names = [f"{MODEL}-tokenizer", f"{MODEL}-pooler", *NAMES.values()]
     assert len({spec.load(settings.repository / name / "1").to_json() for name in names}) == 1
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_configs_for_a_gpu(built: repository.Built, tmp_path: Path, device: str) -> None:
+    """DEVICE asks for GPU instances with its accelerator; nothing else changes."""
+    repository.write(built, tmp_path / "cpu")
+    repository.write(dataclasses.replace(built, device=device), tmp_path / device)
+    for path in sorted((tmp_path / device).glob("*/config.pbtxt")):
+        on_cpu = tmp_path / "cpu" / path.parent.name / "config.pbtxt"
+        if not path.parent.name.endswith("-onnx"):
+            assert path.read_bytes() == on_cpu.read_bytes()
+            continue
+        written = config.read(path)
+        group = written.instance_group[0]
+        assert group.kind == group.KIND_GPU
+        asked = written.optimization.execution_accelerators
+        assert [entry.name for entry in asked.gpu_execution_accelerator] == [device]
+        assert not asked.cpu_execution_accelerator
+
+
+def test_tensorrt_profile_covers_every_bucket(built: repository.Built) -> None:
+    """Shapes go from one row of the shortest bucket to a full batch of the longest."""
+    parameters = config.tensorrt_parameters(built.spec, "int8")
+    assert parameters["precision_mode"] == "INT8"
+    assert parameters["trt_profile_min_shapes"] == "input_ids:1x16,attention_mask:1x16"
+    assert parameters["trt_profile_max_shapes"] == "input_ids:128x256,attention_mask:128x256"
+    assert built.spec.space in parameters["trt_engine_cache_path"]
+
+
+def test_restricted_licence_must_be_accepted_by_name() -> None:
+    """A non-commercial model is refused until its licence is named; the message says how."""
+    with pytest.raises(LicenceNotAccepted, match="--accept-licence CC-BY-NC-4.0"):
+        check_licence(order("jina-embeddings-v4", accepted_licence="MIT"))
+    check_licence(order("jina-embeddings-v4", accepted_licence="CC-BY-NC-4.0"))
+
+
+def test_catalogue_is_found_by_either_name_and_filtered() -> None:
+    """A row is found with or without its owner; filters combine."""
+    assert catalogue.find("BAAI/bge-m3") is catalogue.find("bge-m3")
+    assert [row.name for row in catalogue.filtered(licence="cc-by-nc-4.0")] == [
+        "jina-embeddings-v4"
+    ]
+    german = catalogue.filtered(language="de", max_parameters_million=200)
+    assert {"paraphrase-multilingual-MiniLM-L12-v2"} < {row.name for row in german}
+    assert all(row.dims == 512 for row in catalogue.filtered(dims=512))
+    assert "codebert-base" in {row.name for row in catalogue.filtered(use_case="code")}
+
+
+def test_catalogue_has_every_row_of_the_specification() -> None:
+    """Twenty models, names unique, each with a licence and a source on the hub."""
+    assert len({row.name for row in catalogue.MODELS}) == len(catalogue.MODELS) == 20
+    assert all(row.licence and row.repository for row in catalogue.MODELS)

@@ -1,0 +1,160 @@
+"""The model store, and builds that are killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_models
+from conftest import ROOT, free_options
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+
+from halimede import Embedder, store
+from halimede_ops import session, spec, vectors
+from halimede_ops.errors import InvalidInput
+from tools import config, steps, triton
+from tools.check import Engine, reference
+from tools.describe import Reading
+from tools.settings import Settings
+
+KILLS = 20
+TEXTS = ["hello world", "a second text of some more words", "", "漢字"]
+
+
+def make(models: Path, name: str, size_bytes: int, used: float) -> None:
+    """A model of one step in the store, last built at `used`."""
+    steps.once(
+        models / name / "fp32",
+        "key",
+        "step",
+        lambda folder: (folder / "model.onnx").write_bytes(bytes(size_bytes)) and None,
+    )
+    for file in (store.LOCK, store.USED):
+        (models / name / file).touch()
+    os.utime(models / name / store.USED, (used, used))
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """Three models of about 10,000 bytes: `old`, `mid`, `new`."""
+    for used, name in enumerate(("old", "mid", "new"), start=1):
+        make(tmp_path / "models", name, 10_000, used)
+    return tmp_path / "models"
+
+
+def test_store_lists_the_last_used_first(models: Path, tmp_path: Path) -> None:
+    found = store.stored(models, tmp_path)
+    assert [model.name for model in found] == ["new", "mid", "old"]
+    assert all(10_000 < model.size_bytes < 11_000 for model in found)
+    assert all(model.steps == ("fp32",) and not model.served for model in found)
+
+
+def test_prune_evicts_the_longest_unused(models: Path, tmp_path: Path) -> None:
+    evicted = store.prune(models, tmp_path, limit_bytes=22_000)
+    assert [model.name for model in evicted] == ["old"]
+    assert not (models / "old").exists()
+
+
+def test_prune_never_evicts_what_is_served_or_built(models: Path, tmp_path: Path) -> None:
+    """A served model stays, by its config or by a repository's link to its file; so does one
+    whose build runs, and the one that was just built.
+    """
+    make(models, "building", 10_000, 0)
+    (tmp_path / "repository" / "old-tokenizer").mkdir(parents=True)
+    (tmp_path / "repository" / "old-tokenizer" / "config.pbtxt").touch()
+    os.link(models / "mid" / "fp32" / "model.onnx", tmp_path / "served.onnx")
+    with FileLock(models / "building" / store.LOCK):
+        evicted = store.prune(models, tmp_path / "repository", limit_bytes=0, keep="new")
+    assert evicted == []
+    assert len(store.stored(models, tmp_path)) == 4
+
+
+def test_verify_names_damaged_files(models: Path) -> None:
+    assert store.verify(models) == {}
+    (models / "mid" / "fp32" / "model.onnx").write_bytes(b"other")
+    assert store.verify(models) == {"mid": ["fp32/model.onnx"]}
+    with pytest.raises(InvalidInput, match="not in the store"):
+        store.verify(models, "unknown")
+
+
+def run_build(folder: Path, home: Settings) -> subprocess.Popen[bytes]:
+    """A build of `folder` as `m` in a process group of its own."""
+    command = [sys.executable, "-m", "tools", "build", str(folder), "--name", "m"]
+    command += ["--precisions", "fp32,fp16", "--accept", "fp16"]
+    environment = os.environ | {
+        "HALIMEDE_HOME": str(home.home),
+        "HALIMEDE_REPOSITORY": str(home.repository),
+    }
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def served_vectors(repository: Path) -> np.ndarray:
+    """Vectors of the repository's own files, once every precision agrees on the space."""
+    facts = spec.load(repository / "m-tokenizer" / "1")
+    found = []
+    for name in ("m", "m-fp16"):
+        assert config.space(repository / name / "config.pbtxt") == facts.space
+        assert spec.load(repository / name / "1") == facts
+        model = repository / f"{name}-onnx" / "1" / session.FILE_NAME
+        found.append(Engine(model, repository / "m-tokenizer" / "1", facts).embed(TEXTS))
+    assert vectors.cosine(*found).min() > 0.999
+    return found[0]
+
+
+def test_killed_builds_leave_what_was_served(tmp_path: Path) -> None:
+    """SIGKILL at 20 random moments of builds of two states of one model in turn: the repository
+    always serves one of the two whole, a real Triton too, and the next build completes.
+    """
+    home = Settings(home=tmp_path / "home", repository=tmp_path / "repository")
+    sources = [small_models.like_minilm(tmp_path / "a")]
+    sources.append(Path(shutil.copytree(sources[0], tmp_path / "b")))
+    state = load_file(sources[1] / "model.safetensors")
+    state["embeddings.word_embeddings.weight"] *= -1
+    save_file(state, sources[1] / "model.safetensors", metadata={"format": "pt"})
+    expected = [reference(source, TEXTS, Reading("m")) for source in sources]
+
+    began = time.monotonic()
+    assert run_build(sources[0], home).wait() == 0
+    whole_s = time.monotonic() - began
+    chance = random.Random(5)
+    serving, kills, builds = 0, 0, 0
+    while kills < KILLS:
+        wanted = 1 - serving
+        build = run_build(sources[wanted], home)
+        try:
+            assert build.wait(timeout=chance.uniform(0.2, whole_s)) == 0
+            builds += 1
+        except subprocess.TimeoutExpired:
+            os.killpg(build.pid, signal.SIGKILL)
+            build.wait()
+            kills += 1
+        got = served_vectors(home.repository)
+        matches = [vectors.cosine(got, vector).min() > 0.9999 for vector in expected]
+        assert matches.count(True) == 1
+        serving = matches.index(True)
+        if kills % 10 == 0:
+            assert_triton_serves(home, tmp_path, expected[serving])
+    assert run_build(sources[1 - serving], home).wait() == 0
+    assert_triton_serves(home, tmp_path, expected[1 - serving])
+
+
+def assert_triton_serves(home: Settings, folder: Path, expected: np.ndarray) -> None:
+    """A real Triton on the repository gives these vectors."""
+    options = free_options()
+    run = folder / f"run-{options.grpc_port}"
+    run.mkdir()
+    with triton.serve(home.repository, home.python_backend, run, options):
+        with Embedder(f"127.0.0.1:{options.grpc_port}", "m") as embedder:
+            assert vectors.cosine(embedder.embed(TEXTS).vectors, expected).min() > 0.9999
