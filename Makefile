@@ -7,7 +7,7 @@ BIN := .venv/bin
 LOCK := constraints-$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 CONSTRAIN := $(if $(wildcard $(LOCK)),--constraint $(LOCK))
 
-.PHONY: help env build serve test lint format perf sts clean
+.PHONY: help env build serve test lint format perf sts bench-cache clean
 
 help:  ## List the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ perf: env build  ## Server against bare engine with perf_analyzer; report in doc
 
 sts: env  ## STS Spearman through a running server; ARGS='--file stsb-dev.tsv'
 	$(BIN)/python -m tools sts $(ARGS)
+
+bench-cache: env  ## Cache hits and hash embeddings against the texts/s they must reach
+	$(BIN)/python -m tools bench-cache
 
 clean:  ## Remove environment, downloads and built files
 	rm -rf .venv .halimede model_repository/*/1 model_repository/*/warmup

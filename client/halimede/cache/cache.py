@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from halimede_ops.errors import HalimedeError, InvalidInput
 
 Compute = Callable[[list[int]], Awaitable[Entries]]
 """The entries of the rows it is given, in that order."""
+Values = dict[bytes, bytes]
+"""Packed entries by key."""
 
 
 class Cache:
@@ -55,7 +58,7 @@ class Cache:
         for row, value in enumerate(recalled):
             if value is None:
                 rows.setdefault(keys[row], row)
-        found, computed = await self._resolve(rows, compute, expect)
+        found, computed = await self._resolve(list(rows), _Call(rows, compute, expect))
         values = [
             value or found.get(key) or computed[key]
             for key, value in zip(keys, recalled, strict=True)
@@ -106,78 +109,80 @@ class Cache:
             return await self._lanes[0].get(keys, expect)
         return [None] * len(keys)
 
-    async def _resolve(
-        self, rows: dict[bytes, int], compute: Compute, expect: Expect
-    ) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
-        """Values found in tiers, and values computed here or by calls under way, by key.
+    async def _resolve(self, keys: Sequence[bytes], call: _Call) -> tuple[Values, Values]:
+        """Values found in tiers, and values computed, by this call or by others under way.
 
-        Between `_recall` and taking the keys nothing else runs, so a key is in the first tier, or
-        under way, or ours.
+        Between `_recall` and the claim nothing else runs: a key is in the first tier, or under
+        way, or becomes ours.
         """
-        under_way = {key: flight for key in rows if (flight := self._flights.get(key))}
-        ours = [key for key in rows if key not in under_way]
-        flight = _Flight()
-        self._flights.update(dict.fromkeys(ours, flight))
+        under_way = {key: flight for key in keys if (flight := self._flights.get(key))}
+        ours = [key for key in keys if key not in under_way]
+        with self._claim(ours, is_lookup=True) as flight:
+            found = flight.values = await self._look_up(ours, call.expect)
+        absent = [key for key in ours if key not in found]
+        with self._claim(absent, is_lookup=False) as flight:
+            computed = flight.values = await self._compute(absent, call)
+        if not under_way:
+            return found, computed
+        others_found, others_computed = await self._share(under_way, call)
+        return found | others_found, computed | others_computed
+
+    @contextlib.contextmanager
+    def _claim(self, keys: list[bytes], *, is_lookup: bool) -> Iterator[_Flight]:
+        """A flight that other calls wait for when they need one of the keys."""
+        flight = _Flight(is_lookup)
+        self._flights.update(dict.fromkeys(keys, flight))
         try:
-            flight.values = found = await self._look_up(ours, expect)
-            absent = [key for key in ours if key not in found]
-            computed = await self._compute(absent, rows, compute, expect)
-            flight.values = found | computed
+            yield flight
         except Exception:
             flight.failed = True
             raise
         finally:
-            for key in ours:
+            for key in keys:
                 del self._flights[key]
             flight.done.set()
-        return found, computed | await self._share(under_way, rows, compute, expect)
 
-    async def _share(
-        self,
-        under_way: dict[bytes, _Flight],
-        rows: dict[bytes, int],
-        compute: Compute,
-        expect: Expect,
-    ) -> dict[bytes, bytes]:
-        """Values of calls under way; computed here where such a call failed or was cancelled."""
+    async def _share(self, under_way: dict[bytes, _Flight], call: _Call) -> tuple[Values, Values]:
+        """Values that other calls found, and those they computed or left to be computed here."""
         for flight in set(under_way.values()):
             await flight.done.wait()
-        shared = {
-            key: flight.values[key] for key, flight in under_way.items() if key in flight.values
-        }
-        self._shared += len(shared)
-        absent = [key for key in under_way if key not in shared]
-        # Whoever waited for a failed call computes alone: to wait in turn would add up the waits.
-        failed = [key for key in absent if under_way[key].failed]
-        cancelled = {key: rows[key] for key in absent if not under_way[key].failed}
-        computed = await self._compute(failed, rows, compute, expect)
-        if cancelled:
-            found, anew = await self._resolve(cancelled, compute, expect)
-            computed |= found | anew
-        return shared | computed
+        found: Values = {}
+        computed: Values = {}
+        again: list[bytes] = []
+        alone: list[bytes] = []
+        for key, flight in under_way.items():
+            if key in flight.values:
+                (found if flight.is_lookup else computed)[key] = flight.values[key]
+            else:
+                (alone if flight.failed else again).append(key)
+        self._shared += len(found) + len(computed)
+        # To wait for a second call after one failed, and for a third, would add up their waits.
+        computed |= await self._compute(alone, call)
+        found |= _present(again, await self._recall(again, call.expect))
+        again = [key for key in again if key not in found]
+        if again:
+            found_again, computed_again = await self._resolve(again, call)
+            found, computed = found | found_again, computed | computed_again
+        return found, computed
 
-    async def _look_up(self, keys: Sequence[bytes], expect: Expect) -> dict[bytes, bytes]:
+    async def _look_up(self, keys: Sequence[bytes], expect: Expect) -> Values:
         """Values of the tiers that `_recall` did not ask, written to the tiers before."""
-        found: dict[bytes, bytes] = {}
+        found: Values = {}
         for place, lane in enumerate(self._lanes):
             absent = [key for key in keys if key not in found]
             if not absent or (place == 0 and lane.is_local):
                 continue
-            values = await lane.get(absent, expect)
-            items = [
-                (key, value) for key, value in zip(absent, values, strict=True) if value is not None
-            ]
-            found.update(items)
-            await self._put(self._lanes[:place], items)
+            here = _present(absent, await lane.get(absent, expect))
+            found |= here
+            await self._put(self._lanes[:place], list(here.items()))
         return found
 
-    async def _compute(
-        self, keys: list[bytes], rows: dict[bytes, int], compute: Compute, expect: Expect
-    ) -> dict[bytes, bytes]:
+    async def _compute(self, keys: list[bytes], call: _Call) -> Values:
         """Values of the keys, computed and written to every tier; what is not finite is not."""
         if not keys:
             return {}
-        entries = check(await compute([rows[key] for key in keys]), len(keys), expect)
+        rows = [call.rows[key] for key in keys]
+        entries = check(await call.compute(rows), len(keys), call.expect)
         items = list(zip(keys, pack(keys, entries), strict=True))
         finite = np.isfinite(entries.vectors).all(axis=1)
         await self._put(
@@ -191,11 +196,26 @@ class Cache:
                 await lane.put(items)
 
 
-class _Flight:
-    """One call's keys on their way."""
+class _Call(NamedTuple):
+    """What one call was given."""
 
-    def __init__(self) -> None:
+    rows: dict[bytes, int]
+    """One row of each key."""
+    compute: Compute
+    expect: Expect
+
+
+class _Flight:
+    """One call's keys on their way, first to be looked up, then to be computed."""
+
+    def __init__(self, is_lookup: bool) -> None:
+        self.is_lookup = is_lookup
         self.done = asyncio.Event()
         self.failed = False
-        self.values: dict[bytes, bytes] = {}
-        """By key when done; a call that failed or was cancelled has those it found, if any."""
+        """Whether it raised; neither that nor a value: it was cancelled, or no tier had the key."""
+        self.values: Values = {}
+
+
+def _present(keys: Sequence[bytes], values: Sequence[bytes | None]) -> Values:
+    """The values that are there, by key."""
+    return {key: value for key, value in zip(keys, values, strict=True) if value is not None}

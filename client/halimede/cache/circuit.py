@@ -45,5 +45,5 @@ class Circuit:
     def succeeded(self) -> None:
         """Close the circuit."""
         if not self.is_closed:
-            log.warning("cache: %s succeed again", self._name)
+            log.info("cache: %s succeed again", self._name)
         self._failures = 0

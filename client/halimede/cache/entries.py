@@ -62,8 +62,18 @@ def pack(keys: Sequence[bytes], entries: Entries) -> list[bytes]:
 
 
 def unpack(values: Sequence[bytes], expect: Expect) -> Entries:
-    """The entries of intact values, in order; the arrays are the caller's own."""
-    records = np.frombuffer(b"".join(values), record(expect.dims))
+    """The entries of intact values, in order; the arrays are the caller's own.
+
+    Raises:
+        InvalidInput: the values are of other dims.
+    """
+    joined, layout = b"".join(values), record(expect.dims)
+    records = np.frombuffer(joined, layout, len(joined) // layout.itemsize)
+    if len(records) != len(values) or (records["dims"] != expect.dims).any():
+        raise InvalidInput(
+            f"the keys are of vectors of other dims than {expect.dims}. "
+            "Give keys and Expect the same dims."
+        )
     return Entries(records["vector"].astype(np.float32), records["tokens"].astype(np.int32))
 
 

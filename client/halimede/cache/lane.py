@@ -8,6 +8,7 @@ its own circuit, so a full store is still read. What is queued is found by reads
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
@@ -114,7 +115,8 @@ class Lane:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._give_up()
-        await self.tier.close()
+        with contextlib.suppress(Exception):  # it may hang or be broken; nobody needs it any more
+            await asyncio.wait_for(self.tier.close(), FLUSH_S)
 
     def stats(self) -> dict[str, Any]:
         """The counts, the hit rate of the keys asked for, and the bytes held."""

@@ -12,10 +12,15 @@ Item = tuple[bytes, bytes]
 class Tier(Protocol):
     """Holds values by key. It may forget any of them, fail or be slow: its lane guards it."""
 
-    name: str
-    """Unique within a cache; the tier's name in `stats()` and in the log."""
-    timeout_s: float | None
-    """Longest wait for one call. None: in this process, answers at once and never fails."""
+    @property
+    def name(self) -> str:
+        """Unique within a cache; the tier's name in `stats()` and in the log."""
+        ...
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Longest wait for one call. None: in this process, answers at once and never fails."""
+        ...
 
     async def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
         """Each key's value, or None."""
