@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from halimede import providers
+from halimede.cache_config import CacheConfig
 from halimede.chain import Rules
 from halimede.providers.base import Options
 from halimede.settings import Settings
@@ -24,44 +25,6 @@ DEFAULT_MODEL = "all-MiniLM-L6-v2"
 SECRET_KEY = re.compile(r"(?:^|_)(?:api_?key|key|token|password|passwd|secret)$", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"^(?:sk-|hf_|Bearer )|://[^/\s]*@")
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class DiskCache(BaseModel):
-    """Cache on disk."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
-    path: Path
-    """Folder of the cache."""
-    max_mb: PositiveInt = 1024
-    ttl_s: PositiveFloat | None = Field(None, alias="ttl")
-
-
-class RedisCache(BaseModel):
-    """Cache in Redis: hot, warm and cold, each with its own time to live."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
-    url: str = "redis://127.0.0.1:6379/0"
-    url_env: str | None = None
-    """Environment variable that holds the url, for one with a password."""
-    prefix: str = "halimede"
-    hot_ttl_s: PositiveFloat = Field(3600, alias="hot_ttl")
-    warm_ttl_s: PositiveFloat = Field(24 * 3600, alias="warm_ttl")
-    cold_ttl_s: PositiveFloat = Field(7 * 24 * 3600, alias="cold_ttl")
-
-
-class CacheConfig(BaseModel):
-    """Cache tiers, from the nearest to the farthest."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
-    memory_mb: PositiveInt | None = 256
-    """Largest size in this process; null: no such tier."""
-    disk: DiskCache | None = None
-    redis: RedisCache | None = None
-    model_check_s: float = Field(1.0, ge=0, alias="model_check")
-    """Seconds after which a model is described anew before something cached of it is given."""
 
 
 class Config(BaseModel):

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+import numpy as np
+from typing_extensions import Unpack
 
 from halimede import loop, requests
 from halimede.chain import Chain
 from halimede.config import Config, resolve
 from halimede.flow import Call, Flow
 from halimede.link import Link
+from halimede.progress import bar
 from halimede.providers import Options, Provider
 from halimede.results import Embeddings, ServedModel
 from halimede.statistics import Statistics
+from halimede.stream import Stream
+from halimede_ops.errors import InvalidInput
+from halimede_ops.quantise import OutputType
+
+STREAM_WINDOW = 1024
+"""Texts in one part of a stream."""
+
+
+class Asked(TypedDict, total=False):
+    """What a caller may ask of every embedding; `Embedder.embed` says what each means."""
+
+    input_type: str | None
+    dimensions: int | None
+    output_type: OutputType
+    ranges: np.ndarray | None
 
 
 class _Opened:
@@ -53,12 +73,16 @@ class _Opened:
         self._loop = loop.shared()
         self._flow = _flow(self.config, providers)
 
-    def _call(self, texts: Sequence[str] | str, deadline_s: float | None, **asked: Any) -> Call:
-        return Call(
-            requests.encode([texts] if isinstance(texts, str) else texts),
-            deadline_s=self.config.deadline_s if deadline_s is None else deadline_s,
-            **asked,
-        )
+    def _call(self, texts: Sequence[bytes], deadline_s: float | None, **asked: Any) -> Call:
+        output_type = asked.get("output_type", "float32")
+        if output_type in ("int8", "uint8") and asked.get("ranges") is None:
+            raise InvalidInput(
+                f"{output_type} needs ranges, or vectors of two calls could not be compared. "
+                "Measure them once over a hundred texts or more: "
+                "halimede_ops.quantise.measure_ranges(result.vectors)."
+            )
+        limit_s = self.config.deadline_s if deadline_s is None else deadline_s
+        return Call(texts, deadline_s=limit_s, **asked)
 
 
 class Embedder(_Opened):
@@ -89,7 +113,10 @@ class Embedder(_Opened):
         *,
         input_type: str | None = None,
         dimensions: int | None = None,
+        output_type: OutputType = "float32",
+        ranges: np.ndarray | None = None,
         deadline_s: float | None = None,
+        progress: bool = False,
     ) -> Embeddings:
         """Embeddings of the texts, in their order: vectors `[texts, dims]`.
 
@@ -103,18 +130,76 @@ class Embedder(_Opened):
             texts: the texts.
             input_type: `query`, `document` or the name of another prompt of the model.
             dimensions: keep this many leading components (Matryoshka), normalised again.
+            output_type: float32, float16, int8, uint8, binary or ubinary.
+            ranges: `[2, dims]` of `halimede_ops.quantise.measure_ranges`, for int8 and uint8.
             deadline_s: longest time that this call may take.
+            progress: show a bar, on a terminal.
 
         Raises:
             InvalidText: an item is not a string or cannot be encoded as UTF-8.
             UnknownInputType: the model has no such prompt.
             InvalidDimensions: `dimensions` is outside 1 … the model's dims.
+            InvalidInput: unknown output type, or ranges are missing.
             ModelNotFound: the server does not have the model.
             ServerError: the server is not there, is overloaded, or did not answer in time.
             SpaceRefused: only providers of another space are left.
         """
-        call = self._call(texts, deadline_s, input_type=input_type, dimensions=dimensions)
-        return self._loop.wait(self._flow.embed(call))
+        encoded = requests.encode([texts] if isinstance(texts, str) else texts)
+        with bar(progress, len(encoded)) as advance:
+            call = self._call(
+                encoded,
+                deadline_s,
+                input_type=input_type,
+                dimensions=dimensions,
+                output_type=output_type,
+                ranges=ranges,
+                on_progress=advance if progress else None,
+            )
+            return self._loop.wait(self._flow.embed(call))
+
+    def embed_iter(
+        self,
+        texts: Iterable[str],
+        *,
+        window: int = STREAM_WINDOW,
+        progress: bool = False,
+        deadline_s: float | None = None,
+        **asked: Unpack[Asked],
+    ) -> Iterator[Embeddings]:
+        """Embeddings of a stream of any length, part by part, in its order.
+
+        Each part is the result of up to `window` texts. No more texts are taken from the stream
+        than two parts ahead of the part that is awaited, so memory stays bounded. All parts are of
+        one space; another precision of it may stand in, and its parts say so.
+
+        Args:
+            texts: the texts; taken in the caller's thread.
+            window: texts in one part.
+            progress: show a bar, on a terminal.
+            deadline_s: longest time that one part may take.
+            asked: `input_type`, `dimensions`, `output_type` and `ranges` as of `embed`.
+
+        Raises:
+            SpaceRefused: the model's space changed midway.
+            HalimedeError: as `embed`.
+        """
+        stream = Stream(window)
+        with bar(progress) as advance, contextlib.closing(stream):
+            for part in stream.cut(texts):
+                call = self._call(part, deadline_s, **asked)
+                stream.send(self._loop.submit(self._flow.embed(call)))
+                if stream.is_full:
+                    yield stream.checked(stream.next().result(), advance)
+            while stream.is_under_way:
+                yield stream.checked(stream.next().result(), advance)
+
+    def clear_cache(self) -> None:
+        """Forget every cached vector in every tier.
+
+        Raises:
+            HalimedeError: a tier failed; the others are cleared.
+        """
+        self._loop.wait(self._flow.clear_cache())
 
     def health(self) -> list[dict[str, Any]]:
         """One report a provider: whether it embeds a probe text, how fast, and what it is."""
@@ -150,13 +235,41 @@ class AsyncEmbedder(_Opened):
         self,
         texts: Sequence[str] | str,
         *,
-        input_type: str | None = None,
-        dimensions: int | None = None,
         deadline_s: float | None = None,
+        progress: bool = False,
+        **asked: Unpack[Asked],
     ) -> Embeddings:
         """As `Embedder.embed`."""
-        call = self._call(texts, deadline_s, input_type=input_type, dimensions=dimensions)
-        return await asyncio.wrap_future(self._loop.submit(self._flow.embed(call)))
+        encoded = requests.encode([texts] if isinstance(texts, str) else texts)
+        with bar(progress, len(encoded)) as advance:
+            call = self._call(
+                encoded, deadline_s, on_progress=advance if progress else None, **asked
+            )
+            return await asyncio.wrap_future(self._loop.submit(self._flow.embed(call)))
+
+    async def embed_iter(
+        self,
+        texts: Iterable[str] | AsyncIterable[str],
+        *,
+        window: int = STREAM_WINDOW,
+        progress: bool = False,
+        deadline_s: float | None = None,
+        **asked: Unpack[Asked],
+    ) -> AsyncIterator[Embeddings]:
+        """As `Embedder.embed_iter`, of a stream of either kind."""
+        stream = Stream(window)
+        with bar(progress) as advance, contextlib.closing(stream):
+            async for part in stream.cut_async(texts):
+                call = self._call(part, deadline_s, **asked)
+                stream.send(self._loop.submit(self._flow.embed(call)))
+                if stream.is_full:
+                    yield stream.checked(await asyncio.wrap_future(stream.next()), advance)
+            while stream.is_under_way:
+                yield stream.checked(await asyncio.wrap_future(stream.next()), advance)
+
+    async def clear_cache(self) -> None:
+        """As `Embedder.clear_cache`."""
+        await asyncio.wrap_future(self._loop.submit(self._flow.clear_cache()))
 
     async def health(self) -> list[dict[str, Any]]:
         """As `Embedder.health`."""
@@ -173,7 +286,10 @@ def _flow(config: Config, providers: Sequence[Provider]) -> Flow:
         links = [Link(_own_options(provider), statistics, provider) for provider in providers]
     else:
         links = [Link(options, statistics) for options in config.chain()]
-    return Flow(Chain(links, config.rules()), statistics)
+    chain = Chain(links, config.rules())
+    if config.cache is None:
+        return Flow(chain, statistics)
+    return Flow(chain, statistics, config.cache.open(), config.cache.model_check_s)
 
 
 def _own_options(provider: Provider) -> Options:

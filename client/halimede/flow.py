@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
+import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from halimede import requests
+from halimede import requests, tracing
+from halimede.cache import Cache, Entries, Expect
+from halimede.cache import keys as cache_keys
 from halimede.chain import Chain, all_failed
 from halimede.link import Deadline, Link
 from halimede.providers.base import Answer, check_dimensions
@@ -23,6 +27,7 @@ from halimede_ops.errors import (
     ModelChanged,
     ServerError,
 )
+from halimede_ops.quantise import OutputType, quantise
 
 MODEL_CHANGES = 5
 """Times that a call is begun anew because the model changed under it."""
@@ -35,29 +40,29 @@ class Call:
     texts: Sequence[bytes]
     input_type: str | None = None
     dimensions: int | None = None
-    output_type: str = "float32"
+    output_type: OutputType = "float32"
+    ranges: np.ndarray | None = None
+    """`[2, dims]`, low and high of each component, for int8 and uint8."""
     deadline_s: float | None = None
     on_progress: Callable[[int], Any] | None = None
     """Told how many texts were embedded by each request."""
 
 
-class Rows(NamedTuple):
-    """Vectors of the texts of a call."""
-
-    vectors: np.ndarray
-    """`[texts, dims]` float32."""
-    tokens: np.ndarray
-    """`[texts]` int32."""
-    cached: np.ndarray
-    """`[texts]` bool."""
-
-
 class Flow:
     """Embeds calls through a chain."""
 
-    def __init__(self, chain: Chain, statistics: Statistics) -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        statistics: Statistics,
+        cache: Cache | None = None,
+        model_check_s: float = 1.0,
+    ) -> None:
+        """A flow; `model_check_s` as in `CacheConfig`."""
         self.chain = chain
         self.statistics = statistics
+        self.cache = cache
+        self.model_check_s = model_check_s
 
     async def embed(self, call: Call) -> Embeddings:
         """The embeddings of a call: all from one provider, in one space and precision.
@@ -66,6 +71,18 @@ class Flow:
             DeadlineExceeded: it was not done within `deadline_s`.
             HalimedeError: no provider could answer; the first provider's error.
         """
+        with tracing.span("halimede.embed", len(call.texts)) as facts:
+            result = await self._counted(call)
+            facts |= {
+                "halimede.model": result.model,
+                "halimede.provider": result.provider,
+                "halimede.space": result.space,
+                "halimede.cached": int(result.cached.sum()),
+            }
+            return result
+
+    async def _counted(self, call: Call) -> Embeddings:
+        """The result within the deadline; statistics hear how it went."""
         began = time.perf_counter()
         try:
             link, result = await asyncio.wait_for(self._on_any(call), call.deadline_s)
@@ -96,14 +113,26 @@ class Flow:
         models = {
             link.name: dataclasses.asdict(link.known) for link in self.chain.links if link.known
         }
-        return {**self.statistics.summary(), "models": models}
+        cache = {} if self.cache is None else self.cache.stats()
+        return {**self.statistics.summary(), "models": models, "cache": cache}
+
+    async def clear_cache(self) -> None:
+        """Forget every cached vector in every tier.
+
+        Raises:
+            HalimedeError: a tier failed; the others are cleared.
+        """
+        if self.cache is not None:
+            await self.cache.clear()
 
     async def health(self) -> list[dict[str, Any]]:
         """One report a provider, in the chain's order."""
         return list(await asyncio.gather(*[link.report() for link in self.chain.links]))
 
     async def close(self) -> None:
-        """Close every provider; a second call does nothing."""
+        """Close cache and providers; a second call does nothing."""
+        if self.cache is not None:
+            await self.cache.close()
         await asyncio.gather(*[link.close() for link in self.chain.links])
 
     async def _on_any(self, call: Call) -> tuple[Link, Embeddings]:
@@ -121,11 +150,15 @@ class Flow:
 
     async def _on(self, link: Link, call: Call, deadline: Deadline) -> Embeddings:
         """The result of one link; begun anew when its model changes meanwhile."""
+        cache = self.cache if link.options.cache_enabled else None
+        fresh_s = math.inf if cache is None else self.model_check_s
         for _ in range(MODEL_CHANGES):
-            model = await link.model(deadline, fresh_s=float("inf"))
+            model = await link.model(deadline, fresh_s)
             self.chain.admit(link, model)
+            asked = link.options.dimensions if call.dimensions is None else call.dimensions
+            job = _Job(link, model, call, asked, check_dimensions(asked, model), deadline, cache)
             try:
-                return await self._of(link, model, call, deadline)
+                return await job.result()
             except ModelChanged:
                 link.forget()
         raise ServerError(
@@ -133,58 +166,101 @@ class Flow:
             "addresses serve the same model?"
         )
 
-    async def _of(
-        self, link: Link, model: ServedModel, call: Call, deadline: Deadline
-    ) -> Embeddings:
-        asked = link.options.dimensions if call.dimensions is None else call.dimensions
-        dims = check_dimensions(asked, model)
 
-        async def compute(indices: Sequence[int]) -> Rows:
-            return await self._compute(link, model, call, asked, dims, indices, deadline)
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One call at one link, while its model is this one."""
 
-        rows = await compute(range(len(call.texts)))
+    link: Link
+    model: ServedModel
+    call: Call
+    dimensions: int | None
+    """As asked of the provider."""
+    dims: int
+    """Length of a vector."""
+    deadline: Deadline
+    cache: Cache | None
+
+    async def result(self) -> Embeddings:
+        """The embeddings of the call's texts.
+
+        Raises:
+            ModelChanged: the model is another now.
+        """
+        step = requests.WINDOW_TEXTS
+        count = len(self.call.texts)
+        windows = [range(start, min(start + step, count)) for start in range(0, count, step)]
+        rows = await requests.together(
+            [functools.partial(self._window, window) for window in windows],
+            requests.WINDOWS_IN_FLIGHT,
+        )
+        entries = [entries for entries, _ in rows]
+        floats = _joined([part.vectors for part in entries], (0, self.dims), np.float32)
         return Embeddings(
-            vectors=rows.vectors,
-            tokens=rows.tokens,
-            cached=rows.cached,
-            model=model.name,
-            space=model.space,
-            precision=model.precision,
-            max_tokens=model.max_tokens,
-            provider=model.provider,
+            vectors=quantise(floats, self.call.output_type, self.call.ranges),
+            tokens=_joined([part.tokens for part in entries], (0,), np.int32),
+            cached=_joined([cached for _, cached in rows], (0,), np.bool_),
+            model=self.model.name,
+            space=self.model.space,
+            precision=self.model.precision,
+            max_tokens=self.model.max_tokens,
+            provider=self.model.provider,
+            output_type=self.call.output_type,
         )
 
-    async def _compute(
-        self,
-        link: Link,
-        model: ServedModel,
-        call: Call,
-        dimensions: int | None,
-        dims: int,
-        indices: Sequence[int],
-        deadline: Deadline,
-    ) -> Rows:
-        """The vectors of these texts of a call, in the order of `indices`."""
-        texts = [call.texts[index] for index in indices]
-        vectors = np.empty((len(texts), dims), np.float32)
+    async def _window(self, rows: Sequence[int]) -> tuple[Entries, np.ndarray]:
+        """The entries of some rows of the call, and whether each came from the cache."""
+        texts = [self.call.texts[row] for row in rows]
+
+        async def compute(missing: Sequence[int]) -> Entries:
+            return await self._compute([texts[row] for row in missing])
+
+        if self.cache is None:
+            return await compute(range(len(texts))), np.zeros(len(texts), np.bool_)
+        keys = cache_keys(
+            texts,
+            space=self._epoch(),
+            precision=self.model.precision,
+            input_type=self.call.input_type,
+            dims=self.dims,
+        )
+        entries, cached = await self.cache.get_or_compute(keys, compute, Expect(self.dims))
+        self._advance(int(cached.sum()))
+        return entries, cached
+
+    async def _compute(self, texts: Sequence[bytes]) -> Entries:
+        """The entries of the texts, asked of the provider in requests."""
+        vectors = np.empty((len(texts), self.dims), np.float32)
         tokens = np.empty(len(texts), np.int32)
 
         async def send(request: list[int]) -> None:
-            answer = await link.embed(
-                [texts[row] for row in request], call.input_type, dimensions, deadline
+            answer = await self.link.embed(
+                [texts[row] for row in request],
+                self.call.input_type,
+                self.dimensions,
+                self.deadline,
             )
-            _check(answer, model, len(request), dims)
+            _check(answer, self.model, len(request), self.dims)
             vectors[request] = answer.vectors
             tokens[request] = answer.tokens
-            if call.on_progress is not None:
-                call.on_progress(len(request))
+            self._advance(len(request))
 
-        plan = requests.plan(texts, link.most_texts(model), model.max_tokens)
+        plan = requests.plan(texts, self.link.most_texts(self.model), self.model.max_tokens)
         await requests.together(
-            [lambda request=request: send(request) for request in plan],  # type: ignore[misc]
-            requests.REQUESTS_IN_FLIGHT,
+            [functools.partial(send, request) for request in plan], requests.REQUESTS_IN_FLIGHT
         )
-        return Rows(vectors, tokens, np.zeros(len(texts), np.bool_))
+        return Entries(vectors, tokens)
+
+    def _epoch(self) -> str:
+        """The space; with `cache_ttl`, that of the present stretch of so many seconds."""
+        ttl_s = self.link.options.cache_ttl_s
+        if ttl_s is None:
+            return self.model.space
+        return f"{self.model.space} {ttl_s:g} {time.time() // ttl_s:.0f}"
+
+    def _advance(self, texts: int) -> None:
+        if self.call.on_progress is not None:
+            self.call.on_progress(texts)
 
 
 def _check(answer: Answer, model: ServedModel, rows: int, dims: int) -> None:
@@ -195,3 +271,7 @@ def _check(answer: Answer, model: ServedModel, rows: int, dims: int) -> None:
         raise ServerError(
             f"{model.name} was asked for {rows} × {dims}; it gave {answer.vectors.shape}."
         )
+
+
+def _joined(parts: list[np.ndarray], empty: tuple[int, ...], dtype: Any) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.empty(empty, dtype)

@@ -12,6 +12,10 @@ T = TypeVar("T")
 
 REQUESTS_IN_FLIGHT = 4
 """Requests of one call that are on their way at once: the server's steps overlap."""
+WINDOW_TEXTS = 4096
+"""Texts that are sorted by length together, and looked up in the cache together."""
+WINDOWS_IN_FLIGHT = 2
+"""Windows of one call or stream that are on their way at once."""
 REQUEST_BYTES = 8 * 1024 * 1024
 """Most bytes of text in one request."""
 REQUEST_TOKENS = 32_768
@@ -63,6 +67,29 @@ def plan(texts: Sequence[bytes], most_texts: int, max_tokens: int) -> list[list[
             tokens, size_bytes = cost, len(texts[index])
         requests[-1].append(index)
     return requests
+
+
+class Windows:
+    """Cuts a stream of texts into windows, each to be embedded as one call."""
+
+    def __init__(self, most_texts: int) -> None:
+        self._most_texts = most_texts
+        self._texts: list[bytes] = []
+        self._size_bytes = 0
+
+    def add(self, text: str) -> list[bytes] | None:
+        """The window that this text fills, or None."""
+        [encoded] = encode([text])
+        self._texts.append(encoded)
+        self._size_bytes += len(encoded)
+        if len(self._texts) == self._most_texts or self._size_bytes >= REQUEST_BYTES:
+            return self.rest()
+        return None
+
+    def rest(self) -> list[bytes]:
+        """What has not filled a window."""
+        texts, self._texts, self._size_bytes = self._texts, [], 0
+        return texts
 
 
 async def together(jobs: Iterable[Callable[[], Awaitable[T]]], most: int) -> list[T]:

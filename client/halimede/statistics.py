@@ -59,7 +59,10 @@ class Statistics:
         self.errors[error] += 1
 
     def summary(self) -> dict[str, Any]:
-        """All of it, as JSON types; latencies in milliseconds over the latest calls."""
+        """All of it, as JSON types; latencies in milliseconds.
+
+        Mean and percentiles are those of the latest calls, sum and count those of all answered.
+        """
         names = sorted({*self._requests, *self._answered, *self._failures})
         return {
             "calls": self.calls,
@@ -80,14 +83,12 @@ class Statistics:
             },
         }
 
-    def latency_sum_s(self) -> float:
-        """Seconds that all answered calls took together."""
-        return self._latency_sum_s
-
     def _latency_ms(self) -> dict[str, float]:
         if not self._latencies_s:
             return {}
         values = 1000 * np.array(self._latencies_s)
         p50, p95, p99 = np.percentile(values, (50, 95, 99))
         figures = {"mean": values.mean(), "p50": p50, "p95": p95, "p99": p99}
-        return {name: round(float(value), 3) for name, value in figures.items()}
+        figures["sum"] = 1000 * self._latency_sum_s
+        rounded = {name: round(float(value), 3) for name, value in figures.items()}
+        return {**rounded, "count": sum(self._answered.values())}

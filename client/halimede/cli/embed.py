@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
@@ -12,6 +12,7 @@ import typer
 from halimede.cli import options
 from halimede.embedder import Embedder
 from halimede.results import Embeddings
+from halimede_ops.quantise import OutputType
 
 SHOWN = 20
 """Vectors printed; --json and --npy give all."""
@@ -22,6 +23,12 @@ def embed(
     file: options.File = None,
     input_type: options.InputType = None,
     dimensions: options.Dimensions = None,
+    output_type: Annotated[
+        str, typer.Option(help="float32, float16, int8, uint8, binary, ubinary.")
+    ] = "float32",
+    ranges: Annotated[
+        Path | None, typer.Option(help="For int8 and uint8: .npy of [2, dims], low and high.")
+    ] = None,
     npy: Annotated[Path | None, typer.Option(help="Write the vectors to this .npy file.")] = None,
     as_json: options.AsJson = False,
     url: options.Url = None,
@@ -32,7 +39,14 @@ def embed(
     """Embed texts given as arguments, in a file, or on stdin."""
     given = options.read_texts(texts, file)
     with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
-        result = embedder.embed(given, input_type=input_type, dimensions=dimensions)
+        result = embedder.embed(
+            given,
+            input_type=input_type,
+            dimensions=dimensions,
+            output_type=cast(OutputType, output_type),
+            ranges=None if ranges is None else np.load(ranges),
+            progress=True,
+        )
     if npy is not None:
         with npy.open("wb") as out:
             np.save(out, result.vectors)
@@ -65,7 +79,7 @@ def _json(result: Embeddings) -> dict[str, Any]:
 def _print(result: Embeddings, npy: Path | None) -> None:
     print(f"{result.model} ({result.precision}, space {result.space}), {result.dims} dims")
     for index, vector in enumerate(result.vectors[:SHOWN]):
-        head = ", ".join(f"{value:.4f}" for value in vector[:6])
+        head = ", ".join(f"{value:.4g}" for value in vector[:6].tolist())
         cut = f"  cut off at {result.max_tokens} tokens" if result.truncated[index] else ""
         print(f"{index:>5}  [{head}{', …' if len(vector) > 6 else ''}]{cut}")
     if len(result) > SHOWN:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from halimede.results import UNKNOWN_TOKENS, ServedModel
+from halimede_ops import errors
 from halimede_ops import vectors as ops
 from halimede_ops.errors import InvalidConfig, InvalidDimensions, MissingExtra, UnknownInputType
 
@@ -120,7 +122,7 @@ class KeyOptions(Options):
         return found
 
 
-def extra(module: str, extra: str) -> ModuleType:
+def optional(module: str, extra: str) -> ModuleType:
     """A module of an optional package.
 
     Raises:
@@ -132,6 +134,46 @@ def extra(module: str, extra: str) -> ModuleType:
         raise MissingExtra(
             f"{error.name or module} is not installed. Run: pip install 'halimede[{extra}]'"
         ) from None
+
+
+def installed(module: str, extra: str) -> None:
+    """Nothing when an optional package is there; it is not imported.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise MissingExtra(f"{module} is not installed. Run: pip install 'halimede[{extra}]'")
+
+
+def too_late(provider: str, timeout_s: float) -> errors.DeadlineExceeded:
+    """The error of a provider that did not answer in time."""
+    return errors.DeadlineExceeded(
+        f"{provider} did not answer within {timeout_s:g} s. Raise timeout, or send less at once."
+    )
+
+
+def unreachable(provider: str) -> errors.ServerUnreachable:
+    """The error of a provider where nothing answers."""
+    return errors.ServerUnreachable(f"{provider} cannot be reached. Is its url right, and up?")
+
+
+def of_status(provider: str, status: int) -> errors.HalimedeError:
+    """The error that an HTTP status stands for; the answer's own words may hold a text."""
+    if status in (401, 403):
+        return errors.AccessDenied(f"{provider} refuses the key, or wants one ({status}).")
+    if status == 404:
+        return errors.ModelNotFound(f"{provider} is not there (404).")
+    if status == 429:
+        return errors.ServerOverloaded(f"{provider} asks for fewer requests (429).")
+    if status in (408, 504):
+        return errors.DeadlineExceeded(f"{provider} took too long by its own limit ({status}).")
+    if status >= 500:
+        return errors.ServerError(f"{provider} failed ({status}). Send again later.")
+    return errors.InvalidInput(
+        f"{provider} refuses the request ({status}). A text may be empty or beyond the model's "
+        "tokens, or an option unknown to it."
+    )
 
 
 def fingerprint(*facts: object) -> str:
@@ -149,16 +191,14 @@ def matrix(rows: Any, count: int) -> np.ndarray:
     """Vectors `[count, dims]` float32 of an answer's lists.
 
     Raises:
-        HalimedeError: there are not `count` rows of one length.
+        ServerError: there are not `count` rows of one length.
     """
-    from halimede_ops.errors import ServerError
-
     try:
         vectors = np.asarray(rows, np.float32)
     except (TypeError, ValueError):
-        raise ServerError("the provider's answer is not a list of vectors.") from None
+        raise errors.ServerError("the provider's answer is not a list of vectors.") from None
     if vectors.ndim != 2 or len(vectors) != count:
-        raise ServerError(f"{count} texts were sent; the answer's shape is {vectors.shape}.")
+        raise errors.ServerError(f"{count} texts were sent; the answer's shape is {vectors.shape}.")
     return vectors
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from halimede import hashing
-from halimede.providers.base import Answer, cut, fingerprint, prompt, unknown_tokens
+from halimede.providers.base import Answer, cut, prompt, unknown_tokens
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import ServedModel
 
@@ -20,7 +20,7 @@ class Options(BaseOptions):
 
     provider: str = "hash"
     model_id: str = "hash"
-    dims: int = Field(384, ge=8, le=4096)
+    dims: int = Field(hashing.LEAST_DIMS, ge=hashing.LEAST_DIMS, le=hashing.MOST_DIMS)
     """Length of a vector."""
 
 
@@ -36,7 +36,7 @@ class Hash:
         self.name = f"hash:{options.model_id}"
         self._model = ServedModel(
             name=options.model_id,
-            space=fingerprint("hash", options.dims),
+            space=hashing.space(options.dims),
             precision="fp32",
             dims=options.dims,
             max_tokens=UNLIMITED_TOKENS,
@@ -62,7 +62,6 @@ class Hash:
         timeout_s: float,
     ) -> Answer:
         """The vectors at once; token counts are not known."""
-        front = prompt(input_type, {}, self._model.name)
-        decoded = [front + text.decode() for text in texts]
-        vectors = hashing.embed(decoded, self._model.dims)
+        prompt(input_type, {}, self._model.name)  # refuses an unknown one
+        vectors = hashing.embed(texts, self._model.dims)
         return Answer(cut(vectors, dimensions), unknown_tokens(len(texts)), self._model)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from halimede.providers.base import Answer, extra
+from halimede.providers.base import Answer, optional
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import ServedModel
 from halimede.settings import Settings
@@ -51,8 +51,8 @@ class Options(BaseOptions):
 
 def connect(options: Options) -> Onnx:
     """The provider for these options; the model itself is opened on first use."""
-    extra("onnxruntime", "onnx")
-    extra("tokenizers", "onnx")
+    optional("onnxruntime", "onnx")
+    optional("tokenizers", "onnx")
     return Onnx(options)
 
 
@@ -184,7 +184,7 @@ class Onnx:
     def _accelerators(self) -> Sequence[str]:
         if self._options.device != "auto":
             return DEVICES[self._options.device]
-        onnxruntime: ModuleType = extra("onnxruntime", "onnx")
+        onnxruntime: ModuleType = optional("onnxruntime", "onnx")
         available = onnxruntime.get_available_providers()
         if "CUDAExecutionProvider" in available:
             return DEVICES["cuda"]
