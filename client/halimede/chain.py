@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from halimede.link import Link
 from halimede.results import ServedModel
@@ -36,6 +36,8 @@ class Chain:
         self.links = links
         self.rules = rules
         self._space = rules.space
+        for link in links[:-1]:
+            link.has_next = True
 
     @property
     def first(self) -> Link:
@@ -86,11 +88,11 @@ class Chain:
             f"{least:g}."
         )
 
-
-def all_failed(failures: Sequence[tuple[Link, HalimedeError]]) -> HalimedeError:
-    """The first failure; of several, in words of each."""
-    _, error = failures[0]
-    if len(failures) == 1:
-        return error
-    told = " | ".join(f"{link.name}: {failure}" for link, failure in failures)
-    return type(error)(f"no provider could answer. {told}")
+    def failed(self, failures: Mapping[Link, HalimedeError]) -> HalimedeError:
+        """The failure of the first link; of several, in words of each."""
+        told = [(link, failures[link]) for link in self.links if link in failures]
+        _, error = told[0]
+        if len(told) == 1:
+            return error
+        words = " | ".join(f"{link.name}: {failure}" for link, failure in told)
+        return type(error)(f"no provider could answer. {words}")

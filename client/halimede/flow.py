@@ -15,7 +15,7 @@ import numpy as np
 from halimede import requests, tracing
 from halimede.cache import Cache, Entries, Expect
 from halimede.cache import keys as cache_keys
-from halimede.chain import Chain, all_failed
+from halimede.chain import Chain
 from halimede.link import Deadline, Link
 from halimede.providers.base import Answer, check_dimensions
 from halimede.results import Embeddings, ServedModel
@@ -26,6 +26,7 @@ from halimede_ops.errors import (
     InvalidInput,
     ModelChanged,
     ServerError,
+    SpaceRefused,
 )
 from halimede_ops.quantise import OutputType, quantise
 
@@ -138,15 +139,15 @@ class Flow:
     async def _on_any(self, call: Call) -> tuple[Link, Embeddings]:
         """The result of the first link that gives one; each begins the whole call anew."""
         deadline = Deadline(call.deadline_s)
-        failures: list[tuple[Link, HalimedeError]] = []
+        failures: dict[Link, HalimedeError] = {}
         for link in self.chain.in_order():
             try:
                 return link, await self._on(link, call, deadline)
             except HalimedeError as error:
                 if isinstance(error, InvalidInput) and link is self.chain.first:
                     raise
-                failures.append((link, error))
-        raise all_failed(failures)
+                failures[link] = error
+        raise self.chain.failed(failures)
 
     async def _on(self, link: Link, call: Call, deadline: Deadline) -> Embeddings:
         """The result of one link; begun anew when its model changes meanwhile."""
@@ -154,7 +155,11 @@ class Flow:
         fresh_s = math.inf if cache is None else self.model_check_s
         for _ in range(MODEL_CHANGES):
             model = await link.model(deadline, fresh_s)
-            self.chain.admit(link, model)
+            try:
+                self.chain.admit(link, model)
+            except SpaceRefused:
+                link.forget()
+                raise
             asked = link.options.dimensions if call.dimensions is None else call.dimensions
             job = _Job(link, model, call, asked, check_dimensions(asked, model), deadline, cache)
             try:

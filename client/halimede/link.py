@@ -52,12 +52,14 @@ class Link:
         """A link that opens its provider on first use, unless one is given."""
         self.options = options
         self.name = provider.name if provider else f"{options.provider}:{options.model_id}"
+        self.has_next = False
+        """Whether another link follows in the chain."""
         self.breaker = Breaker(self.health)
         self._provider = provider
         self._opening = asyncio.Lock()
         self._statistics = statistics
         self._model: ServedModel | None = None
-        self._known_at = -math.inf
+        self._known_at: float | None = None
         self._most_texts = options.batch_size
         self._free_at = 0.0
 
@@ -76,7 +78,7 @@ class Link:
         While the provider cannot be reached it is the model last heard of: what is cached of it
         stays right.
         """
-        if self._model is not None and time.monotonic() - self._known_at <= fresh_s:
+        if self._model is not None and self._age_s() < fresh_s:
             return self._model
         if self._model is not None and self.breaker.is_open:
             return self._model
@@ -91,7 +93,7 @@ class Link:
 
     def forget(self) -> None:
         """Describe the model anew next time."""
-        self._known_at = -math.inf
+        self._known_at = None
 
     async def embed(
         self,
@@ -105,22 +107,25 @@ class Link:
         Raises:
             HalimedeError: the provider's own error after the last retry.
         """
-        try:
-            answer = await self._retried(
-                lambda: self._ask(texts, input_type, dimensions, deadline), deadline
-            )
-        except OutOfMemory:
-            if len(texts) == 1:
-                raise
-            middle = len(texts) // 2
-            self._most_texts = middle
-            halves = [
-                await self.embed(half, input_type, dimensions, deadline)
-                for half in (texts[:middle], texts[middle:])
-            ]
-            return _joined(*halves)
-        self._known_at = time.monotonic()
-        return answer
+        middle = len(texts) // 2
+        if self._most_texts is None or len(texts) <= self._most_texts:
+            try:
+                answer = await self._retried(
+                    lambda: self._ask(texts, input_type, dimensions, deadline), deadline
+                )
+            except OutOfMemory:
+                if len(texts) == 1:
+                    raise
+                self._most_texts = middle
+            else:
+                if self._model is not None and answer.model.is_alike(self._model):
+                    self._known_at = time.monotonic()
+                return answer
+        halves = [
+            await self.embed(half, input_type, dimensions, deadline)
+            for half in (texts[:middle], texts[middle:])
+        ]
+        return _joined(*halves)
 
     async def health(self, timeout_s: float) -> None:
         """Nothing when the provider can embed now."""
@@ -181,10 +186,10 @@ class Link:
         """What `ask` returns; again after a pause where that can help and time is left."""
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(_may_pass),
-            # A link that is known to be down has its turn once.
+            # With another link to turn to, one that is known to be down has its turn once.
             stop=lambda state: (
                 state.attempt_number > self.options.retries
-                or self.breaker.is_open
+                or (self.has_next and self.breaker.is_open)
                 or state.upcoming_sleep >= deadline.left_s()
             ),
             wait=tenacity.wait_random_exponential(FIRST_RETRY_S, LONGEST_RETRY_S),
@@ -218,6 +223,10 @@ class Link:
             )
         self._free_at = turn + 1 / self.options.requests_per_s
         await asyncio.sleep(turn - now)
+
+    def _age_s(self) -> float:
+        """Seconds since the model was heard of; never less than a limit once it is forgotten."""
+        return math.inf if self._known_at is None else time.monotonic() - self._known_at
 
     def _timeout_s(self, deadline: Deadline) -> float:
         return min(self.options.timeout_s, max(deadline.left_s(), 0.001))

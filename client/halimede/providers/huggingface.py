@@ -51,7 +51,8 @@ class HuggingFace:
         self._model: ServedModel | None = None
 
     async def close(self) -> None:
-        """Nothing to give back: each request has a connection of its own."""
+        """Close the connections; a second call does nothing."""
+        await self._client.close()
 
     async def describe(self, timeout_s: float) -> ServedModel:
         """The model; its dims are those of a probe text's vector."""

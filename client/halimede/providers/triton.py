@@ -46,6 +46,7 @@ CODES = {
 }
 """Error class of a gRPC status name or an HTTP status code."""
 OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|failed to allocate", re.IGNORECASE)
+NOT_LOADED = re.compile(r"not (?:at )?ready|is unloading|being loaded", re.IGNORECASE)
 LARGEST_MESSAGE_BYTES = 2**31 - 1
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
@@ -341,6 +342,10 @@ class _Translated:
         if "maximum queue size" in message:
             raise errors.ServerOverloaded(
                 f"the server at {self.address} has a full queue. Back off and send again."
+            ) from None
+        if NOT_LOADED.search(message):
+            raise errors.ServerUnreachable(
+                f"the server at {self.address} is loading the model. Send again."
             ) from None
         if OUT_OF_MEMORY.search(message):
             raise errors.OutOfMemory(f"the server at {self.address} has no memory left.") from None
