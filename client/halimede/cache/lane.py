@@ -1,8 +1,8 @@
 """A tier with its guards: whatever the tier does, a call gets an answer in time.
 
-Reads that fail or take longer than the tier's `timeout_s` are misses and open a circuit: until a
-probe in the background succeeds, the tier is not asked. Writes go through a bounded queue with
-its own circuit, so a full store is still read. What is queued is found by reads.
+Reads that fail or take longer than the tier's `timeout_s` are misses and open a breaker: until a
+probe in the background succeeds, the tier is not asked. Writes go through a bounded queue and
+have a breaker of their own, so a full store is still read. What is queued is found by reads.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any
 
-from halimede.cache.circuit import Circuit
-from halimede.cache.entries import Expect, is_intact
+from halimede.breaker import Breaker
+from halimede.cache.entries import Expect, is_fresh, is_intact
 from halimede.cache.key import KEY_BYTES
 from halimede.cache.tier import Item, Tier
+from halimede_ops.errors import ServerUnreachable
 
 READ_KEYS = 512
 """Keys in one request of a tier."""
@@ -28,7 +30,9 @@ QUEUE_BYTES = 64 * 1024 * 1024
 FLUSH_S = 5.0
 """Longest wait for the queue at the end."""
 CLEAR_S = 60.0
-PROBE = bytes(KEY_BYTES)
+PROBE: Item = (bytes(KEY_BYTES), b"probe")
+
+log = logging.getLogger("halimede.cache")
 
 
 @dataclasses.dataclass
@@ -54,12 +58,12 @@ class Lane:
     def __init__(self, tier: Tier) -> None:
         self.tier = tier
         self.counts = Counts()
-        self._reads = Circuit(f"reads of tier {tier.name}")
-        self._writes = Circuit(f"writes of tier {tier.name}")
+        # One failure is enough: each of them makes a call wait.
+        self._reads = Breaker(self._probe_reads, most_failures=1)
+        self._writes = Breaker(self._probe_writes, most_failures=1)
         self._queue: dict[bytes, bytes] = {}
         self._queue_bytes = 0
         self._drain_task: asyncio.Task[None] | None = None
-        self._probe_task: asyncio.Task[None] | None = None
 
     @property
     def is_local(self) -> bool:
@@ -69,8 +73,8 @@ class Lane:
     async def get(self, keys: Sequence[bytes], expect: Expect) -> list[bytes | None]:
         """Each key's intact value, or None."""
         if self.is_local:
-            return self._counted(list(await self.tier.get(keys)))
-        values = [self._queue.get(key) for key in keys]
+            return self._counted(_fresh(await self.tier.get(keys), expect))
+        values = _fresh([self._queue.get(key) for key in keys], expect)
         self.counts.hits += len(values) - values.count(None)
         absent = [row for row, value in enumerate(values) if value is None]
         for start in range(0, len(absent), READ_KEYS):
@@ -108,13 +112,12 @@ class Lane:
 
     async def close(self) -> None:
         """Write what is queued, within FLUSH_S, and release the tier."""
-        tasks = [task for task in (self._drain_task, self._probe_task) if task is not None]
         if self._drain_task is not None:
             await asyncio.wait([self._drain_task], timeout=FLUSH_S)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            self._drain_task.cancel()
         self._give_up()
+        await self._reads.close()
+        await self._writes.close()
         with contextlib.suppress(Exception):  # it may hang or be broken; nobody needs it any more
             await asyncio.wait_for(self.tier.close(), FLUSH_S)
 
@@ -126,34 +129,34 @@ class Lane:
             "hit_rate": self.counts.hits / asked if asked else 0.0,
             "size_bytes": self.tier.size_bytes,
             "queue_bytes": self._queue_bytes,
-            "is_read": self._reads.is_closed,
-            "is_written": self._writes.is_closed,
+            "is_read": not self._reads.is_open,
+            "is_written": not self._writes.is_open,
         }
 
     async def _ask(self, keys: Sequence[bytes], expect: Expect) -> list[bytes | None]:
         """Each key's intact value from the tier; all None when it fails or is skipped."""
         nothing: list[bytes | None] = [None] * len(keys)
-        if not self._reads.is_closed:
+        if self._reads.is_open:
             self.counts.skipped += len(keys)
-            self._probe_soon()
             return nothing
         try:
             values = await asyncio.wait_for(self.tier.get(keys), self.tier.timeout_s)
         except Exception as error:  # whatever a tier raises, the call goes on without it
-            self.counts.errors += 1
             self.counts.skipped += len(keys)
-            self._reads.failed(error)
+            self._failed("reads", self._reads, error)
             return nothing
         self._reads.succeeded()
         return self._counted(
             [self._checked(key, value, expect) for key, value in zip(keys, values, strict=True)]
         )
 
-    def _checked(self, key: bytes, value: object, expect: Expect) -> bytes | None:
-        if value is None or is_intact(key, value, expect):
-            return value  # type: ignore[return-value]
-        self.counts.corrupt += 1
-        return None
+    def _checked(self, key: bytes, value: bytes | None, expect: Expect) -> bytes | None:
+        if value is None:
+            return None
+        if not is_intact(key, value, expect):
+            self.counts.corrupt += 1
+            return None
+        return value if is_fresh(value, expect) else None
 
     def _counted(self, values: list[bytes | None]) -> list[bytes | None]:
         misses = values.count(None)
@@ -161,22 +164,31 @@ class Lane:
         self.counts.hits += len(values) - misses
         return values
 
-    def _probe_soon(self) -> None:
-        """Ask again in the background once the pause is over, so that no call waits for it."""
-        if self._reads.may_try and (self._probe_task is None or self._probe_task.done()):
-            self._probe_task = asyncio.create_task(self._probe())
+    def _failed(self, what: str, breaker: Breaker, error: Exception) -> None:
+        self.counts.errors += 1
+        if not breaker.is_open:
+            # The kind of the error alone: its message may name a path or an address.
+            kind = type(error).__name__
+            log.warning("cache tier %s: %s fail (%s) and are left out", self.tier.name, what, kind)
+        breaker.failed()
 
-    async def _probe(self) -> None:
+    async def _probe_reads(self, timeout_s: float) -> None:
+        await self._probe("reads", self.tier.get([PROBE[0]]))
+
+    async def _probe_writes(self, timeout_s: float) -> None:
+        await self._probe("writes", self.tier.put([PROBE]))
+
+    async def _probe(self, what: str, use: Awaitable[object]) -> None:
+        """Raise a HalimedeError unless the tier can be used now."""
         try:
-            await asyncio.wait_for(self.tier.get([PROBE]), self.tier.timeout_s)
+            await asyncio.wait_for(use, self.tier.timeout_s)
         except Exception as error:
             self.counts.errors += 1
-            self._reads.failed(error)
-        else:
-            self._reads.succeeded()
+            raise ServerUnreachable(f"cache tier {self.tier.name} fails.") from error
+        log.info("cache tier %s: %s work again", self.tier.name, what)
 
     def _enqueue(self, key: bytes, value: bytes) -> None:
-        if not self._writes.may_try or self._queue_bytes + len(value) > QUEUE_BYTES:
+        if self._writes.is_open or self._queue_bytes + len(value) > QUEUE_BYTES:
             self.counts.unwritten += 1
             return
         self._forget([key])
@@ -194,8 +206,7 @@ class Lane:
             try:
                 await asyncio.wait_for(self.tier.put(items), self.tier.timeout_s)
             except Exception as error:
-                self.counts.errors += 1
-                self._writes.failed(error)
+                self._failed("writes", self._writes, error)
                 self._give_up()
             else:
                 self._writes.succeeded()
@@ -205,3 +216,10 @@ class Lane:
     def _give_up(self) -> None:
         self.counts.unwritten += len(self._queue)
         self._forget(list(self._queue))
+
+
+def _fresh(values: Sequence[bytes | None], expect: Expect) -> list[bytes | None]:
+    """The values of this process that are young enough."""
+    if expect.max_age_s is None:
+        return list(values)
+    return [value if value is not None and is_fresh(value, expect) else None for value in values]

@@ -62,7 +62,6 @@ class Hash:
         timeout_s: float,
     ) -> Answer:
         """The vectors at once; token counts are not known."""
-        front = prompt(input_type, {}, self._model.name)
-        decoded = [front + text.decode() for text in texts]
-        vectors = hashing.embed(decoded, self._model.dims)
+        front = prompt(input_type, {}, self._model.name).encode()
+        vectors = hashing.embed([front + text for text in texts], self._model.dims)
         return Answer(cut(vectors, dimensions), unknown_tokens(len(texts)), self._model)
