@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from halimede.cache.tier import Item
 
-OVERHEAD_BYTES = 320
+OVERHEAD_BYTES = 256
 """What Python adds to a value: its key and its place; a test measures it."""
 
 
