@@ -2,7 +2,8 @@
 
 Reads that fail or take longer than the tier's `timeout_s` are misses and open a breaker: until a
 probe in the background succeeds, the tier is not asked. Writes go through a bounded queue and
-have a breaker of their own, so a full store is still read. What is queued is found by reads.
+have a breaker of their own, so a full store is still read. What is queued is found by reads, and
+waits while writes fail.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
+import time
 from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any
 
@@ -30,7 +33,9 @@ QUEUE_BYTES = 64 * 1024 * 1024
 FLUSH_S = 5.0
 """Longest wait for the queue at the end."""
 CLEAR_S = 60.0
-PROBE: Item = (bytes(KEY_BYTES), b"probe")
+WARNING_EVERY_S = 60.0
+"""A tier that fails now and again is one line in this time."""
+NOBODYS_KEY = bytes(KEY_BYTES)
 
 log = logging.getLogger("halimede.cache")
 
@@ -47,7 +52,7 @@ class Counts:
     """Keys not asked for because the tier fails."""
     written: int = 0
     unwritten: int = 0
-    """Values not written because the tier fails or the queue is full."""
+    """Values not written because the queue was full, or the cache closed while the tier failed."""
     errors: int = 0
     """Failed requests."""
 
@@ -64,6 +69,7 @@ class Lane:
         self._queue: dict[bytes, bytes] = {}
         self._queue_bytes = 0
         self._drain_task: asyncio.Task[None] | None = None
+        self._warned_at = {"reads": -math.inf, "writes": -math.inf}
 
     @property
     def is_local(self) -> bool:
@@ -92,11 +98,11 @@ class Lane:
             return
         for key, value in items:
             self._enqueue(key, value)
-        if self._queue and (self._drain_task is None or self._drain_task.done()):
+        if not self._writes.is_open and (self._drain_task is None or self._drain_task.done()):
             self._drain_task = asyncio.create_task(self._drain())
 
     async def flush(self) -> None:
-        """Wait until the queue is written."""
+        """Wait until the queue is written, or a write has failed."""
         if self._drain_task is not None:
             await asyncio.wait([self._drain_task])
 
@@ -115,9 +121,10 @@ class Lane:
         if self._drain_task is not None:
             await asyncio.wait([self._drain_task], timeout=FLUSH_S)
             self._drain_task.cancel()
-        self._give_up()
         await self._reads.close()
         await self._writes.close()
+        self.counts.unwritten += len(self._queue)
+        self._forget(list(self._queue))
         with contextlib.suppress(Exception):  # it may hang or be broken; nobody needs it any more
             await asyncio.wait_for(self.tier.close(), FLUSH_S)
 
@@ -166,17 +173,19 @@ class Lane:
 
     def _failed(self, what: str, breaker: Breaker, error: Exception) -> None:
         self.counts.errors += 1
-        if not breaker.is_open:
+        if time.monotonic() - self._warned_at[what] >= WARNING_EVERY_S:
+            self._warned_at[what] = time.monotonic()
             # The kind of the error alone: its message may name a path or an address.
             kind = type(error).__name__
             log.warning("cache tier %s: %s fail (%s) and are left out", self.tier.name, what, kind)
         breaker.failed()
 
     async def _probe_reads(self, timeout_s: float) -> None:
-        await self._probe("reads", self.tier.get([PROBE[0]]))
+        await self._probe("reads", self.tier.get([NOBODYS_KEY]))
 
     async def _probe_writes(self, timeout_s: float) -> None:
-        await self._probe("writes", self.tier.put([PROBE]))
+        await self._probe("writes", self._write_some())
+        self._drain_task = asyncio.create_task(self._drain())
 
     async def _probe(self, what: str, use: Awaitable[object]) -> None:
         """Raise a HalimedeError unless the tier can be used now."""
@@ -188,7 +197,7 @@ class Lane:
         log.info("cache tier %s: %s work again", self.tier.name, what)
 
     def _enqueue(self, key: bytes, value: bytes) -> None:
-        if self._writes.is_open or self._queue_bytes + len(value) > QUEUE_BYTES:
+        if self._queue_bytes + len(value) > QUEUE_BYTES:
             self.counts.unwritten += 1
             return
         self._forget([key])
@@ -200,22 +209,19 @@ class Lane:
             self._queue_bytes -= len(self._queue.pop(key, b""))
 
     async def _drain(self) -> None:
-        """Write the queue; after a failure what is left of it is given up."""
-        while self._queue:
-            items = list(itertools.islice(self._queue.items(), WRITE_ITEMS))
-            try:
-                await asyncio.wait_for(self.tier.put(items), self.tier.timeout_s)
-            except Exception as error:
-                self._failed("writes", self._writes, error)
-                self._give_up()
-            else:
+        """Write the queue; after a failure the rest of it waits until writes work again."""
+        try:
+            while self._queue:
+                await asyncio.wait_for(self._write_some(), self.tier.timeout_s)
                 self._writes.succeeded()
-                self.counts.written += len(items)
-                self._forget(key for key, _ in items)
+        except Exception as error:
+            self._failed("writes", self._writes, error)
 
-    def _give_up(self) -> None:
-        self.counts.unwritten += len(self._queue)
-        self._forget(list(self._queue))
+    async def _write_some(self) -> None:
+        items = list(itertools.islice(self._queue.items(), WRITE_ITEMS))
+        await self.tier.put(items)
+        self.counts.written += len(items)
+        self._forget(key for key, _ in items)
 
 
 def _fresh(values: Sequence[bytes | None], expect: Expect) -> list[bytes | None]:
