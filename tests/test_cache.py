@@ -636,6 +636,53 @@ def test_a_text_found_does_not_wait_for_another_computation() -> None:
     asyncio.run(flow())
 
 
+def test_a_storm_of_calls_is_answered(tmp_path: Path, url: str) -> None:
+    """Overlapping calls, some cancelled, some failing, a Redis that stalls now and then: every
+    call gets its own vectors, its own error or its cancellation, and nothing is left under way.
+    """
+    chance = random.Random(7)
+    texts = some(200)
+
+    async def one(cache: Cache) -> str:
+        part = chance.sample(texts, chance.randint(1, 60))
+        engine, fails = Engine(part), chance.random() < 0.2
+
+        async def compute(rows: list[int]) -> Entries:
+            await asyncio.sleep(chance.uniform(0, 0.01))
+            if fails:
+                raise HalimedeError("own")
+            return await engine.compute(rows)
+
+        max_age_s = chance.choice([None, 0.05])
+        call = cache.get_or_compute(wanted(part), compute, Expect(DIMS, max_age_s))
+        try:
+            entries, _ = await asyncio.wait_for(call, chance.choice([0.005, 0.02, PATIENCE_S]))
+        except asyncio.TimeoutError:
+            return "cancelled"
+        except HalimedeError:
+            assert fails
+            return "failed"
+        expected = engine.entries(range(len(part)))
+        np.testing.assert_array_equal(entries.vectors, expected.vectors)
+        return "answered"
+
+    async def flow() -> None:
+        proxy = Proxy(int(url.split(":")[2].split("/")[0]))
+        async with proxy.listening() as stalling:
+            tiers = [Memory(100_000), Disk(tmp_path, 64 * MIB), Redis(stalling, timeout_s=0.05)]
+            cache = Cache(tiers)
+            ends: list[str] = []
+            for turn in range(20):
+                (proxy.flows.clear if turn % 4 == 3 else proxy.flows.set)()
+                ends += await asyncio.gather(*(one(cache) for _ in range(30)))
+            assert min(map(ends.count, ("answered", "failed", "cancelled"))) > 10
+            await ask(cache, texts)
+            assert not any(value["corrupt"] for value in cache.stats()["tiers"].values())
+            await cache.close()
+
+    asyncio.run(flow())
+
+
 # --- writes in the background
 
 
@@ -988,6 +1035,26 @@ def test_disk_stays_within_its_bytes(tmp_path: Path) -> None:
     asyncio.run(flow())
     with pytest.raises(InvalidInput, match="max_bytes is 1000"):
         Disk(tmp_path, 1000)
+
+
+def test_a_cleared_disk_holds_nothing(tmp_path: Path) -> None:
+    """After `clear` the vectors' bytes are in no file, while another tier has the folder open."""
+
+    async def flow() -> None:
+        tier, other = Disk(tmp_path, 64 * MIB), Disk(tmp_path, 64 * MIB)
+        value = bytes(range(256)) * 4
+        for tier_ in (tier, other):
+            await tier_.put([(os.urandom(20), value) for _ in range(2000)])
+            await tier_.get([b"a"])
+        assert any(value in path.read_bytes() for path in tmp_path.iterdir())
+        await tier.clear()
+        assert not any(value in path.read_bytes() for path in tmp_path.iterdir())
+        await other.put([(b"a", b"1")])
+        assert await tier.get([b"a"]) == [b"1"]
+        await tier.close()
+        await other.close()
+
+    asyncio.run(flow())
 
 
 def fill(folder: Path, part: int) -> None:
