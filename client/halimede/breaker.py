@@ -18,20 +18,23 @@ PROBE_TIMEOUT_S = 2.0
 
 
 class Breaker:
-    """Open after FAILURES in a row; then `probe` is asked until it succeeds, which closes it.
+    """Open after some failures in a row; then `probe` is asked until it succeeds: that closes it.
 
     The probe is the half-open state: no caller's request is spent on finding out.
     """
 
-    def __init__(self, probe: Callable[[float], Awaitable[object]]) -> None:
+    def __init__(
+        self, probe: Callable[[float], Awaitable[object]], most_failures: int = FAILURES
+    ) -> None:
         self._probe = probe
+        self._most_failures = most_failures
         self._failures = 0
         self._probing: asyncio.Task[None] | None = None
 
     @property
     def is_open(self) -> bool:
         """Whether requests should go elsewhere."""
-        return self._failures >= FAILURES
+        return self._failures >= self._most_failures
 
     def succeeded(self) -> None:
         """A request was answered."""

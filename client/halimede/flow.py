@@ -224,12 +224,13 @@ class _Job:
             return await compute(range(len(texts))), np.zeros(len(texts), np.bool_)
         keys = cache_keys(
             texts,
-            space=self._epoch(),
+            space=self.model.space,
             precision=self.model.precision,
             input_type=self.call.input_type,
             dims=self.dims,
         )
-        entries, cached = await self.cache.get_or_compute(keys, compute, Expect(self.dims))
+        expect = Expect(self.dims, self.link.options.cache_ttl_s)
+        entries, cached = await self.cache.get_or_compute(keys, compute, expect)
         self._advance(int(cached.sum()))
         return entries, cached
 
@@ -255,13 +256,6 @@ class _Job:
             [functools.partial(send, request) for request in plan], requests.REQUESTS_IN_FLIGHT
         )
         return Entries(vectors, tokens)
-
-    def _epoch(self) -> str:
-        """The space; with `cache_ttl`, that of the present stretch of so many seconds."""
-        ttl_s = self.link.options.cache_ttl_s
-        if ttl_s is None:
-            return self.model.space
-        return f"{self.model.space} {ttl_s:g} {time.time() // ttl_s:.0f}"
 
     def _advance(self, texts: int) -> None:
         if self.call.on_progress is not None:

@@ -85,8 +85,8 @@ class Disk:
         )
 
     async def clear(self) -> None:
-        """Forget every value, of other processes too."""
-        await self._writes.run(lambda database: database.execute("DELETE FROM vectors"))
+        """Forget every value, of other processes too; nothing of them stays in the file."""
+        await self._writes.run(_clear)
         self._size_bytes = 0
 
     async def close(self) -> None:
@@ -132,7 +132,7 @@ class _Connection:
         if self._database is None:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._database = sqlite3.connect(
-                self._path, self._timeout_s, isolation_level=None, check_same_thread=False
+                self._path, timeout=self._timeout_s, isolation_level=None, check_same_thread=False
             )
             for setting, value in (
                 ("page_size", PAGE_BYTES),
@@ -202,6 +202,11 @@ def _insert(database: sqlite3.Connection, items: Sequence[Item], pages: int) -> 
             database.execute("ROLLBACK")
         raise
     return used * PAGE_BYTES
+
+
+def _clear(database: sqlite3.Connection) -> None:
+    for statement in ("DELETE FROM vectors", "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+        database.execute(statement).fetchall()
 
 
 def _used_pages(database: sqlite3.Connection) -> int:

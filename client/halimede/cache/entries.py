@@ -1,12 +1,15 @@
 """Vectors with their token counts, and the bytes that stand for one of them in a tier.
 
-A value is `checksum <u4 | FORMAT 4 bytes | dims <u4 | tokens <i4 | vector <f4 × dims`, little
-endian. The checksum is the CRC-32 of key and the rest, so a value under a wrong key is found too.
+A value is `checksum <u4 | FORMAT 4 bytes | dims <u4 | tokens <i4 | computed_s <f8 | vector
+<f4 × dims`, little endian; computed_s is Unix time. The checksum is the CRC-32 of key and the
+rest, so a value under a wrong key is found too.
 """
 
 from __future__ import annotations
 
 import functools
+import struct
+import time
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -31,6 +34,8 @@ class Expect(NamedTuple):
     """What the entries of one call must be."""
 
     dims: int
+    max_age_s: float | None = None
+    """Seconds since it was computed after which a vector is not wanted any more, in no tier."""
 
 
 @functools.cache
@@ -42,6 +47,7 @@ def record(dims: int) -> np.dtype:
             ("format", "S4"),
             ("dims", "<u4"),
             ("tokens", "<i4"),
+            ("computed_s", "<f8"),
             ("vector", "<f4", (dims,)),
         ]
     )
@@ -51,7 +57,7 @@ def pack(keys: Sequence[bytes], entries: Entries) -> list[bytes]:
     """Each entry's value, in order."""
     rows, dims = entries.vectors.shape
     records = np.empty(rows, record(dims))
-    records["format"], records["dims"] = FORMAT, dims
+    records["format"], records["dims"], records["computed_s"] = FORMAT, dims, time.time()
     records["tokens"], records["vector"] = entries.tokens, entries.vectors
     size_bytes, packed = records.dtype.itemsize, records.tobytes()
     values = []
@@ -85,6 +91,14 @@ def is_intact(key: bytes, value: object, expect: Expect) -> bool:
         and value[4:8] == FORMAT
         and value[:4] == _checksum(key, value[4:])
     )
+
+
+def is_fresh(value: bytes, expect: Expect) -> bool:
+    """Whether an intact value is young enough."""
+    if expect.max_age_s is None:
+        return True
+    computed_s: float = struct.unpack_from("<d", value, 16)[0]
+    return time.time() - computed_s <= expect.max_age_s
 
 
 def check(entries: Entries, rows: int, expect: Expect) -> Entries:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from halimede.cache.tier import Item
-from halimede_ops.errors import InvalidInput
+from halimede_ops.errors import InvalidInput, MissingExtra
 
 HOT_S, WARM_S, COLD_S = 3600.0, 24 * 3600.0, 7 * 24 * 3600.0
 CONNECTIONS = 8
@@ -36,8 +36,8 @@ class Redis:
             timeout_s: longest wait for one request, connecting included.
 
         Raises:
-            InvalidInput: no package `redis`, or a url of another form. The url is not repeated:
-                it may hold a password.
+            MissingExtra: the package `redis` is not installed.
+            InvalidInput: a url of another form; it is not repeated, as it may hold a password.
         """
         self.name = name
         self.timeout_s = timeout_s
@@ -76,9 +76,16 @@ class Redis:
         await self._client.connection_pool.disconnect()
 
 
-def temperatures(url: str, **options: Any) -> list[Redis]:
-    """Tiers `hot`, `warm` and `cold` of 1 h, 24 h and 7 d; `options` as for `Redis`."""
-    ages_s = {"hot": HOT_S, "warm": WARM_S, "cold": COLD_S}
+def temperatures(
+    url: str,
+    *,
+    hot_s: float = HOT_S,
+    warm_s: float = WARM_S,
+    cold_s: float = COLD_S,
+    **options: Any,
+) -> list[Redis]:
+    """Tiers `hot`, `warm` and `cold` of one server; `options` as for `Redis`."""
+    ages_s = {"hot": hot_s, "warm": warm_s, "cold": cold_s}
     return [Redis(url, ttl_s, name=name, **options) for name, ttl_s in ages_s.items()]
 
 
@@ -88,7 +95,7 @@ def _client(url: str, timeout_s: float) -> Any:
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
     except ImportError as error:
-        raise InvalidInput(
+        raise MissingExtra(
             "a Redis tier needs the package redis: pip install 'halimede[redis]'."
         ) from error
     try:
