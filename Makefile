@@ -18,7 +18,7 @@ env: .venv/.installed  ## Make the virtual environment
 	$(PYTHON) -m venv .venv || { echo "No venv in this Python. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@echo 'Installing into .venv; the first time takes some minutes …'
-	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,docker,redis,build,test,lint]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,docker,client,build,test,lint]'
 	@touch $@
 
 build: env  ## Build MODEL into model_repository/

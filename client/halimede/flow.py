@@ -64,6 +64,7 @@ class Flow:
         self.statistics = statistics
         self.cache = cache
         self.model_check_s = model_check_s
+        self._is_closed = False
 
     async def embed(self, call: Call) -> Embeddings:
         """The embeddings of a call: all from one provider, in one space and precision.
@@ -72,6 +73,8 @@ class Flow:
             DeadlineExceeded: it was not done within `deadline_s`.
             HalimedeError: no provider could answer; the first provider's error.
         """
+        if self._is_closed:
+            raise HalimedeError("this embedder is closed. Open another.")
         with tracing.span("halimede.embed", len(call.texts)) as facts:
             result = await self._counted(call)
             facts |= {
@@ -132,6 +135,7 @@ class Flow:
 
     async def close(self) -> None:
         """Close cache and providers; a second call does nothing."""
+        self._is_closed = True
         if self.cache is not None:
             await self.cache.close()
         await asyncio.gather(*[link.close() for link in self.chain.links])

@@ -128,7 +128,7 @@ class Ollama:
             raise base.of_status(self.name, error.status_code) from None
         except (asyncio.TimeoutError, TimeoutError):
             raise base.too_late(self.name, timeout_s) from None
-        except ValueError:  # pydantic's, whose words hold the answer
+        except (ValueError, TypeError):  # pydantic's, whose words hold the answer
             raise errors.ServerError(
                 f"{self.name} gave an answer that is none of Ollama's."
             ) from None
