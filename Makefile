@@ -9,7 +9,7 @@ BIN := .venv/bin
 LOCK := constraints-$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 CONSTRAIN := $(if $(wildcard $(LOCK)),--constraint $(LOCK))
 
-.PHONY: help env build serve test lint format perf sts clean
+.PHONY: help env build serve test lint format perf sts bench-cache clean
 
 help:  ## List the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,7 +20,7 @@ env: .venv/.installed  ## Make the virtual environment
 	$(PYTHON) -m venv .venv || { echo "No venv in this Python. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@echo 'Installing into .venv; the first time takes some minutes …'
-	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,docker,build,test,lint]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,docker,client,build,test,lint]'
 	@touch $@
 
 build: env  ## Build MODEL (a name or a folder) into model_repository/; NAME=…, DEVICE=cuda
@@ -51,6 +51,9 @@ perf: env default  ## Server against bare engine with perf_analyzer; report in d
 
 sts: env  ## STS Spearman through a running server; ARGS='--file stsb-dev.tsv'
 	$(BIN)/python -m tools sts $(ARGS)
+
+bench-cache: env  ## Cache hits and hash embeddings against the texts/s they must reach
+	$(BIN)/python -m tools bench-cache
 
 clean:  ## Remove environment, downloads and built files
 	rm -rf .venv .halimede model_repository/*/1 model_repository/*/warmup

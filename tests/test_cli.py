@@ -137,3 +137,91 @@ def test_nothing_of_a_text_is_in_the_servers_log(server: triton.Server) -> None:
     halimede("embed", "xylophone-secret", server=server)
     halimede("embed", "a", "--input-type", "xylophone-secret", server=server)
     assert "xylophone" not in server.log.read_text(errors="replace")
+
+
+CONFIG = """
+models:
+  server: {{provider: triton, model_id: all-MiniLM-L6-v2, url: "{address}"}}
+  local: {{provider: onnx, model_id: all-MiniLM-L6-v2-int8}}
+fallback: [local]
+cache:
+  disk: {{path: "{folder}"}}
+"""
+
+
+@pytest.fixture
+def config(server: triton.Server, tmp_path: Path) -> Path:
+    file = tmp_path / "halimede.yaml"
+    file.write_text(CONFIG.format(address=server.grpc_address, folder=tmp_path / "cache"))
+    return file
+
+
+def test_a_configuration_is_checked(config: Path, tmp_path: Path) -> None:
+    """`halimede config check` tells the chain, or the nearest key in one line with exit code 1."""
+    facts = json.loads(halimede("config", "check", str(config), "--json").stdout)
+    assert facts["chain"] == [f"triton:{MODEL}", f"onnx:{NAMES['int8']}"]
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(config.read_text().replace("fallback", "falback"))
+    done = halimede("config", "check", str(wrong))
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"falback is not known. Did you mean fallback?" in done.stderr
+
+
+def test_a_chain_embeds_and_caches(config: Path, tmp_path: Path) -> None:
+    """With the server gone the fallback answers, labelled; `cache` shows and clears the tiers."""
+    done = halimede("embed", "a", "--json", "--config", str(config))
+    assert json.loads(done.stdout)["provider"] == "triton"
+    gone = f"127.0.0.1:{free_options().grpc_port}"
+    done = halimede("embed", "b", "--json", "--config", str(config), "--url", gone)
+    answer = json.loads(done.stdout)
+    assert (answer["provider"], answer["precision"]) == ("onnx", "int8")
+    rows = json.loads(halimede("cache", "stats", "--json", "--config", str(config)).stdout)
+    assert [row["tier"] for row in rows] == ["memory", "disk"]
+    done = halimede("cache", "clear", "--json", "--config", str(config))
+    assert json.loads(done.stdout) == {"cleared": True}
+    assert b"no `cache`" in halimede("cache", "stats").stderr
+    reports = json.loads(
+        halimede("health", "--json", "--config", str(config), "--url", gone).stdout
+    )
+    assert [report["healthy"] for report in reports] == [False, True]
+
+
+def test_similarity_and_compare(server: triton.Server, tmp_path: Path) -> None:
+    """Cosines between texts, and between the vectors two models give the same texts."""
+    texts = ["A man plays guitar.", "A man is playing a guitar.", "The market fell."]
+    done = halimede("similarity", *texts, "--json", server=server)
+    matrix = np.array(json.loads(done.stdout)["similarity"])
+    assert np.allclose(np.diag(matrix), 1, atol=1e-4)
+    assert matrix[0, 1] > 0.8 > 0.3 > matrix[0, 2]
+    assert len(halimede("similarity", *texts, server=server).stdout.splitlines()) == 3
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(texts))
+    done = halimede("compare", MODEL, NAMES["int8"], "--file", str(file), "--json", server=server)
+    facts = json.loads(done.stdout)
+    assert facts["comparable"]
+    assert 0.98 < facts["mean_cosine"] <= 1
+    nothing = halimede("compare", MODEL, NAMES["int8"], server=server, given=b"")
+    assert b"no text" in nothing.stderr
+
+
+def test_exit_codes_tell_what_may_pass() -> None:
+    """3 when the same command may succeed later, 2 for wrong usage."""
+    gone = f"127.0.0.1:{free_options().grpc_port}"
+    done = halimede("embed", "a", "--url", gone)
+    assert (done.returncode, done.stdout) == (3, b"")
+    assert gone.encode() in done.stderr
+    assert halimede("embed", "--no-such-option").returncode == 2
+
+
+def test_output_types_are_printed_and_written(server: triton.Server, tmp_path: Path) -> None:
+    """binary gives 48 bytes a text; int8 wants ranges."""
+    out = tmp_path / "vectors.npy"
+    done = halimede("embed", "a", "b", "--output-type", "binary", "--npy", str(out), server=server)
+    assert b"384 binary" in done.stdout
+    assert np.load(out).shape == (2, 48)
+    ranges = tmp_path / "ranges.npy"
+    np.save(ranges, np.array([[-0.2] * 384, [0.2] * 384], np.float32))
+    int8 = ("embed", "a", "--output-type", "int8", "--json")
+    assert b"ranges" in halimede(*int8, server=server).stderr
+    done = halimede(*int8, "--ranges", str(ranges), server=server)
+    assert len(json.loads(done.stdout)["embeddings"][0]["embedding"]) == 384

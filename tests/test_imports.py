@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ SERVER_SIDE = {"numpy", "tokenizers", "PIL", "onnxruntime"}
 OWN = {"halimede", "halimede_ops", "tools", "triton_adapter"}
 STANDARD = {"__future__", "collections", "concurrent", "dataclasses", "json", "os", "pathlib"}
 STANDARD |= {"queue", "sys", "threading", "traceback", "typing"}
+WORKER = "sentence_transformers_worker.py"
 BUILD_ONLY = {"torch", "transformers", "sentence_transformers", "optimum", "nncf", "onnx"}
 
 
@@ -42,10 +45,21 @@ def test_backends_import_operations_alone(backend: str) -> None:
 
 
 def test_client_imports_neither_tools_nor_what_builds() -> None:
-    """The client needs halimede_ops, and never torch."""
-    names = {name for _, name in imported(ROOT / "client")}
+    """The client needs halimede_ops, and never torch: a process of its own may."""
+    names = {name for path, name in imported(ROOT / "client") if path.name != WORKER}
     assert names & OWN <= {"halimede", "halimede_ops"}
     assert not names & BUILD_ONLY
+
+
+def test_optional_packages_are_imported_on_first_use() -> None:
+    """Opening an embedder over Triton imports no SDK, no engine and no cache server's client."""
+    optional = ["openai", "ollama", "huggingface_hub", "onnxruntime", "redis", "torch"]
+    code = (
+        "import sys, halimede, halimede.cli; halimede.Embedder().close(); "
+        f"print([name for name in {optional} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_one_file_knows_model_config() -> None:

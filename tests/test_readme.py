@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import NAMES, ROOT
+from conftest import NAMES, ROOT, free_options
 
+from halimede import Embedder
 from tools import triton
 
 README = (ROOT / "README.md").read_text()
@@ -26,22 +27,54 @@ COMMANDS = [
 ]
 
 
+PYTHONPATH = ":".join(
+    str(ROOT / part) for part in os.environ.get("PYTHONPATH", "").split(":") if part
+)
+
+
 def environment(server: triton.Server) -> dict[str, str]:
     return {**os.environ, "HALIMEDE_URL": server.grpc_address}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run_as_written(server: triton.Server, command: str) -> None:
+def test_commands_run_as_written(server: triton.Server, folder: Path, command: str) -> None:
     """Every halimede command of the README succeeds."""
     words = shlex.split(command.replace(".venv/bin", str(Path(sys.executable).parent)))
-    subprocess.run(words, cwd=ROOT, env=environment(server), check=True, capture_output=True)
+    alone = {**environment(server), "PYTHONPATH": PYTHONPATH}
+    subprocess.run(words, cwd=folder, env=alone, check=True, capture_output=True)
+
+
+@pytest.fixture
+def folder(server: triton.Server, tmp_path: Path) -> Path:
+    """A folder with the README's configuration in it, on this server's address."""
+    for name, text in re.findall(r"`(\S+\.yaml)`:\n\n```yaml\n(.*?)```", README, re.DOTALL):
+        (tmp_path / name).write_text(text.replace("127.0.0.1:8001", server.grpc_address))
+    for name in ("model_repository", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
 
 
 @pytest.mark.parametrize("code", PYTHON)
-def test_python_runs_as_written(server: triton.Server, code: str) -> None:
+def test_python_runs_as_written(server: triton.Server, folder: Path, code: str) -> None:
     """Every Python block of the README runs, on this server's address."""
     here = code.replace("127.0.0.1:8001", server.grpc_address)
-    subprocess.run([sys.executable, "-c", here], env=environment(server), check=True)
+    alone = {**environment(server), "PYTHONPATH": PYTHONPATH}
+    subprocess.run([sys.executable, "-c", here], cwd=folder, env=alone, check=True)
+
+
+def test_the_chain_answers_without_the_server(folder: Path) -> None:
+    """The README's configuration gives vectors, from its fallback, when nothing listens."""
+    file = folder / "halimede.yaml"
+    file.write_text(
+        re.sub(r"url: \S+\d", f"url: 127.0.0.1:{free_options().grpc_port}", file.read_text())
+    )
+    with Embedder(config=file) as embedder:
+        os.chdir(folder)
+        try:
+            result = embedder.embed("hello world")
+        finally:
+            os.chdir(ROOT)
+    assert (result.provider, result.precision) == ("onnx", "int8")
 
 
 def test_verbs_exist() -> None:

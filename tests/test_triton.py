@@ -138,11 +138,11 @@ def test_truncation_is_visible(embedder: Embedder) -> None:
     assert vectors.cosine(result.vectors[1:2], result.vectors[2:3])[0] >= 0.99999
 
 
-def test_results_are_labelled(embedder: Embedder) -> None:
+def test_results_are_labelled(embedder: Embedder, server: triton.Server) -> None:
     """A result names its model, precision and space; all precisions share one space."""
     result = embedder.embed("a")
     assert (result.model, result.precision, result.dims) == (MODEL, "fp32", 384)
-    with Embedder(embedder._triton.address, NAMES["int8"]) as other:
+    with Embedder(server.grpc_address, NAMES["int8"]) as other:
         assert other.embed("a").space == result.space
 
 
@@ -372,7 +372,7 @@ def test_full_queue_is_rejected_at_once_and_the_server_goes_on(server: triton.Se
 
 def test_overload_is_a_typed_error() -> None:
     """Triton's word for a full queue becomes ServerOverloaded, which can be retried."""
-    from halimede.triton import _Translated
+    from halimede.providers.triton import _Translated
 
     with pytest.raises(ServerOverloaded, match="Back off") as raised:
         with _Translated("host:1", 1.0):

@@ -143,6 +143,14 @@ def sts(
             print(f"{model}\t{score:.3f}")
 
 
+@app.command()
+def bench_cache() -> None:
+    """Measure cache hits and hash embeddings against the rates they must reach."""
+    from tools.bench_cache import bench_cache as measure
+
+    measure()
+
+
 def main() -> None:
     """Run a command; one of our own errors is one plain line and exit code 1."""
     try:

@@ -1,4 +1,4 @@
-"""Settings of the client, resolved once: argument or flag > environment > default."""
+"""Settings of the client from the environment; arguments and flags go before them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="HALIMEDE_")
 
-    url: str = "127.0.0.1:8001"
+    url: str | tuple[str, ...] | None = None
     """Server: `host:port` or `grpc://host:port` for gRPC, `http://host:port` for HTTP."""
-    model: str = "all-MiniLM-L6-v2"
-    timeout_s: float = 30.0
+    model: str | None = None
+    """Name of the served model, or of one of the configuration's."""
+    timeout_s: float | None = None
     """Longest wait for one request."""
+    deadline_s: float | None = None
+    """Longest time that one call may take."""
+    config: Path | None = None
+    """Configuration file."""
     repository: Path = Path("model_repository")
-    """Model repository of the server, where it is on this machine: its quality records are read."""
+    """Model repository, where it is on this machine: what it records is read, and the provider
+    onnx runs it."""

@@ -4,12 +4,18 @@ HalimedeError                  INTERNAL
 ├── InvalidInput               INVALID_ARG   the caller must change the request
 │   ├── InvalidText            not UTF-8, not a string, too large
 │   ├── UnknownInputType       no such prompt
-│   └── InvalidDimensions      outside 1 … the model's dims
+│   ├── InvalidDimensions      outside 1 … the model's dims
+│   └── InvalidConfig          a configuration is not what it must be
 ├── ModelNotFound              NOT_FOUND     no such model on this server
 ├── ServerError                UNAVAILABLE   the same request may succeed later
 │   ├── ServerUnreachable      nothing answers at the address, or it died mid-request
-│   ├── ServerOverloaded       a queue is full
-│   └── DeadlineExceeded       no answer within `timeout_s`
+│   ├── ServerOverloaded       a queue is full, or a rate limit is reached
+│   ├── DeadlineExceeded       no answer within `timeout_s`
+│   ├── OutOfMemory            fewer texts at once may fit
+│   └── ModelChanged           another model now has this name
+├── AccessDenied               INTERNAL      a provider refuses the key
+├── SpaceRefused               INTERNAL      no provider of the wanted space could answer
+├── MissingExtra               INTERNAL      an optional package is not installed
 ├── InvalidModel               INVALID_ARG   a model folder or a file in it is not what it must be
 │   └── UntrustedCode          it carries Python code that nobody has accepted
 ├── BuildError                 INTERNAL      a build step failed; the repository is as it was
@@ -54,6 +60,10 @@ class InvalidDimensions(InvalidInput):
     """`dimensions` lies outside 1 … the model's dims."""
 
 
+class InvalidConfig(InvalidInput):
+    """A configuration names an unknown key, or a value that cannot be."""
+
+
 class ModelNotFound(HalimedeError):
     """The server has no model of this name, or has not loaded it."""
 
@@ -77,6 +87,26 @@ class ServerOverloaded(ServerError):
 
 class DeadlineExceeded(ServerError):
     """No answer came within `timeout_s`."""
+
+
+class OutOfMemory(ServerError):
+    """The engine had no memory for this many texts at once: send fewer."""
+
+
+class ModelChanged(ServerError):
+    """The model under this name is not the one it was: describe it again, then send again."""
+
+
+class AccessDenied(HalimedeError):
+    """A provider refuses the key, or wants one."""
+
+
+class SpaceRefused(HalimedeError):
+    """The providers left give vectors of another space or too low a precision."""
+
+
+class MissingExtra(HalimedeError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
 
 
 class InvalidModel(HalimedeError):

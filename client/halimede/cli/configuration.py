@@ -1,0 +1,36 @@
+"""`halimede config`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halimede import providers
+from halimede.cli import options
+from halimede.config import load
+
+app = typer.Typer(no_args_is_help=True, help="Look after a configuration.")
+
+
+@app.callback()
+def _noun() -> None:
+    """Make `check` a command of its own, though it is the only one."""
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="YAML file.")], as_json: options.AsJson = False
+) -> None:
+    """Read a configuration, and open its providers without asking them anything."""
+    config = load(file)
+    chain = config.chain()
+    for model in chain:
+        providers.open_provider(model)
+    facts = {
+        "chain": [f"{model.provider}:{model.model_id}" for model in chain],
+        "cache": config.cache is not None,
+        "development": config.development,
+    }
+    options.print_facts({"ok": True, **facts}, as_json)

@@ -1,0 +1,88 @@
+"""`halimede embed`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import numpy as np
+import typer
+
+from halimede.cli import options
+from halimede.embedder import Embedder
+from halimede.results import Embeddings
+from halimede_ops.quantise import OutputType
+
+SHOWN = 20
+"""Vectors printed; --json and --npy give all."""
+
+
+def embed(
+    texts: options.Texts = None,
+    file: options.File = None,
+    input_type: options.InputType = None,
+    dimensions: options.Dimensions = None,
+    output_type: Annotated[
+        str, typer.Option(help="float32, float16, int8, uint8, binary, ubinary.")
+    ] = "float32",
+    ranges: Annotated[
+        Path | None, typer.Option(help="For int8 and uint8: .npy of [2, dims], low and high.")
+    ] = None,
+    npy: Annotated[Path | None, typer.Option(help="Write the vectors to this .npy file.")] = None,
+    as_json: options.AsJson = False,
+    url: options.Url = None,
+    model: options.Model = None,
+    config: options.ConfigFile = None,
+    timeout_s: options.TimeoutS = None,
+) -> None:
+    """Embed texts given as arguments, in a file, or on stdin."""
+    given = options.read_texts(texts, file)
+    with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
+        result = embedder.embed(
+            given,
+            input_type=input_type,
+            dimensions=dimensions,
+            output_type=cast(OutputType, output_type),
+            ranges=None if ranges is None else np.load(ranges),
+            progress=True,
+        )
+    if npy is not None:
+        with npy.open("wb") as out:
+            np.save(out, result.vectors)
+    if as_json:
+        print(json.dumps(_json(result)))
+    else:
+        _print(result, npy)
+
+
+def _json(result: Embeddings) -> dict[str, Any]:
+    return {
+        "model": result.model,
+        "provider": result.provider,
+        "space": result.space,
+        "precision": result.precision,
+        "dims": result.dims,
+        "output_type": result.output_type,
+        "embeddings": [
+            {
+                "index": index,
+                "tokens": int(result.tokens[index]),
+                "truncated": bool(result.truncated[index]),
+                "embedding": vector.tolist(),
+            }
+            for index, vector in enumerate(result.vectors)
+        ],
+    }
+
+
+def _print(result: Embeddings, npy: Path | None) -> None:
+    print(f"{result.model} ({result.precision}, space {result.space}), {result.dims} dims")
+    for index, vector in enumerate(result.vectors[:SHOWN]):
+        head = ", ".join(f"{value:.4g}" for value in vector[:6].tolist())
+        cut = f"  cut off at {result.max_tokens} tokens" if result.truncated[index] else ""
+        print(f"{index:>5}  [{head}{', …' if len(vector) > 6 else ''}]{cut}")
+    if len(result) > SHOWN:
+        print(f"       … and {len(result) - SHOWN} more; --json or --npy gives all")
+    if npy is not None:
+        print(f"wrote {npy}: {len(result)} × {result.dims} {result.output_type}")

@@ -1,0 +1,80 @@
+"""`halimede models` and `halimede health`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from halimede import loop
+from halimede.cli import options
+from halimede.config import resolve
+from halimede.embedder import Embedder
+from halimede.providers import triton
+from halimede.results import ServedModel
+from halimede.settings import Settings
+from halimede_ops.errors import InvalidConfig
+
+
+def models(
+    verbose: Annotated[
+        bool, typer.Option(help="Also the figures of the build's check, from HALIMEDE_REPOSITORY.")
+    ] = False,
+    as_json: options.AsJson = False,
+    url: options.Url = None,
+    timeout_s: options.TimeoutS = None,
+) -> None:
+    """List the embedding models a server has ready."""
+    asked = resolve(url=url, timeout_s=timeout_s).chain()[0]
+    if not isinstance(asked, triton.Options):
+        raise InvalidConfig(f"{asked.model_id} is of provider {asked.provider}; give --url.")
+    served = loop.shared().wait(triton.models(asked))
+    repository = Settings().repository
+    rows = [_row(model, repository, verbose) for model in served]
+    options.print_rows(rows, as_json, "no embedding model is ready")
+
+
+def health(
+    as_json: options.AsJson = False,
+    url: options.Url = None,
+    model: options.Model = None,
+    config: options.ConfigFile = None,
+    timeout_s: options.TimeoutS = None,
+) -> None:
+    """Embed a probe text with each provider; exit code 1 when none is there and fast enough."""
+    with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
+        reports = embedder.health()
+    if as_json:
+        print(json.dumps(reports[0] if len(reports) == 1 else reports))
+    else:
+        for report in reports:
+            options.print_facts(report, as_json=False)
+    if not any(report["healthy"] for report in reports):
+        raise typer.Exit(1)
+
+
+def _row(model: ServedModel, repository: Path, verbose: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": model.name,
+        "precision": model.precision,
+        "dims": model.dims,
+        "max_tokens": model.max_tokens,
+        "space": model.space,
+    }
+    if verbose:
+        row |= _quality(repository / model.name, model.space)
+    return row
+
+
+def _quality(folder: Path, space: str) -> dict[str, Any]:
+    """The figures of the build's check, when the served model is the one of the repository."""
+    try:
+        record = json.loads((folder / "1" / "quality.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if record["space"] != space:
+        return {}
+    names = ("texts", "mean_cosine", "min_cosine", "invariance", "size_ratio")
+    return {name: record[name] for name in names}

@@ -1,0 +1,74 @@
+"""`halimede similarity` and `halimede compare`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from halimede.cli import options
+from halimede.embedder import Embedder
+from halimede_ops import vectors
+from halimede_ops.errors import InvalidInput
+
+
+def similarity(
+    texts: options.Texts = None,
+    file: options.File = None,
+    input_type: options.InputType = None,
+    dimensions: options.Dimensions = None,
+    as_json: options.AsJson = False,
+    url: options.Url = None,
+    model: options.Model = None,
+    config: options.ConfigFile = None,
+    timeout_s: options.TimeoutS = None,
+) -> None:
+    """Cosine of each text with every other."""
+    given = options.read_texts(texts, file)
+    with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
+        result = embedder.embed(given, input_type=input_type, dimensions=dimensions)
+    count = len(given)
+    cosines = [
+        vectors.cosine(result.vectors, result.vectors[[row] * count]).round(6).tolist()
+        for row in range(count)
+    ]
+    if as_json:
+        facts = {"model": result.model, "space": result.space, "precision": result.precision}
+        options.print_facts({**facts, "similarity": cosines}, as_json=True)
+    else:
+        print("\n".join("  ".join(f"{value:7.4f}" for value in row) for row in cosines))
+
+
+def compare(
+    first: Annotated[str, typer.Argument(help="A served model, or one of --config.")],
+    second: Annotated[str, typer.Argument(help="Another.")],
+    file: options.File = None,
+    as_json: options.AsJson = False,
+    url: options.Url = None,
+    config: options.ConfigFile = None,
+    timeout_s: options.TimeoutS = None,
+) -> None:
+    """Cosine between two models' vectors of the same texts: lines of a file or of stdin."""
+    texts = options.read_texts(None, file)
+    if not texts:
+        raise InvalidInput("there is no text to compare on; give --file or lines on stdin.")
+    results = []
+    for model in (first, second):
+        with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
+            results.append(embedder.embed(texts))
+    one, other = results
+    if one.dims != other.dims:
+        raise InvalidInput(f"{first} has {one.dims} dims and {second} {other.dims}.")
+    cosines = vectors.cosine(one.vectors, other.vectors)
+    options.print_facts(
+        {
+            "texts": len(texts),
+            "models": [one.model, other.model],
+            "spaces": [one.space, other.space],
+            "precisions": [one.precision, other.precision],
+            "comparable": one.space == other.space,
+            "mean_cosine": round(float(cosines.mean()), 6),
+            "min_cosine": round(float(cosines.min()), 6),
+        },
+        as_json,
+    )

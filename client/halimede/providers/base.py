@@ -1,0 +1,241 @@
+"""What every provider is: the vocabulary that chain and providers share."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from halimede.results import UNKNOWN_TOKENS, ServedModel
+from halimede_ops import errors
+from halimede_ops import vectors as ops
+from halimede_ops.errors import InvalidConfig, InvalidDimensions, MissingExtra, UnknownInputType
+
+REMOTE = "remote"
+"""Precision of a provider that does not tell its own."""
+DEFAULT_TIMEOUT_S = 30.0
+
+
+class Answer(NamedTuple):
+    """One request's answer, and the model that gave it."""
+
+    vectors: np.ndarray
+    """`[texts, dims]` float32."""
+    tokens: np.ndarray
+    """`[texts]` int32; UNKNOWN_TOKENS where the provider does not tell."""
+    model: ServedModel
+
+
+class Provider(Protocol):
+    """Something that embeds texts. Used on the client's event loop alone."""
+
+    name: str
+    """Kind and model, for results, statistics and errors."""
+
+    async def describe(self, timeout_s: float) -> ServedModel:
+        """The model as it is now."""
+        ...
+
+    async def embed(
+        self,
+        texts: Sequence[bytes],
+        input_type: str | None,
+        dimensions: int | None,
+        timeout_s: float,
+    ) -> Answer:
+        """The answer to one request of at most `max_batch_size` texts in UTF-8.
+
+        Raises:
+            HalimedeError: an error of halimede's tree, never one of an SDK.
+        """
+        ...
+
+    async def health(self, timeout_s: float) -> None:
+        """Nothing when the provider can embed now; else the error says why not."""
+        ...
+
+    async def close(self) -> None:
+        """Give back connections and processes; a second call does nothing."""
+        ...
+
+
+class Options(BaseModel):
+    """What a configuration says of one model; each provider adds its own keys."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
+
+    provider: str
+    model_id: str
+    """Name of the model, as the provider knows it."""
+    dimensions: PositiveInt | None = None
+    """Keep this many leading components unless a call says otherwise."""
+    max_tokens: PositiveInt | None = None
+    """Longest input in tokens, where the provider does not tell."""
+    batch_size: PositiveInt | None = None
+    """Most texts in one request; the provider's own limit if that is lower."""
+    timeout_s: PositiveFloat = Field(DEFAULT_TIMEOUT_S, alias="timeout")
+    """Longest wait for one request, in seconds."""
+    retries: int = Field(2, ge=0)
+    """Further tries of one request after an error that a retry can help."""
+    requests_per_s: PositiveFloat | None = None
+    """Most requests a second; None: no limit."""
+    cache_enabled: bool = True
+    cache_ttl_s: PositiveFloat | None = Field(None, alias="cache_ttl")
+    """Seconds that a cached vector of this model lives at most; None: as the tiers say."""
+    other_space: bool = False
+    """Whether a chain may fall back to this model although its space is another."""
+
+    MADE_FOR: ClassVar[str] = ""
+    """Kind of provider that these options are for."""
+
+
+class KeyOptions(Options):
+    """Options of a provider that wants a key: named, never given."""
+
+    api_key_env: str | None = None
+    """Environment variable that holds the key."""
+    api_key_file: Path | None = None
+    """File that holds the key."""
+
+    def secret(self, default_env: str) -> str | None:
+        """The key, from the file or the environment; None: there is none.
+
+        Raises:
+            InvalidConfig: the file or the variable that the configuration names is not there.
+        """
+        if self.api_key_file is not None:
+            try:
+                return self.api_key_file.read_text().strip()
+            except OSError as error:
+                raise InvalidConfig(f"api_key_file cannot be read: {error.strerror}.") from None
+        found = os.environ.get(self.api_key_env or default_env)
+        if found is None and self.api_key_env:
+            raise InvalidConfig(f"the environment has no {self.api_key_env} (api_key_env).")
+        return found
+
+
+def optional(module: str, extra: str) -> ModuleType:
+    """A module of an optional package.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtra(
+            f"{error.name or module} is not installed. Run: pip install 'halimede[{extra}]'"
+        ) from None
+
+
+def installed(module: str, extra: str) -> None:
+    """Nothing when an optional package is there; it is not imported.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise MissingExtra(f"{module} is not installed. Run: pip install 'halimede[{extra}]'")
+
+
+def too_late(provider: str, timeout_s: float) -> errors.DeadlineExceeded:
+    """The error of a provider that did not answer in time."""
+    return errors.DeadlineExceeded(
+        f"{provider} did not answer within {timeout_s:g} s. Raise timeout, or send less at once."
+    )
+
+
+def unreachable(provider: str) -> errors.ServerUnreachable:
+    """The error of a provider where nothing answers."""
+    return errors.ServerUnreachable(f"{provider} cannot be reached. Is its url right, and up?")
+
+
+def of_status(provider: str, status: int) -> errors.HalimedeError:
+    """The error that an HTTP status stands for; the answer's own words may hold a text."""
+    if status in (401, 403):
+        return errors.AccessDenied(f"{provider} refuses the key, or wants one ({status}).")
+    if status == 404:
+        return errors.ModelNotFound(f"{provider} is not there (404).")
+    if status == 429:
+        return errors.ServerOverloaded(f"{provider} asks for fewer requests (429).")
+    if status in (408, 504):
+        return errors.DeadlineExceeded(f"{provider} took too long by its own limit ({status}).")
+    if status >= 500:
+        return errors.ServerError(f"{provider} failed ({status}). Send again later.")
+    return errors.InvalidInput(
+        f"{provider} refuses the request ({status}). A text may be empty or beyond the model's "
+        "tokens, or an option unknown to it."
+    )
+
+
+def fingerprint(*facts: object) -> str:
+    """16 hex digits that name a space by its facts."""
+    joined = "\0".join(str(fact) for fact in facts)
+    return hashlib.sha256(joined.encode()).hexdigest()[:16]
+
+
+def unknown_tokens(rows: int) -> np.ndarray:
+    """Token counts `[rows]` int32 of a provider that tells none."""
+    return np.full(rows, UNKNOWN_TOKENS, np.int32)
+
+
+def matrix(rows: Any, count: int) -> np.ndarray:
+    """Vectors `[count, dims]` float32 of an answer's lists.
+
+    Raises:
+        ServerError: there are not `count` rows of one length.
+    """
+    try:
+        vectors = np.asarray(rows, np.float32)
+    except (TypeError, ValueError):
+        raise errors.ServerError("the provider's answer is not a list of vectors.") from None
+    if vectors.ndim != 2 or len(vectors) != count:
+        raise errors.ServerError(f"{count} texts were sent; the answer's shape is {vectors.shape}.")
+    return vectors
+
+
+def cut(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
+    """The first `dimensions` components, of norm 1 again: `[rows, dim]` → `[rows, dimensions]`."""
+    if dimensions is None or dimensions == vectors.shape[1]:
+        return vectors
+    return ops.normalise(ops.truncate(vectors, dimensions))
+
+
+def check_dimensions(dimensions: int | None, model: ServedModel) -> int:
+    """`dimensions`, or the model's dims for None.
+
+    Raises:
+        InvalidDimensions: it lies outside 1 … the model's dims.
+    """
+    if dimensions is None:
+        return model.dims
+    if not 1 <= dimensions <= model.dims:
+        raise InvalidDimensions(
+            f"dimensions is {dimensions}; {model.name} gives 1 to {model.dims}."
+        )
+    return dimensions
+
+
+def prompt(input_type: str | None, prompts: Mapping[str, str], model: str) -> str:
+    """Text to put in front; `query` and `document` are always known and may be nothing.
+
+    Raises:
+        UnknownInputType: the model has no such prompt.
+    """
+    known = {"query": "", "document": "", **prompts}
+    if not input_type:
+        return ""
+    if input_type not in known:
+        raise UnknownInputType(
+            f"the input type given is not one of {model}'s: {', '.join(sorted(known))}. "
+            "Omit it for none."
+        )
+    return known[input_type]

@@ -1,0 +1,67 @@
+"""Vectors from a hash of the text: local and deterministic, for development and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from halimede import hashing
+from halimede.providers.base import Answer, cut, prompt, unknown_tokens
+from halimede.providers.base import Options as BaseOptions
+from halimede.results import ServedModel
+
+MAX_BATCH_SIZE = 4096
+UNLIMITED_TOKENS = 2**31 - 1
+
+
+class Options(BaseOptions):
+    """Vectors from a hash of the text."""
+
+    provider: str = "hash"
+    model_id: str = "hash"
+    dims: int = Field(hashing.LEAST_DIMS, ge=hashing.LEAST_DIMS, le=hashing.MOST_DIMS)
+    """Length of a vector."""
+
+
+def connect(options: Options) -> Hash:
+    """The provider for these options."""
+    return Hash(options)
+
+
+class Hash:
+    """Unit vectors that depend on the text alone. They say nothing of its meaning."""
+
+    def __init__(self, options: Options) -> None:
+        self.name = f"hash:{options.model_id}"
+        self._model = ServedModel(
+            name=options.model_id,
+            space=hashing.space(options.dims),
+            precision="fp32",
+            dims=options.dims,
+            max_tokens=UNLIMITED_TOKENS,
+            max_batch_size=MAX_BATCH_SIZE,
+            provider="hash",
+        )
+
+    async def describe(self, timeout_s: float) -> ServedModel:
+        """The model: always the same."""
+        return self._model
+
+    async def health(self, timeout_s: float) -> None:
+        """Nothing: it is always there."""
+
+    async def close(self) -> None:
+        """Nothing to give back."""
+
+    async def embed(
+        self,
+        texts: Sequence[bytes],
+        input_type: str | None,
+        dimensions: int | None,
+        timeout_s: float,
+    ) -> Answer:
+        """The vectors at once; token counts are not known."""
+        prompt(input_type, {}, self._model.name)  # refuses an unknown one
+        vectors = hashing.embed(texts, self._model.dims)
+        return Answer(cut(vectors, dimensions), unknown_tokens(len(texts)), self._model)

@@ -1,0 +1,392 @@
+"""Triton as a provider: one model on one or several servers, over gRPC or HTTP.
+
+Every answer is tied to the space that produced it. Where the config pins the version that it
+describes (`version_policy { specific { versions: [n] } }`, n unique to the content), the answer's
+own version says it. Elsewhere the config is read again after the answer: an answer counts only if
+the config was the same before it was asked for and after it came. Answers that come at the same
+time share one such reading.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import itertools
+import json
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+from pydantic import field_validator
+from tritonclient.utils import InferenceServerException
+
+from halimede.breaker import Breaker
+from halimede.latest import Latest
+from halimede.providers.base import Answer
+from halimede.providers.base import Options as BaseOptions
+from halimede.results import ServedModel
+from halimede_ops import errors
+
+T = TypeVar("T")
+
+CODES = {
+    "INVALID_ARGUMENT": errors.InvalidInput,
+    "400": errors.InvalidInput,
+    "NOT_FOUND": errors.ModelNotFound,
+    "404": errors.ModelNotFound,
+    "UNAVAILABLE": errors.ServerUnreachable,
+    "CANCELLED": errors.ServerUnreachable,
+    "503": errors.ServerUnreachable,
+    "DEADLINE_EXCEEDED": errors.DeadlineExceeded,
+    "499": errors.DeadlineExceeded,
+    "RESOURCE_EXHAUSTED": errors.OutOfMemory,
+}
+"""Error class of a gRPC status name or an HTTP status code."""
+OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|failed to allocate", re.IGNORECASE)
+NOT_LOADED = re.compile(r"not (?:at )?ready|is unloading|being loaded", re.IGNORECASE)
+LARGEST_MESSAGE_BYTES = 2**31 - 1
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
+    # gRPC waits up to two minutes between connections: a server's return would be noticed late.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # Idle connections die unnoticed behind balancers; Triton accepts a ping in 5 minutes
+    # without a call on its way, and any number while one is.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    # A channel of its own: a dead connection must not be shared with another embedder.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+class Options(BaseOptions):
+    """A model served by Triton."""
+
+    provider: str = "triton"
+    url: tuple[str, ...] = ("127.0.0.1:8001",)
+    """Servers: `host:port` or `grpc://host:port` for gRPC, `http://host:port` for HTTP."""
+
+    @field_validator("url", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("url")
+    @classmethod
+    def _at_least_one(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("is empty; give at least one address")
+        for url in value:
+            _parse(url)
+        return value
+
+
+def connect(options: Options) -> Triton:
+    """The provider for these options."""
+    return Triton(options.model_id, options.url)
+
+
+async def models(options: Options) -> list[ServedModel]:
+    """Every embedding model that is ready on these options' server, by name."""
+    triton = connect(options)
+    try:
+        return await triton.models(options.timeout_s)
+    finally:
+        await triton.close()
+
+
+class Triton:
+    """One model on one or several Triton servers."""
+
+    def __init__(self, model: str, urls: Sequence[str]) -> None:
+        self.name = f"triton:{model}"
+        self._servers = [_Server(url, model) for url in urls]
+        self._turn = itertools.count()
+
+    async def close(self) -> None:
+        """Close every connection; a second call does nothing."""
+        await asyncio.gather(*[server.close() for server in self._servers])
+
+    async def describe(self, timeout_s: float) -> ServedModel:
+        """The model as a server's config tells it now.
+
+        Raises:
+            ModelNotFound: the server has no such model, or it is none of halimede's ensembles.
+        """
+        return await self._on_one(lambda server: server.describe(timeout_s))
+
+    async def health(self, timeout_s: float) -> None:
+        """Nothing when a server embeds a probe text."""
+        await self._on_one(lambda server: server.probe(timeout_s))
+
+    async def embed(
+        self,
+        texts: Sequence[bytes],
+        input_type: str | None,
+        dimensions: int | None,
+        timeout_s: float,
+    ) -> Answer:
+        """The answer of the server that has least to do."""
+        return await self._on_one(
+            lambda server: server.embed(texts, input_type, dimensions, timeout_s)
+        )
+
+    async def models(self, timeout_s: float) -> list[ServedModel]:
+        """Every embedding model that is ready, by name."""
+        return await self._on_one(lambda server: server.models(timeout_s))
+
+    async def _on_one(self, ask: Callable[[_Server], Awaitable[T]]) -> T:
+        """What the least busy server answers; the next is asked when one cannot be reached."""
+        *others, last = self._by_load()
+        for server in others:
+            with contextlib.suppress(errors.ServerUnreachable):
+                return await server.guarded(ask(server))
+        return await last.guarded(ask(last))
+
+    def _by_load(self) -> list[_Server]:
+        """Servers in the order to ask them: those that answer first, then the least busy."""
+        turn = next(self._turn)
+        count = len(self._servers)
+        rotated = [self._servers[(turn + index) % count] for index in range(count)]
+        return sorted(rotated, key=lambda server: (server.breaker.is_open, server.in_flight))
+
+
+class _Server:
+    """One address: its connection, its breaker, and what its config last said."""
+
+    def __init__(self, url: str, model: str) -> None:
+        scheme, self.address = _parse(url)
+        self.is_grpc = scheme == "grpc"
+        self.model = model
+        self.in_flight = 0
+        self.breaker = Breaker(self.probe)
+        self._api: Any = importlib.import_module(f"tritonclient.{scheme}.aio")
+        self._client: Any = None
+        self._described: ServedModel | None = None
+        self._reading = Latest(self._read)
+        self._timeout_s = 30.0
+
+    async def guarded(self, asking: Awaitable[T]) -> T:
+        """What the server answers, counted as in flight and told to the breaker."""
+        self.in_flight += 1
+        try:
+            answer = await asking
+        except errors.HalimedeError as error:
+            if isinstance(error, (errors.ServerUnreachable, errors.DeadlineExceeded)):
+                self.breaker.failed()
+            raise
+        finally:
+            self.in_flight -= 1
+        self.breaker.succeeded()
+        return answer
+
+    async def close(self) -> None:
+        await self.breaker.close()
+        if self._client is not None:
+            client, self._client = self._client, None
+            await client.close()
+
+    async def describe(self, timeout_s: float) -> ServedModel:
+        self._timeout_s = timeout_s
+        return await self._reading.read()
+
+    async def probe(self, timeout_s: float) -> None:
+        await self._infer([b"health"], None, None, timeout_s)
+
+    async def embed(
+        self,
+        texts: Sequence[bytes],
+        input_type: str | None,
+        dimensions: int | None,
+        timeout_s: float,
+    ) -> Answer:
+        before = self._described or await self.describe(timeout_s)
+        result = await self._infer(texts, input_type, dimensions, timeout_s)
+        if before.version:
+            after = self._version(result) == before.version
+        else:
+            after = await self.describe(timeout_s) == before
+        if not after:
+            self._described = None
+            raise errors.ModelChanged(
+                f"{self.model} on {self.address} was changed while it was asked. Send again."
+            )
+        # A copy: an array over the response's own buffer would keep all of it alive.
+        return Answer(
+            np.array(result.as_numpy("EMBEDDING")),
+            np.array(result.as_numpy("TOKENS")).reshape(-1),
+            before,
+        )
+
+    async def models(self, timeout_s: float) -> list[ServedModel]:
+        index = await self._call("get_model_repository_index", timeout_s=timeout_s)
+        listed = index.get("models", []) if self.is_grpc else index
+        names = sorted(entry["name"] for entry in listed if entry.get("state") == "READY")
+        configs = [await self._config(name, timeout_s) for name in names]
+        return [
+            _served(name, config)
+            for name, config in zip(names, configs, strict=True)
+            if "space" in config.get("parameters", {})
+        ]
+
+    async def _read(self) -> ServedModel:
+        config = await self._config(self.model, self._timeout_s)
+        if "space" not in config.get("parameters", {}):
+            raise errors.ModelNotFound(
+                f"{self.model!r} is a step of a model; ask for the model itself."
+            )
+        self._described = _served(self.model, config)
+        return self._described
+
+    async def _config(self, model: str, timeout_s: float) -> dict[str, Any]:
+        answer = await self._call("get_model_config", model, timeout_s=timeout_s)
+        return dict(answer.get("config", answer))
+
+    async def _infer(
+        self,
+        texts: Sequence[bytes],
+        input_type: str | None,
+        dimensions: int | None,
+        timeout_s: float,
+    ) -> Any:
+        rows = len(texts)
+        inputs = [self._input("TEXT", "BYTES", np.array(texts, np.object_).reshape(rows, 1))]
+        if input_type is not None:
+            value = np.full((rows, 1), input_type.encode(), np.object_)
+            inputs.append(self._input("INPUT_TYPE", "BYTES", value))
+        if dimensions is not None:
+            value = np.full((rows, 1), dimensions, np.int32)
+            inputs.append(self._input("DIMENSIONS", "INT32", value))
+        outputs = [self._api.InferRequestedOutput(name) for name in ("EMBEDDING", "TOKENS")]
+        return await self._call("infer", self.model, inputs, outputs=outputs, timeout_s=timeout_s)
+
+    async def _call(self, method: str, *arguments: Any, timeout_s: float, **options: Any) -> Any:
+        """What tritonclient returns, alike for both protocols; its errors become ours."""
+        if self.is_grpc:
+            options["client_timeout"] = timeout_s
+            if method != "infer":
+                options["as_json"] = True
+        with _Translated(self.address, timeout_s):
+            answer = getattr(self._connection(), method)(*arguments, **options)
+            return await (answer if self.is_grpc else asyncio.wait_for(answer, timeout_s))
+
+    def _connection(self) -> Any:
+        if self._client is None:
+            if self.is_grpc:
+                self._client = self._api.InferenceServerClient(
+                    self.address, channel_args=CHANNEL_OPTIONS
+                )
+            else:
+                self._client = self._api.InferenceServerClient(self.address, conn_timeout=None)
+        return self._client
+
+    def _input(self, name: str, datatype: str, value: np.ndarray) -> Any:
+        tensor = self._api.InferInput(name, list(value.shape), datatype)
+        tensor.set_data_from_numpy(value)
+        return tensor
+
+    def _version(self, result: Any) -> str:
+        answer = result.get_response()
+        return str(answer.model_version if self.is_grpc else answer["model_version"])
+
+
+def _served(name: str, config: dict[str, Any]) -> ServedModel:
+    parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+    versions = config.get("version_policy", {}).get("specific", {}).get("versions", [])
+    cosine = parameters.get("mean_cosine")
+    return ServedModel(
+        name=name,
+        space=parameters["space"],
+        precision=parameters["precision"],
+        dims=int(parameters["dims"]),
+        max_tokens=int(parameters["max_tokens"]),
+        max_batch_size=int(config["max_batch_size"]),
+        mean_cosine=None if cosine is None else float(cosine),
+        # A version says what it holds only if its number is one of content, not of order.
+        version=str(versions[0]) if len(versions) == 1 and int(versions[0]) > 1 else "",
+    )
+
+
+class _Translated:
+    """Turns what tritonclient raises into the errors of `halimede_ops.errors`."""
+
+    def __init__(self, address: str, timeout_s: float) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, errors.HalimedeError) or not isinstance(error, Exception):
+            return
+        if isinstance(error, InferenceServerException):
+            self._from_triton(error)
+        if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
+            raise self._deadline() from None
+        # aiohttp's errors that are no OSError, such as a connection closed mid-answer.
+        if isinstance(error, OSError) or type(error).__module__.startswith("aiohttp"):
+            raise self._unreachable() from None
+        if isinstance(error, MemoryError):
+            raise errors.OutOfMemory("the client has no memory for this request.") from None
+
+    def _from_triton(self, error: InferenceServerException) -> NoReturn:
+        status = str(error.status() or "").removeprefix("StatusCode.")
+        message = re.sub(r"^in ensemble '[^']*', ", "", _plain(error.message()))
+        if "maximum queue size" in message:
+            raise errors.ServerOverloaded(
+                f"the server at {self.address} has a full queue. Back off and send again."
+            ) from None
+        if NOT_LOADED.search(message):
+            raise errors.ServerUnreachable(
+                f"the server at {self.address} is loading the model. Send again."
+            ) from None
+        if OUT_OF_MEMORY.search(message):
+            raise errors.OutOfMemory(f"the server at {self.address} has no memory left.") from None
+        named, _, rest = message.partition(": ")
+        error_class = getattr(errors, named, None)
+        if isinstance(error_class, type) and issubclass(error_class, errors.HalimedeError):
+            raise error_class(rest) from None
+        error_class = CODES.get(status, errors.HalimedeError)
+        if error_class is errors.DeadlineExceeded:
+            raise self._deadline() from None
+        if error_class is errors.ServerUnreachable:
+            raise self._unreachable() from None
+        raise error_class(message) from None
+
+    def _deadline(self) -> errors.DeadlineExceeded:
+        return errors.DeadlineExceeded(
+            f"{self.address} did not answer within {self.timeout_s:g} s. Raise timeout_s, or "
+            "send less at once."
+        )
+
+    def _unreachable(self) -> errors.ServerUnreachable:
+        return errors.ServerUnreachable(
+            f"no Triton answers at {self.address}. Start one with `make serve`, or give its "
+            "address as url."
+        )
+
+
+def _plain(message: str) -> str:
+    """The text of an error: over HTTP tritonclient sometimes gives the JSON around it."""
+    try:
+        return str(json.loads(message)["error"])
+    except (ValueError, KeyError, TypeError):
+        return message
+
+
+def _parse(url: str) -> tuple[str, str]:
+    """Protocol (`grpc` or `http`) and `host:port` of a server's url."""
+    parts = urlsplit(url if "://" in url else f"grpc://{url}")
+    if parts.scheme not in ("grpc", "http") or not parts.netloc or "@" in parts.netloc:
+        given = "has a user or password" if "@" in url else f"is {url!r}"
+        raise errors.InvalidInput(
+            f"url {given}; give host:port, grpc://host:port or http://host:port."
+        )
+    return parts.scheme, parts.netloc

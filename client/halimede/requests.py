@@ -1,0 +1,113 @@
+"""Texts as the requests to send: UTF-8, cut by tokens and bytes, alike in length."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TypeVar
+
+from halimede_ops.errors import InvalidText
+
+T = TypeVar("T")
+
+REQUESTS_IN_FLIGHT = 4
+"""Requests of one call that are on their way at once: the server's steps overlap."""
+WINDOW_TEXTS = 4096
+"""Texts that are sorted by length together, and looked up in the cache together."""
+WINDOWS_IN_FLIGHT = 2
+"""Windows of one call or stream that are on their way at once."""
+REQUEST_BYTES = 8 * 1024 * 1024
+"""Most bytes of text in one request."""
+REQUEST_TOKENS = 32_768
+"""Most tokens in one request, as estimated from bytes: 128 texts of 256 tokens."""
+BYTES_PER_TOKEN = 4
+"""English; other scripts have fewer tokens than this estimate says, or as many."""
+
+
+def encode(texts: Sequence[str]) -> list[bytes]:
+    """The texts in UTF-8.
+
+    Raises:
+        InvalidText: an item is not a string, or has a lone surrogate.
+    """
+    encoded = []
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InvalidText(f"text {row} is {type(text).__name__}; give a str.")
+        try:
+            encoded.append(text.encode("utf-8"))
+        except UnicodeEncodeError:
+            raise InvalidText(
+                f"text {row} has a lone surrogate, which UTF-8 cannot hold. "
+                "Decode it with errors='replace'."
+            ) from None
+    return encoded
+
+
+def plan(texts: Sequence[bytes], most_texts: int, max_tokens: int) -> list[list[int]]:
+    """Indices of the texts of each request, longest texts first.
+
+    Texts of one request are alike in length, so that little is padded. A request has at most
+    `most_texts` texts, REQUEST_TOKENS estimated tokens and REQUEST_BYTES bytes; a single text is
+    never cut.
+    """
+    requests: list[list[int]] = []
+    tokens = size_bytes = 0
+    for index in sorted(range(len(texts)), key=lambda row: len(texts[row]), reverse=True):
+        cost = min(max_tokens, len(texts[index]) // BYTES_PER_TOKEN + 2)
+        tokens += cost
+        size_bytes += len(texts[index])
+        if (
+            not requests
+            or len(requests[-1]) == most_texts
+            or tokens > REQUEST_TOKENS
+            or size_bytes > REQUEST_BYTES
+        ):
+            requests.append([])
+            tokens, size_bytes = cost, len(texts[index])
+        requests[-1].append(index)
+    return requests
+
+
+class Windows:
+    """Cuts a stream of texts into windows, each to be embedded as one call."""
+
+    def __init__(self, most_texts: int) -> None:
+        self._most_texts = most_texts
+        self._texts: list[bytes] = []
+        self._size_bytes = 0
+
+    def add(self, text: str) -> list[bytes] | None:
+        """The window that this text fills, or None."""
+        [encoded] = encode([text])
+        self._texts.append(encoded)
+        self._size_bytes += len(encoded)
+        if len(self._texts) == self._most_texts or self._size_bytes >= REQUEST_BYTES:
+            return self.rest()
+        return None
+
+    def rest(self) -> list[bytes]:
+        """What has not filled a window."""
+        texts, self._texts, self._size_bytes = self._texts, [], 0
+        return texts
+
+
+async def together(jobs: Iterable[Callable[[], Awaitable[T]]], most: int) -> list[T]:
+    """What the jobs return, in order, with `most` of them under way at once.
+
+    When one fails or the caller gives up, the others are cancelled.
+    """
+    gate = asyncio.Semaphore(most)
+
+    async def run(job: Callable[[], Awaitable[T]]) -> T:
+        async with gate:
+            return await job()
+
+    tasks = [asyncio.ensure_future(run(job)) for job in jobs]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

@@ -1,0 +1,445 @@
+"""A chain of providers: what it falls back to, what it refuses, and how soon it comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import MODEL, NAMES, free_options
+
+from halimede import (
+    Embedder,
+    Embeddings,
+    InvalidInput,
+    OutOfMemory,
+    ServerError,
+    ServerUnreachable,
+    SpaceRefused,
+)
+from halimede.config import parse
+from halimede.providers import Answer
+from halimede.results import ServedModel
+from halimede_ops import vectors
+from tools import config as pbtxt
+from tools import triton
+from tools.settings import Settings
+
+KILLS = 3
+CALLERS = 32
+TEXTS = int(os.environ.get("HALIMEDE_KILL_TEXTS", "10000"))
+"""Texts embedded while the server is killed; 20,000 take about two minutes on 2 cores."""
+
+
+class Scripted:
+    """A provider of our own: hash-like vectors of one number, and whatever goes wrong on demand."""
+
+    def __init__(self, name: str, space: str = "a" * 16, precision: str = "fp32") -> None:
+        self.name = name
+        self.model = ServedModel(name, space, precision, 8, 100, 16, "own")
+        self.error: Exception | None = None
+        self.most_texts: int | None = None
+        self.asked: list[int] = []
+        self.fails_after: int | None = None
+
+    async def describe(self, timeout_s: float) -> ServedModel:
+        if self.error is not None:
+            raise self.error
+        return self.model
+
+    async def embed(
+        self,
+        texts: Sequence[bytes],
+        input_type: str | None,
+        dimensions: int | None,
+        timeout_s: float,
+    ) -> Answer:
+        self.asked.append(len(texts))
+        if self.fails_after is not None and len(self.asked) > self.fails_after:
+            raise ServerUnreachable("scripted")
+        if self.error is not None:
+            raise self.error
+        if self.most_texts is not None and len(texts) > self.most_texts:
+            raise MemoryError
+        rows = [np.resize(np.frombuffer(text or b" ", np.uint8), 8) for text in texts]
+        return Answer(np.array(rows, np.float32), np.full(len(texts), 3, np.int32), self.model)
+
+    async def health(self, timeout_s: float) -> None:
+        if self.error is not None:
+            raise self.error
+
+    async def close(self) -> None:
+        pass
+
+
+def through(*providers: Scripted, **rules: Any) -> Embedder:
+    config = parse({"models": {"m": {"provider": "hash"}}, **rules})
+    return Embedder(config=config, providers=providers)
+
+
+def test_the_same_space_stands_in_and_says_so() -> None:
+    """When the first is down, the second answers; provider, space and precision are told."""
+    first, second = Scripted("first"), Scripted("second", precision="int8")
+    with through(first, second) as embedder:
+        assert embedder.embed("a").model == "first"
+        first.error = ServerUnreachable("down")
+        result = embedder.embed(["a", "b"])
+        assert (result.model, result.precision, result.space) == ("second", "int8", "a" * 16)
+        assert embedder.stats()["fallbacks"] == 1
+
+
+def test_another_space_is_refused_unless_allowed_by_name() -> None:
+    """A fallback of another space never answers; named in allow_spaces it does, labelled."""
+    first, other = Scripted("first"), Scripted("other", space="b" * 16)
+    with through(first, other) as embedder:
+        embedder.embed("a")
+        first.error = ServerUnreachable("down")
+        with pytest.raises(ServerUnreachable, match="cannot be compared"):
+            embedder.embed("a")
+        assert other.asked == []
+    with through(first, other, allow_spaces=["b" * 16]) as embedder:
+        first.error = None
+        embedder.embed("a")
+        first.error = ServerUnreachable("down")
+        assert embedder.embed("a").space == "b" * 16
+
+
+def test_a_wanted_space_is_the_only_one() -> None:
+    """With `space` in the configuration not even the first provider may have another."""
+    with through(Scripted("first"), space="c" * 16) as embedder:
+        with pytest.raises(SpaceRefused, match="not cccc"):
+            embedder.embed("a")
+
+
+def test_a_fallback_of_unknown_or_low_quality_is_refused() -> None:
+    """min_cosine keeps out a precision whose recorded cosine is lower, or not recorded."""
+    first, second = Scripted("first"), Scripted("second", precision="int8")
+    first.error = ServerUnreachable("down")
+    with through(first, second, min_cosine=0.995) as embedder:
+        with pytest.raises(ServerUnreachable, match="cosine of unknown; min_cosine is 0.995"):
+            embedder.embed("a")
+        second.model = ServedModel("second", "a" * 16, "int8", 8, 100, 16, "own", 0.996)
+        assert embedder.embed("a").precision == "int8"
+
+
+def test_one_result_is_of_one_precision_when_a_provider_dies_midway() -> None:
+    """Of 100 requests the first answers 5 and dies: the second embeds all 1,600 texts anew."""
+    first, second = Scripted("first"), Scripted("second", precision="int8")
+    with through(first, second) as embedder:
+        embedder.embed("a")
+        first.fails_after = len(first.asked) + 5
+        result = embedder.embed([f"text {index}" for index in range(1600)])
+    assert (result.precision, len(result)) == ("int8", 1600)
+    assert sum(second.asked) == 1600
+
+
+def test_the_callers_own_mistake_is_not_passed_on() -> None:
+    """An InvalidInput of the first provider is the caller's answer; nobody else is asked."""
+    first, second = Scripted("first"), Scripted("second")
+    with through(first, second) as embedder:
+        embedder.embed("a")
+        first.error = InvalidInput("wrong")
+        with pytest.raises(InvalidInput, match="wrong"):
+            embedder.embed("a")
+    assert second.asked == []
+
+
+def test_memory_that_runs_out_halves_the_batch() -> None:
+    """A provider that takes 3 texts at once embeds 1,000, in order; one text too many is told."""
+    first = Scripted("first")
+    first.most_texts = 3
+    texts = [f"{index:>8}" for index in range(1000)]
+    with through(first) as embedder:
+        result = embedder.embed(texts)
+        assert result.vectors.astype(np.uint8).tobytes().decode() == "".join(texts)
+        assert max(first.asked[-50:]) <= 4
+        first.most_texts = 0
+        with pytest.raises(OutOfMemory, match="1 texts"):
+            embedder.embed("a")
+
+
+def test_a_passing_error_is_retried_and_a_lasting_one_is_not() -> None:
+    """ServerError is tried three times, a refusal once."""
+    first = Scripted("first")
+    with through(first) as embedder:
+        embedder.embed("a")
+        for error, tries in ((ServerError("busy"), 3), (InvalidInput("no"), 1)):
+            first.error, first.asked = error, []
+            with pytest.raises(type(error)):
+                embedder.embed("a")
+            assert len(first.asked) == tries
+
+
+def test_requests_are_paced() -> None:
+    """At 20 requests/s eleven requests take at least half a second."""
+    from halimede_ops.errors import ServerOverloaded
+
+    config = parse({"models": {"m": {"provider": "hash", "requests_per_s": 20, "batch_size": 1}}})
+    with Embedder(config=config) as embedder:
+        began = time.monotonic()
+        embedder.embed([f"text {index}" for index in range(11)])
+        assert time.monotonic() - began >= 0.49
+        with pytest.raises(ServerOverloaded, match="limited to 20"):
+            embedder.embed(["a"] * 100, deadline_s=1)
+
+
+def test_a_model_that_changes_under_a_name_starts_the_call_anew() -> None:
+    """Answers of two spaces are never joined, and the change is counted."""
+    first = Scripted("first")
+    with through(first, cache={"model_check": 0}) as embedder:
+        before = embedder.embed(["a", "b"])
+        assert embedder.embed(["a", "b"]).cached.all()
+        first.model = ServedModel("first", "b" * 16, "fp32", 8, 100, 16, "own")
+        after = embedder.embed(["a", "b"])
+        assert (before.space, after.space) == ("a" * 16, "b" * 16)
+        assert not after.cached.any()
+        assert embedder.stats()["model_changes"] == 1
+
+
+def test_a_stream_does_not_change_its_space() -> None:
+    """When the model changes under a stream, the stream ends with SpaceRefused."""
+    first = Scripted("first")
+    with through(first) as embedder:
+        parts = embedder.embed_iter((f"{index}" for index in range(10_000)), window=10)
+        next(parts)
+        first.model = ServedModel("first", "b" * 16, "fp32", 8, 100, 16, "own")
+        with pytest.raises(SpaceRefused, match="Begin it again"):
+            list(parts)
+
+
+def test_a_stream_takes_no_more_than_it_needs() -> None:
+    """From an endless generator only a few parts are taken ahead of what is read."""
+    taken = Counter()
+
+    def endless() -> Iterator[str]:
+        while True:
+            taken["texts"] += 1
+            yield "text"
+
+    with through(Scripted("first")) as embedder:
+        parts = embedder.embed_iter(endless(), window=10)
+        for _ in range(5):
+            next(parts)
+        parts.close()
+    assert taken["texts"] <= 10 * (5 + 3)
+
+
+@contextlib.contextmanager
+def restartable(settings: Settings, run: Path) -> Iterator[Any]:
+    """A Triton that is killed and started again on the same ports."""
+    options = free_options(models=(MODEL,))
+    opened = contextlib.ExitStack()
+
+    def start() -> triton.Server:
+        return opened.enter_context(
+            triton.serve(settings.repository, settings.python_backend, run, options)
+        )
+
+    def restart() -> None:
+        servers[-1].process.send_signal(signal.SIGKILL)
+        servers[-1].stop()  # its children, which outlive it
+        servers.append(start())
+
+    servers = [start()]
+    try:
+        yield options, restart
+    finally:
+        opened.close()
+
+
+def test_triton_killed_three_times_under_load(
+    settings: Settings, tmp_path: Path, texts: list[str], expected: np.ndarray
+) -> None:
+    """32 callers lose nothing, get nothing wrong or mixed, and are back on Triton within 5 s."""
+    outcomes: list[tuple[float, Embeddings, list[int]]] = []
+    restarted_at: list[float] = []
+    with restartable(settings, tmp_path) as (options, restart):
+        config = {
+            "models": {
+                "server": {
+                    "provider": "triton",
+                    "model_id": MODEL,
+                    "url": f"{options.host}:{options.grpc_port}",
+                },
+                "local": {
+                    "provider": "onnx",
+                    "model_id": NAMES["int8"],
+                    "path": str(settings.repository),
+                },
+            },
+            "fallback": ["local"],
+        }
+        stop, done = threading.Event(), Counter()
+        short = [row for row, text in enumerate(texts) if len(text) < 100]
+        with Embedder(config=config) as embedder:
+            embedder.embed("warm")
+
+            def call(seed: int) -> None:
+                pick = random.Random(seed)
+                while not stop.is_set():
+                    rows = pick.sample(short, 10)
+                    result = embedder.embed([texts[row] for row in rows])
+                    outcomes.append((time.monotonic(), result, rows))
+                    done["texts"] += len(rows)
+
+            with ThreadPoolExecutor(CALLERS) as callers:
+                calling = [callers.submit(call, seed) for seed in range(CALLERS)]
+                for _ in range(KILLS):
+                    time.sleep(2)
+                    restart()
+                    restarted_at.append(time.monotonic())
+                    time.sleep(5)
+                while done["texts"] < TEXTS and all(one.running() for one in calling):
+                    time.sleep(0.1)
+                stop.set()
+                for one in calling:
+                    one.result()  # raises what a caller met: nothing may be lost
+            stats = embedder.stats()
+    assert done["texts"] >= TEXTS
+    assert stats["errors"] == {}
+    bars = {"fp32": 0.9999, "int8": 0.85}
+    for _, result, rows in outcomes:
+        assert (result.provider, result.precision) in {("triton", "fp32"), ("onnx", "int8")}
+        cosines = vectors.cosine(result.vectors, expected[rows])
+        assert cosines.min() >= bars[result.precision]
+    assert {result.space for _, result, _ in outcomes} == {outcomes[0][1].space}
+    used = Counter(result.provider for _, result, _ in outcomes)
+    assert used["onnx"] > 0
+    for moment in restarted_at:
+        back = min(at for at, result, _ in outcomes if at > moment and result.provider == "triton")
+        print(f"back on Triton {back - moment:.2f} s after its return; {dict(used)}")
+        assert back - moment <= 5
+
+
+def other_model(repository: Path, into: Path, space: str, version: str | None = None) -> None:
+    """The default model's folders, with other weights' vectors under the same names.
+
+    The other model is the INT8 one, called fp32: another vector for every text.
+    """
+    for name in (f"{MODEL}-tokenizer", f"{MODEL}-pooler", f"{MODEL}-onnx", MODEL):
+        shutil.rmtree(into / name, ignore_errors=True)
+        shutil.copytree(repository / name, into / name)
+    shutil.copy(repository / f"{NAMES['int8']}-onnx/1/model.onnx", into / f"{MODEL}-onnx/1/")
+    relabel(into, space)
+
+
+def relabel(repository: Path, space: str) -> None:
+    path = repository / MODEL / "config.pbtxt"
+    config = pbtxt.read(path)
+    config.parameters["space"].string_value = space
+    path.write_text(pbtxt.to_text(config))
+
+
+def pin(repository: Path, version: int, beside: dict[int, Path] | None = None) -> None:
+    """Every folder's version becomes this number, and steps and policy name it.
+
+    Steps keep the versions `beside`, from these repositories' version 1, so that the ensemble
+    that is being replaced goes on.
+    """
+    for name in (f"{MODEL}-tokenizer", f"{MODEL}-pooler", f"{MODEL}-onnx", MODEL):
+        folder = repository / name
+        (folder / "1").rename(folder / str(version))
+        (folder / "1").mkdir()  # `serve` looks for it; Triton's policy does not
+        versions = [version]
+        if name != MODEL:
+            for number, other in (beside or {}).items():
+                shutil.copytree(other / name / "1", folder / str(number))
+                versions.append(number)
+        config = pbtxt.read(folder / "config.pbtxt")
+        config.version_policy.specific.versions[:] = versions
+        for step in config.ensemble_scheduling.step:
+            step.model_version = version
+        (folder / "config.pbtxt").write_text(pbtxt.to_text(config))
+
+
+@pytest.mark.parametrize("pinned", [False, True], ids=["config read again", "version pinned"])
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_a_model_swapped_on_the_server_is_noticed(
+    settings: Settings, tmp_path: Path, scheme: str, pinned: bool
+) -> None:
+    """Under load, vectors labelled with a space are that space's, before and after a swap."""
+    import tritonclient.grpc as grpcclient
+
+    repository = tmp_path / "repository"
+    for name in (f"{MODEL}-tokenizer", f"{MODEL}-pooler", f"{MODEL}-onnx", MODEL):
+        shutil.copytree(settings.repository / name, repository / name)
+    if pinned:
+        pin(repository, 1001)
+    options = free_options(models=(MODEL,))
+    texts = [f"text number {index}, one of many" for index in range(40)]
+    outcomes: list[Embeddings] = []
+    with triton.serve(repository, settings.python_backend, tmp_path, options) as server:
+        address = server.grpc_address if scheme == "grpc" else f"http://{server.http_address}"
+        config = {
+            "models": {"m": {"provider": "triton", "model_id": MODEL, "url": address}},
+            "cache": {"model_check": 0, "disk": {"path": str(tmp_path / "cache")}},
+        }
+        stop = threading.Event()
+        with Embedder(config=config) as embedder, ThreadPoolExecutor(4) as callers:
+            first = embedder.embed(texts)
+            assert embedder.embed(texts).cached.all()
+
+            def call() -> None:
+                while not stop.is_set():
+                    fresh = f"{random.random()}"
+                    outcomes.append(embedder.embed([*texts, fresh]))
+
+            calling = [callers.submit(call) for _ in range(4)]
+            time.sleep(0.5)
+            other_model(settings.repository, repository, "f" * 16)
+            if pinned:
+                pin(repository, 2002, beside={1001: settings.repository})
+            with grpcclient.InferenceServerClient(server.grpc_address) as control:
+                control.load_model(MODEL)
+            swapped = len(outcomes)
+            time.sleep(1)
+            stop.set()
+            for one in calling:
+                one.result()
+            last = embedder.embed(texts)
+            assert embedder.stats()["model_changes"] == 1
+    assert (first.space, last.space) == (first.space, "f" * 16)
+    assert vectors.cosine(first.vectors, last.vectors).max() < 0.9999
+    assert swapped < len(outcomes)
+    by_space = {first.space: first.vectors, last.space: last.vectors}
+    assert {result.space for result in outcomes} == set(by_space)
+    for result in outcomes:
+        own = by_space[result.space]
+        assert vectors.cosine(result.vectors[:40], own).min() >= 0.99999
+
+
+def test_several_servers_share_the_load(
+    server: triton.Server, settings: Settings, tmp_path: Path
+) -> None:
+    """Two addresses both answer; when one is killed, the other answers without a fallback."""
+    options = free_options(models=(MODEL,))
+    with triton.serve(settings.repository, settings.python_backend, tmp_path, options) as second:
+        urls = [server.grpc_address, second.grpc_address]
+        with Embedder(urls, MODEL) as embedder:
+            with ThreadPoolExecutor(8) as callers:
+                list(callers.map(lambda index: embedder.embed(f"text {index}"), range(100)))
+            counts = [inferences(address) for address in urls]
+            assert min(counts) >= 20, counts
+            second.process.kill()
+            for index in range(30):
+                assert embedder.embed(f"text {index}").provider == "triton"
+            assert embedder.stats()["errors"] == {}
+
+
+def inferences(address: str) -> int:
+    import tritonclient.grpc as grpcclient
+
+    with grpcclient.InferenceServerClient(address) as client:
+        statistics = client.get_inference_statistics(MODEL)
+        return int(statistics.model_stats[0].execution_count)
