@@ -802,6 +802,12 @@ def flip_bytes(path: Path) -> None:
     path.write_bytes(content)
 
 
+def replace_file(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(b"no database " * 10_000)
+    other.replace(path)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -809,8 +815,9 @@ def flip_bytes(path: Path) -> None:
         lambda path: os.truncate(path, 3 * disk.PAGE_BYTES + 100),
         flip_bytes,
         lambda path: path.unlink(),
+        replace_file,
     ],
-    ids=["foreign", "truncated", "changed", "removed"],
+    ids=["foreign", "truncated", "changed", "removed", "replaced"],
 )
 @pytest.mark.parametrize("open_before", [False, True])
 def test_a_broken_file_is_made_anew(tmp_path: Path, damage: Callable, open_before: bool) -> None:
@@ -827,15 +834,16 @@ def test_a_broken_file_is_made_anew(tmp_path: Path, damage: Callable, open_befor
                 database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         damage(tmp_path / disk.FILE_NAME)
         cache = filled if open_before else Cache([Disk(tmp_path, 64 * MIB)])
-        for _ in range(100):
-            await ask(cache, some(500))
-            await cache.flush()
-            if (await ask(cache, some(500)))[1].all():
-                break
-            await asyncio.sleep(0.05)
-        else:
-            raise AssertionError("the tier did not recover")
+        await ask(cache, some(500))
+        await ask(cache, some(500, "more"))
+        await until(lambda: tier_stats(cache, "disk")["queue_bytes"] == 0)
+        await until(lambda: tier_stats(cache, "disk")["is_read"])
+        assert (await ask(cache, some(500, "more")))[1].all()
         await cache.close()
+        again = Cache([Disk(tmp_path, 64 * MIB)])
+        assert (await ask(again, some(500, "more")))[1].all()
+        assert tier_stats(again, "disk")["errors"] == 0
+        await again.close()
 
     asyncio.run(flow())
 

@@ -134,6 +134,7 @@ class _Connection:
             self._database = sqlite3.connect(
                 self._path, timeout=self._timeout_s, isolation_level=None, check_same_thread=False
             )
+            self._file = _identity(self._path)
             for setting, value in (
                 ("page_size", PAGE_BYTES),
                 ("journal_mode", "wal"),
@@ -144,7 +145,6 @@ class _Connection:
             ):
                 self._database.execute(f"PRAGMA {setting}={value}")
             self._database.execute(SCHEMA)
-            self._file = _identity(self._path)
         return self._database
 
     def _disconnect(self) -> None:

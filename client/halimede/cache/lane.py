@@ -121,6 +121,7 @@ class Lane:
         if self._drain_task is not None:
             await asyncio.wait([self._drain_task], timeout=FLUSH_S)
             self._drain_task.cancel()
+            await asyncio.wait([self._drain_task])
         await self._reads.close()
         await self._writes.close()
         self.counts.unwritten += len(self._queue)
