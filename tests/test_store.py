@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -84,6 +85,33 @@ def test_verify_names_damaged_files(models: Path) -> None:
     assert store.verify(models) == {"mid": ["fp32/model.onnx"]}
     with pytest.raises(InvalidInput, match="not in the store"):
         store.verify(models, "unknown")
+
+
+def halimede(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HALIMEDE_HOME": str(home), "HALIMEDE_REPOSITORY": str(home)}
+    command = [str(Path(sys.executable).with_name("halimede")), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_store_commands(models: Path, tmp_path: Path) -> None:
+    """`ls`, `verify` and `prune` say in JSON what the store holds, what is damaged, what went."""
+    listed = json.loads(halimede("store", "ls", "--json", home=tmp_path).stdout)
+    assert [row["model"] for row in listed] == ["new", "mid", "old"]
+    assert halimede("store", "verify", home=tmp_path).returncode == 0
+    (models / "new" / "fp32" / "model.onnx").write_bytes(b"other")
+    damaged = halimede("store", "verify", "--json", home=tmp_path)
+    assert damaged.returncode == 1
+    assert json.loads(damaged.stdout) == [{"model": "new", "damaged": "fp32/model.onnx"}]
+    pruned = halimede("store", "prune", "--limit-gib", "0", "--json", home=tmp_path)
+    assert {row["model"] for row in json.loads(pruned.stdout)} == {"new", "mid", "old"}
+
+
+def test_catalogue_command(tmp_path: Path) -> None:
+    """`models --available` lists and filters the catalogue without a server."""
+    shown = halimede("models", "--available", "--json", home=tmp_path)
+    assert len(json.loads(shown.stdout)) == 20
+    code = halimede("models", "--available", "--use-case", "code", "--json", home=tmp_path)
+    assert [row["name"] for row in json.loads(code.stdout)] == ["codebert-base"]
 
 
 def run_build(folder: Path, home: Settings) -> subprocess.Popen[bytes]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from halimede.settings import GIB
+from halimede.settings import Settings as ClientSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout."""
 
 
-class Settings(BaseSettings):
-    """Folders of the tools."""
-
-    model_config = SettingsConfigDict(env_prefix="HALIMEDE_")
+class Settings(ClientSettings):
+    """The client's settings with the checkout's folders, and what the tools need beside them."""
 
     home: Path = ROOT / ".halimede"
     """Downloads, exported and quantised files, locks, and the server's run folder."""
@@ -22,22 +21,10 @@ class Settings(BaseSettings):
     """The Triton model repository that is built and served."""
     python_backend: Path = ROOT / "python_backend"
     """The backends that run inside Triton."""
-    memory_limit_gib: float = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    memory_limit_gib: float = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
     """Memory that building one model may take; the machine's own by default."""
-    store_limit_gib: float = 100.0
-    """Size that the model store is pruned to after each build."""
-
-    @property
-    def models(self) -> Path:
-        """The model store: one folder a model, one folder a build step in it."""
-        return self.home / "models"
 
     @property
     def memory_limit_bytes(self) -> int:
         """`memory_limit_gib` in bytes."""
-        return int(self.memory_limit_gib * 2**30)
-
-    @property
-    def store_limit_bytes(self) -> int:
-        """`store_limit_gib` in bytes."""
-        return int(self.store_limit_gib * 2**30)
+        return int(self.memory_limit_gib * GIB)

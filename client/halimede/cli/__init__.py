@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from halimede.cli import cache, configuration, embed, service, similarity
+from halimede.cli import cache, configuration, embed, service, similarity, store
 from halimede_ops.errors import HalimedeError
 
 MAY_PASS = 3
@@ -27,6 +27,7 @@ app.command()(similarity.compare)
 app.command()(service.models)
 app.command()(service.health)
 app.add_typer(cache.app, name="cache")
+app.add_typer(store.app, name="store")
 app.add_typer(configuration.app, name="config")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from halimede import loop
+from halimede import catalogue, loop
 from halimede.cli import options
 from halimede.config import resolve
 from halimede.embedder import Embedder
@@ -22,11 +22,33 @@ def models(
     verbose: Annotated[
         bool, typer.Option(help="Also the figures of the build's check, from HALIMEDE_REPOSITORY.")
     ] = False,
+    available: Annotated[
+        bool, typer.Option("--available", help="Models that can be built, instead.")
+    ] = False,
+    language: Annotated[str | None, typer.Option(help="With --available: such as de.")] = None,
+    dims: Annotated[int | None, typer.Option(help="With --available.")] = None,
+    max_parameters: Annotated[
+        int | None, typer.Option(help="With --available: size, in millions of weights.")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="With --available: such as MIT.")] = None,
+    use_case: Annotated[
+        str | None, typer.Option(help="With --available: such as retrieval, code, biomedical.")
+    ] = None,
     as_json: options.AsJson = False,
     url: options.Url = None,
     timeout_s: options.TimeoutS = None,
 ) -> None:
-    """List the embedding models a server has ready."""
+    """List the embedding models a server has ready, or those of the catalogue."""
+    if available:
+        found = catalogue.filtered(
+            language=language,
+            dims=dims,
+            max_parameters_million=max_parameters,
+            licence=licence,
+            use_case=use_case,
+        )
+        options.print_rows([_listed(row) for row in found], as_json, "no model fits")
+        return
     asked = resolve(url=url, timeout_s=timeout_s).chain()[0]
     if not isinstance(asked, triton.Options):
         raise InvalidConfig(f"{asked.model_id} is of provider {asked.provider}; give --url.")
@@ -53,6 +75,19 @@ def health(
             options.print_facts(report, as_json=False)
     if not any(report["healthy"] for report in reports):
         raise typer.Exit(1)
+
+
+def _listed(row: catalogue.Model) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "dims": row.dims,
+        "max_tokens": row.max_tokens,
+        "parameters_million": row.parameters_million,
+        "languages": ", ".join(row.languages),
+        "use_case": row.use_case,
+        "licence": row.licence + (" (to be accepted)" if row.restricted else ""),
+        "notes": ", ".join([*row.tags, *(["custom code"] if row.custom_code else [])]),
+    }
 
 
 def _row(model: ServedModel, repository: Path, verbose: bool) -> dict[str, Any]:

@@ -135,6 +135,7 @@ class Onnx:
             [session.Accelerator(name) for name in self._accelerators()],
             self._threads,
             self._streams,
+            facts.max_tokens,
         )
         if missing and self._options.device != "auto":
             raise errors.MissingExtra(
