@@ -9,7 +9,7 @@ BIN := .venv/bin
 LOCK := constraints-$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 CONSTRAIN := $(if $(wildcard $(LOCK)),--constraint $(LOCK))
 
-.PHONY: help env build serve test lint format perf sts bench-cache clean
+.PHONY: help env build serve test lint format perf sts bench-cache bench-engine clean
 
 help:  ## List the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,9 @@ perf: env default  ## Server against bare engine with perf_analyzer; report in d
 
 sts: env  ## STS Spearman through a running server; ARGS='--file stsb-dev.tsv'
 	$(BIN)/python -m tools sts $(ARGS)
+
+bench-engine: env default  ## The engine in process against sentence-transformers; report in docs/benchmarks/
+	$(BIN)/python -m tools bench-engine $(ARGS)
 
 bench-cache: env  ## Cache hits and hash embeddings against the texts/s they must reach
 	$(BIN)/python -m tools bench-cache

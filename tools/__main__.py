@@ -128,6 +128,18 @@ def perf(
 
 
 @app.command()
+def bench_engine(
+    model: Annotated[str, typer.Option()] = catalogue.DEFAULT,
+    precisions: Annotated[str, typer.Option(help="Separated by commas.")] = "fp32,int8",
+    rounds: Annotated[int, typer.Option(help="Each engine in turn, this often.")] = 5,
+) -> None:
+    """Measure the in-process engine against sentence-transformers; write the report."""
+    from tools.bench_engine import bench_engine as measure
+
+    measure(Settings(), model, _names(precisions), rounds)
+
+
+@app.command()
 def sts(
     file: Annotated[Path, typer.Option(help="Tab-separated: score, sentence1, sentence2.")],
     models: Annotated[str, typer.Option(help="Names, separated by commas.")] = catalogue.DEFAULT,
