@@ -36,7 +36,7 @@ class ContinuousBatches:
         self._closed = False
         self._done: SimpleQueue[tuple[list[_Waiting], Outcome] | None] = SimpleQueue()
         self._running = [threading.Thread(target=self._run_all) for _ in range(threads)]
-        # One thread answers all: those that run lose no time, and answers need no lock.
+        # Under load another thread answers, so that those that run lose no time.
         self._answering = threading.Thread(target=self._answer_all)
         for thread in (*self._running, self._answering):
             thread.start()
@@ -65,7 +65,11 @@ class ContinuousBatches:
 
     def _run_all(self) -> None:
         while part := self._take():
-            self._done.put((part, self._outcome(part)))
+            outcome = self._outcome(part)
+            if self._waiting:
+                self._done.put((part, outcome))
+            else:
+                _answer(part, outcome)
 
     def _outcome(self, part: list[_Waiting]) -> Outcome:
         try:
@@ -89,9 +93,12 @@ class ContinuousBatches:
 
     def _answer_all(self) -> None:
         while done := self._done.get():
-            part, outcome = done
-            for number, (request, place) in enumerate(part):
-                request.put(place, outcome if isinstance(outcome, Exception) else outcome[number])
+            _answer(*done)
+
+
+def _answer(part: list[_Waiting], outcome: Outcome) -> None:
+    for number, (request, place) in enumerate(part):
+        request.put(place, outcome if isinstance(outcome, Exception) else outcome[number])
 
 
 class _Request:
@@ -103,15 +110,18 @@ class _Request:
         self._vectors: dict[int, np.ndarray] = {}
         self._error: Exception | None = None
         self._missing = len(rows)
+        self._lock = threading.Lock()
 
     def put(self, place: int, outcome: Outcome) -> None:
         """Keep the vector `[dims]` or the error of the row at `place`; answer after the last."""
-        if isinstance(outcome, Exception):
-            self._error = outcome
-        else:
-            self._vectors[place] = outcome
-        self._missing -= 1
-        if not self._missing:
+        with self._lock:
+            if isinstance(outcome, Exception):
+                self._error = outcome
+            else:
+                self._vectors[place] = outcome
+            self._missing -= 1
+            last = not self._missing
+        if last:
             self._answer(self._error or self._together())
 
     def _together(self) -> np.ndarray:
