@@ -34,7 +34,7 @@ class ContinuousBatches:
         self._closed = False
         self._done: SimpleQueue[tuple[list[_Waiting], Outcome] | None] = SimpleQueue()
         self._running = [threading.Thread(target=self._run_all) for _ in range(threads)]
-        # One thread answers all: those that run lose no time, and answers need no lock.
+        # Under load another thread answers, so that those that run lose no time.
         self._answering = threading.Thread(target=self._answer_all)
         for thread in (*self._running, self._answering):
             thread.start()
@@ -63,7 +63,11 @@ class ContinuousBatches:
 
     def _run_all(self) -> None:
         while part := self._take():
-            self._done.put((part, self._outcome(part)))
+            outcome = self._outcome(part)
+            if self._waiting:
+                self._done.put((part, outcome))
+            else:
+                _answer(part, outcome)
 
     def _outcome(self, part: list[_Waiting]) -> Outcome:
         try:
@@ -87,12 +91,15 @@ class ContinuousBatches:
 
     def _answer_all(self) -> None:
         while done := self._done.get():
-            part, outcome = done
-            for number, (request, place) in enumerate(part):
-                if isinstance(outcome, Exception):
-                    request.fail(outcome)
-                else:
-                    request.put(place, outcome[number])
+            _answer(*done)
+
+
+def _answer(part: list[_Waiting], outcome: Outcome) -> None:
+    for number, (request, place) in enumerate(part):
+        if isinstance(outcome, Exception):
+            request.fail(outcome)
+        else:
+            request.put(place, outcome[number])
 
 
 class _Request:
@@ -104,6 +111,7 @@ class _Request:
         self._results: list[Any] = [None] * len(rows)
         self._error: Exception | None = None
         self._missing = len(rows)
+        self._lock = threading.Lock()
 
     def put(self, place: int, result: Any) -> None:
         """Keep the result of the row at `place`."""
@@ -117,8 +125,10 @@ class _Request:
 
     def _count(self) -> None:
         """Answer after the last row."""
-        self._missing -= 1
-        if not self._missing:
+        with self._lock:
+            self._missing -= 1
+            last = not self._missing
+        if last:
             self._answer(self._error or self._results)
 
 
