@@ -199,3 +199,17 @@ def test_masked_rows_give_zeros_and_rows_are_alike_in_any_company(
     assert not together[0].any()
     alone = np.concatenate([opened.run([row]) for row in rows])
     assert vectors.cosine(together[1:], alone).min() >= 0.99999
+
+
+def test_layer_norm_is_pytorchs() -> None:
+    """Layer-norm without weights equals PyTorch's, and comes before a cut alone."""
+    import torch
+
+    values = np.random.default_rng(1).normal(3, 2, (5, 32)).astype(np.float32)
+    expected = torch.nn.functional.layer_norm(torch.from_numpy(values), (32,)).numpy()
+    assert np.allclose(vectors.layer_norm(values), expected, atol=1e-5)
+    facts = dataclasses.replace(SPEC, dims=32, layer_norm_before_cut=True)
+    assert np.allclose(
+        vectors.embed(values, facts, 8), vectors.normalise(expected[:, :8]), atol=1e-5
+    )
+    assert np.allclose(vectors.embed(values, facts), vectors.normalise(values))

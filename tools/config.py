@@ -16,7 +16,7 @@ MAX_BATCH_SIZE = 128
 MAX_QUEUE_SIZE = 1024
 """Requests that may wait at a step; more are rejected at once with UNAVAILABLE."""
 ONNX_INSTANCES = 1
-"""Instances of the ONNX step: while one returns its vectors the other computes."""
+"""Instances of the ONNX step: rows that wait together are batched best, so one."""
 CPU_ACCELERATORS = ("openvino",)
 """Execution accelerators of the ONNX step on CPU."""
 CPU, CUDA, TENSORRT = "cpu", "cuda", "tensorrt"

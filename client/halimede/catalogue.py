@@ -354,7 +354,8 @@ def filtered(
 ) -> list[Model]:
     """The models that fit every criterion given. A multilingual model fits every language.
 
-    `licence` and `use_case` match without regard to case, `use_case` also a part or a tag.
+    `licence` and `use_case` match without regard to case; `use_case` also some of its words, or of
+    the tags'.
     """
     return [
         model
@@ -368,4 +369,4 @@ def filtered(
 
 
 def _mentions(model: Model, use_case: str) -> bool:
-    return use_case in model.use_case or any(use_case in tag for tag in model.tags)
+    return set(use_case.split()) <= set(" ".join((model.use_case, *model.tags)).split())
