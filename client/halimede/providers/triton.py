@@ -55,8 +55,8 @@ CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # Idle connections die unnoticed behind balancers; Triton accepts a ping in 5 minutes
-    # without a call on its way, and any number while one is.
+    # A connection may die unnoticed behind a balancer: while a call waits, gRPC asks twice at most
+    # (its max_pings_without_data), which servers' default limit of ping strikes takes.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 0),
