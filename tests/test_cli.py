@@ -35,12 +35,13 @@ def test_embed_prints_the_vector_of_sentence_transformers(
 ) -> None:
     """`halimede embed "hello world" --json` gives 384 numbers of cosine ≥ 0.99999."""
     from tools.check import reference
+    from tools.describe import Reading
 
     done = halimede("embed", "hello world", "--json", server=server)
     answer = json.loads(done.stdout)
     vector = np.array([answer["embeddings"][0]["embedding"]])
     assert vector.shape == (1, 384)
-    assert vectors.cosine(vector, reference(source, ["hello world"]))[0] >= 0.99999
+    assert vectors.cosine(vector, reference(source, ["hello world"], Reading(MODEL)))[0] >= 0.99999
     assert (answer["model"], answer["precision"], answer["dims"]) == (MODEL, "fp32", 384)
 
 

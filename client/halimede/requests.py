@@ -97,13 +97,16 @@ async def together(jobs: Iterable[Callable[[], Awaitable[T]]], most: int) -> lis
 
     When one fails or the caller gives up, the others are cancelled.
     """
+    waiting = list(jobs)
+    if len(waiting) == 1:
+        return [await waiting[0]()]
     gate = asyncio.Semaphore(most)
 
     async def run(job: Callable[[], Awaitable[T]]) -> T:
         async with gate:
             return await job()
 
-    tasks = [asyncio.ensure_future(run(job)) for job in jobs]
+    tasks = [asyncio.ensure_future(run(job)) for job in waiting]
     try:
         return await asyncio.gather(*tasks)
     except BaseException:

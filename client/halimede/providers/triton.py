@@ -15,7 +15,7 @@ import importlib
 import itertools
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
@@ -55,8 +55,8 @@ CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # Idle connections die unnoticed behind balancers; Triton accepts a ping in 5 minutes
-    # without a call on its way, and any number while one is.
+    # A connection may die unnoticed behind a balancer: while a call waits, gRPC asks twice at most
+    # (its max_pings_without_data), which servers' default limit of ping strikes takes.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 0),
@@ -226,27 +226,26 @@ class _Server:
 
     async def models(self, timeout_s: float) -> list[ServedModel]:
         index = await self._call("get_model_repository_index", timeout_s=timeout_s)
-        listed = index.get("models", []) if self.is_grpc else index
-        names = sorted(entry["name"] for entry in listed if entry.get("state") == "READY")
-        configs = [await self._config(name, timeout_s) for name in names]
-        return [
-            _served(name, config)
-            for name, config in zip(names, configs, strict=True)
-            if "space" in config.get("parameters", {})
-        ]
+        listed = index
+        if self.is_grpc:
+            listed = [{"name": entry.name, "state": entry.state} for entry in index.models]
+        names = sorted(entry["name"] for entry in listed if entry["state"] == "READY")
+        served = [await self._served(name, timeout_s) for name in names]
+        return [model for model in served if model is not None]
 
     async def _read(self) -> ServedModel:
-        config = await self._config(self.model, self._timeout_s)
-        if "space" not in config.get("parameters", {}):
+        served = await self._served(self.model, self._timeout_s)
+        if served is None:
             raise errors.ModelNotFound(
                 f"{self.model!r} is a step of a model; ask for the model itself."
             )
-        self._described = _served(self.model, config)
-        return self._described
+        self._described = served
+        return served
 
-    async def _config(self, model: str, timeout_s: float) -> dict[str, Any]:
+    async def _served(self, model: str, timeout_s: float) -> ServedModel | None:
+        """The model as its config tells; None for a step of a model."""
         answer = await self._call("get_model_config", model, timeout_s=timeout_s)
-        return dict(answer.get("config", answer))
+        return _of_message(answer.config) if self.is_grpc else _of_json(answer)
 
     async def _infer(
         self,
@@ -270,8 +269,6 @@ class _Server:
         """What tritonclient returns, alike for both protocols; its errors become ours."""
         if self.is_grpc:
             options["client_timeout"] = timeout_s
-            if method != "infer":
-                options["as_json"] = True
         with _Translated(self.address, timeout_s):
             answer = getattr(self._connection(), method)(*arguments, **options)
             return await (answer if self.is_grpc else asyncio.wait_for(answer, timeout_s))
@@ -296,20 +293,39 @@ class _Server:
         return str(answer.model_version if self.is_grpc else answer["model_version"])
 
 
-def _served(name: str, config: dict[str, Any]) -> ServedModel:
-    parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+def _of_message(config: Any) -> ServedModel | None:
+    """The model of a `ModelConfig` message, as gRPC gives it."""
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    versions = list(config.version_policy.specific.versions)
+    return _of_facts(config.name, config.max_batch_size, parameters, versions)
+
+
+def _of_json(config: dict[str, Any]) -> ServedModel | None:
+    """The model of a config, as HTTP gives it."""
+    given = config.get("parameters", {})
+    parameters = {key: value["string_value"] for key, value in given.items()}
     versions = config.get("version_policy", {}).get("specific", {}).get("versions", [])
+    return _of_facts(config["name"], config["max_batch_size"], parameters, versions)
+
+
+def _of_facts(
+    name: str, max_batch_size: int, parameters: Mapping[str, str], versions: Sequence[int]
+) -> ServedModel | None:
+    """The model that a config's parameters describe; None for a step, which has none."""
+    if "space" not in parameters:
+        return None
     cosine = parameters.get("mean_cosine")
+    # A version says what it holds only if its number is one of content, not of order.
+    is_pinned = len(versions) == 1 and int(versions[0]) > 1
     return ServedModel(
         name=name,
         space=parameters["space"],
         precision=parameters["precision"],
         dims=int(parameters["dims"]),
         max_tokens=int(parameters["max_tokens"]),
-        max_batch_size=int(config["max_batch_size"]),
+        max_batch_size=max_batch_size,
         mean_cosine=None if cosine is None else float(cosine),
-        # A version says what it holds only if its number is one of content, not of order.
-        version=str(versions[0]) if len(versions) == 1 and int(versions[0]) > 1 else "",
+        version=str(versions[0]) if is_pinned else "",
     )
 
 
