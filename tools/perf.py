@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -20,12 +18,11 @@ import sys
 import time
 import zipfile
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 from halimede_ops.errors import HalimedeError
 from halimede_ops.session import FILE_NAME
-from tools import corpus, triton
+from tools import corpus, machine, triton
 from tools.download import fetch_wheel
 from tools.repository import served_name
 from tools.settings import ROOT, Settings
@@ -194,22 +191,10 @@ class PerfAnalyzer:
 
 
 def _report(model: str, rows: Sequence[Row], rounds: int) -> str:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],  # noqa: S607
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     lines = [
         "# Server against engine",
         "",
-        f"`make perf`, {datetime.now(timezone.utc):%Y-%m-%d}, commit {commit}, {model}.",
-        f"{_processor()}, {len(os.sched_getaffinity(0))} cores, "
-        f"Python {platform.python_version()}, "
-        f"onnxruntime-openvino {importlib.metadata.version('onnxruntime-openvino')}, "
-        "Triton 2.51.0 (nvidia-pytriton "
-        f"{importlib.metadata.version('nvidia-pytriton')}).",
+        machine.taken("make perf", model, ("onnxruntime-openvino", "nvidia-pytriton")),
         "",
         f"{TEXTS} mixed texts, texts/s, medians of {rounds} rounds, engine and server in turn. "
         f"*engine*: one process, all texts at once. *{CONCURRENCY} in hand*: the same process, "
@@ -227,12 +212,6 @@ def _report(model: str, rows: Sequence[Row], rounds: int) -> str:
         for row in rows
     ]
     return "\n".join(lines) + "\n"
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

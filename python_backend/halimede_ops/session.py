@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -140,7 +142,16 @@ def open_session(
     if lost:
         raise InvalidModel(f"{FILE_NAME} cannot be run by {', '.join(lost)}; see the server's log")
     _check_signature(session)
+    _return_freed_memory()
     return Session(session, streams, max_tokens), missing
+
+
+def _return_freed_memory() -> None:
+    """Give the system what compiling the model needed and freed: glibc keeps it, 70 MB a process
+    for the default model in INT8 with OpenVINO.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def execution_providers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ batches equal shapes only, so there every row gets the same length. Triton's C++
 computes its padding: there rows get the nearest of the model's length buckets."""
 FREE_TOKENS = 512
 """Where padding is free, rows up to this length are all padded to it."""
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A text takes 50 µs; waking more threads for a few of them takes the cores from the model.
 
 
 class Texts(NamedTuple):
