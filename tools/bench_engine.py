@@ -94,7 +94,7 @@ def _report(
         for name in started
     }
     rows = [
-        (f"{count} texts, ms", {name: took[count] * 1000 for name, took in medians.items()}, 1)
+        (f"texts: {count}, ms", {name: took[count] * 1000 for name, took in medians.items()}, 1)
         for count in COUNTS
     ]
     memory = {name: process.memory_bytes() / 1e6 for name, process in started.items()}
