@@ -79,8 +79,8 @@ def test_the_chain_answers_without_the_server(folder: Path) -> None:
 
 def test_verbs_exist() -> None:
     """Every `make` verb that the README names is in the Makefile."""
-    verbs = set(re.findall(r"`make ([a-z]+)", README)) | set(
-        re.findall(r"^make (\w+)", README, re.M)
+    verbs = set(re.findall(r"`make ([a-z-]+)", README)) | set(
+        re.findall(r"^make ([a-z-]+)", README, re.M)
     )
     makefile = (ROOT / "Makefile").read_text()
     assert verbs
