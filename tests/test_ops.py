@@ -11,7 +11,7 @@ from conftest import MODEL
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halimede_ops import batch, session, spec, text, vectors
+from halimede_ops import batch, heads, session, spec, text, vectors
 from halimede_ops.errors import (
     InvalidDimensions,
     InvalidModel,
@@ -213,3 +213,25 @@ def test_layer_norm_is_pytorchs() -> None:
         vectors.embed(values, facts, 8), vectors.normalise(expected[:, :8]), atol=1e-5
     )
     assert np.allclose(vectors.embed(values, facts), vectors.normalise(values))
+
+
+def test_sparse_weights_take_the_largest_of_each_id() -> None:
+    """Special ids, padding and zeros are left out; shorter rows end in NO_TOKEN."""
+    ids = np.array([[0, 7, 5, 7, 2], [0, 9, 2, 1, 1]])
+    weights = np.array([[1, 0.2, 0.5, 0.3, 1], [1, 0, 1, 4, 4]], np.float32)
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    found, largest = heads.sparse(ids, weights, mask, special_ids=(0, 1, 2))
+    assert found.tolist() == [[5, 7], [heads.NO_TOKEN] * 2]
+    assert np.allclose(largest, [[0.5, 0.3], [0, 0]])
+    empty, _ = heads.sparse(ids, 0 * weights, mask, special_ids=())
+    assert empty.shape == (2, 0)
+
+
+def test_vectors_a_token_are_zero_behind_a_row() -> None:
+    """Rows keep their tokens from `first` on; padding is zeros, whatever stood there."""
+    vectors_a_token = np.ones((2, 3, 4), np.float32)
+    kept = heads.per_token(vectors_a_token, np.array([[1, 1, 1], [1, 1, 0]]), first=1)
+    assert kept.shape == (2, 2, 4)
+    assert kept[1, 0].all() and not kept[1, 1].any()
+    padded = batch.pad_heads([np.ones((3, 2)), np.ones((1, 2))])
+    assert padded.shape == (2, 3, 2) and padded.sum() == 8
