@@ -64,10 +64,7 @@ class Engine:
     def rows(self, texts: Sequence[str]) -> list[session.Row]:
         """The texts' token rows."""
         tokens = self.tokenizer.encode(texts, [None] * len(texts))
-        return [
-            session.Row(np.array(row.ids, np.int64), np.ones(len(row.ids), np.int64))
-            for row in tokens
-        ]
+        return session.rows(row.ids for row in tokens)
 
 
 def check(

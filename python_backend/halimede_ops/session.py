@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +53,12 @@ class Row(NamedTuple):
     """Token ids `[tokens]` int64."""
     mask: np.ndarray
     """Attention mask `[tokens]` int64: 1 for a token, 0 for padding."""
+
+
+def rows(texts: Iterable[Sequence[int]]) -> list[Row]:
+    """The rows of texts' token ids, none of them padding."""
+    arrays = [np.array(ids, np.int64) for ids in texts]
+    return [Row(ids, np.ones_like(ids)) for ids in arrays]
 
 
 class Session:

@@ -200,11 +200,8 @@ def _embed(
 
     decoded = [text.decode(value, row, opened.spec) for row, value in enumerate(texts)]
     tokens = opened.tokenizer.encode(decoded, [input_type or None] * len(decoded))
-    rows = [
-        session.Row(np.array(one.ids, np.int64), np.ones(len(one.ids), np.int64)) for one in tokens
-    ]
     try:
-        pooled = opened.session.run(rows)
+        pooled = opened.session.run(session.rows(one.ids for one in tokens))
     except MemoryError:
         raise
     except Exception as error:  # onnxruntime raises its own, undocumented classes
