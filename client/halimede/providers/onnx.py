@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from halimede.providers.base import Answer, optional
+from halimede.providers.base import Answer, optional, too_late
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import ServedModel
 from halimede.settings import Settings
@@ -119,10 +119,7 @@ class Onnx:
         try:
             return await asyncio.wait_for(working, timeout_s)
         except asyncio.TimeoutError:
-            raise errors.DeadlineExceeded(
-                f"{self.name} did not answer within {timeout_s:g} s. Raise timeout_s, or send "
-                "less at once."
-            ) from None
+            raise too_late(self.name, timeout_s) from None
 
     def _open(self) -> _Opened:
         from halimede_ops import session, spec, text
