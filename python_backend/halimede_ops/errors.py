@@ -3,6 +3,8 @@
 HalimedeError                  INTERNAL
 ├── InvalidInput               INVALID_ARG   the caller must change the request
 │   ├── InvalidText            not UTF-8, not a string, too large
+│   ├── InvalidImage           of no known format, damaged, animated, empty
+│   ├── ImageTooLarge          more bytes or pixels than are taken
 │   ├── UnknownInputType       no such prompt
 │   ├── InvalidDimensions      outside 1 … the model's dims
 │   └── InvalidConfig          a configuration is not what it must be
@@ -50,6 +52,14 @@ class InvalidInput(HalimedeError, ValueError):
 
 class InvalidText(InvalidInput):
     """A text is not valid UTF-8, not a string, or larger than the model accepts."""
+
+
+class InvalidImage(InvalidInput):
+    """An image is of no format that is decoded, damaged, animated or empty."""
+
+
+class ImageTooLarge(InvalidInput):
+    """An image has more bytes or pixels than the model takes."""
 
 
 class UnknownInputType(InvalidInput):

@@ -21,6 +21,37 @@ TOKEN_EMBEDDINGS = "token_embeddings"  # noqa: S105
 """The last hidden state, `[batch, tokens, width]` float32, for models that are asked for it."""
 
 
+MAX_IMAGE_BYTES = 10 * 1024 * 1024
+MAX_IMAGE_PIXELS = 64_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """What a model's vision tower takes: of its `preprocessor_config.json`."""
+
+    height: int
+    """Of the pixels given to the model: what is cropped from the middle of the resized picture."""
+    width: int
+    resize: tuple[int, ...]
+    """The shortest edge after resizing, or height and width; empty: not resized."""
+    resample: int
+    """Filter for resizing, by Pillow's number."""
+    scale: float
+    """Pixels 0 … 255 are multiplied by this, `mean` is subtracted, then divided by `std`: all
+    within the model's graph, so that a picture travels as bytes."""
+    mean: tuple[float, ...]
+    """Of red, green and blue."""
+    std: tuple[float, ...]
+    positions: int
+    """Positions of the vision tower, one a patch and one for the class: a picture costs as much as
+    a text of so many tokens."""
+    max_image_bytes: int = MAX_IMAGE_BYTES
+    """Largest encoded picture accepted."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Most pixels of a picture, as it is and as it is resized. Pillow takes 4 bytes for each, twice
+    while a picture is turned or converted."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """The facts of one model that tokenizing and pooling need; equal for all its precisions."""
@@ -53,6 +84,8 @@ class ModelSpec:
     the last is `max_tokens`."""
     max_text_bytes: int = 4 * 1024 * 1024
     """Largest text accepted, in bytes of UTF-8."""
+    image: ImageSpec | None = None
+    """What its images must be; None: it takes texts alone."""
 
     def prompt(self, input_type: str | None) -> str:
         """Text to put in front of an input of this type.
@@ -87,8 +120,16 @@ def load(folder: Path) -> ModelSpec:
         fields: dict[str, Any] = json.loads((folder / FILE_NAME).read_text("utf-8"))
         for name in ("length_buckets", "special_ids", "matryoshka"):
             fields[name] = tuple(fields[name])
+        fields["image"] = _image(fields.get("image"))
         return ModelSpec(**fields)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InvalidModel(
             f"{FILE_NAME} cannot be read ({type(error).__name__}); build the model again"
         ) from error
+
+
+def _image(fields: dict[str, Any] | None) -> ImageSpec | None:
+    if fields is None:
+        return None
+    lists = {name: tuple(fields[name]) for name in ("resize", "mean", "std")}
+    return ImageSpec(**fields | lists)
