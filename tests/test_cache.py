@@ -41,6 +41,8 @@ from halimede.cache import (
     temperatures,
 )
 from halimede.cache.entries import is_intact, pack, unpack
+from halimede.items import Pair
+from halimede.results import IMAGE
 from halimede_ops.errors import HalimedeError, InvalidInput, MissingExtra
 from tools import redis
 
@@ -169,26 +171,38 @@ class Slow:
 fields = st.tuples(
     st.text(max_size=4), st.text(max_size=4), st.none() | st.text(max_size=4), st.integers(1, 20)
 )
+missing_or_bytes = st.none() | st.binary(max_size=3)
+of_a_kind = (
+    st.tuples(st.sampled_from(["text", "image"]), st.binary(max_size=6))
+    | st.tuples(st.just("pair"), st.builds(Pair, missing_or_bytes, missing_or_bytes))
+)  # fmt: skip
 
 
-@given(fields, st.binary(max_size=6), fields, st.binary(max_size=6))
-@example(("ab", "c", None, 1), b"", ("a", "bc", None, 1), b"")
-@example(("a", "b", None, 1), b"", ("a", "b", "", 1), b"")
-@example(("a", "b", "c", 1), b"2x", ("a", "b", "c", 12), b"x")
-def test_keys_are_equal_only_when_everything_is(a, text_a, b, text_b) -> None:
-    """Space, precision, input type, dims and text each change the key; nothing runs together."""
+@given(fields, of_a_kind, fields, of_a_kind)
+@example(("ab", "c", None, 1), ("text", b""), ("a", "bc", None, 1), ("text", b""))
+@example(("a", "b", None, 1), ("text", b""), ("a", "b", "", 1), ("text", b""))
+@example(("a", "b", "c", 1), ("text", b"2x"), ("a", "b", "c", 12), ("text", b"x"))
+@example(("a", "b", None, 1), ("text", b"x"), ("a", "b", None, 1), ("image", b"x"))
+@example(
+    ("", "", None, 1), ("pair", Pair(b"xy", b"")), ("", "", None, 1), ("pair", Pair(b"x", b"y"))
+)
+def test_keys_are_equal_only_when_everything_is(a, item_a, b, item_b) -> None:
+    """Kind, space, precision, input type, dims and item each change the key; nothing runs
+    together: a text never answers for an image, nor one half of a pair for the other.
+    """
 
-    def key(fields: tuple, text: bytes) -> bytes:
+    def key(fields: tuple, item: tuple) -> bytes:
         space, precision, input_type, dims = fields
-        return keys([text], space=space, precision=precision, input_type=input_type, dims=dims)[0]
+        facts = dict(space=space, precision=precision, input_type=input_type, dims=dims)
+        return keys([item[1]], kind=item[0], **facts)[0]
 
-    assert (key(a, text_a) == key(b, text_b)) == ((a, text_a) == (b, text_b))
+    assert (key(a, item_a) == key(b, item_b)) == ((a, item_a) == (b, item_b))
 
 
 def test_keys_stay_the_same_from_version_to_version() -> None:
     """A key is what it was when the tiers were filled, 20 bytes, and holds no text."""
     key = keys([b"hello"], space="s", precision="fp32", input_type="query", dims=384)[0]
-    assert key.hex() == "def1952dd3fa46699ba921222d62c7df6d62d6f2"
+    assert key.hex() == "b5100160cfea5ac6a7db000101c763e4f1067c55"
 
 
 entry = st.integers(1, 40).flatmap(
@@ -209,6 +223,14 @@ def test_values_give_back_every_bit(arrays) -> None:
     again = unpack(values, expect)
     assert again.vectors.tobytes() == entries.vectors.tobytes()
     np.testing.assert_array_equal(again.tokens, entries.tokens)
+    np.testing.assert_array_equal(again.images, np.zeros(3, IMAGE))
+
+
+def test_values_hold_what_is_told_of_an_image() -> None:
+    """Width, height and format come back with the vector."""
+    images = np.array([(640, 480, b"JPEG"), (1, 2**31 - 1, b"WEBP")], IMAGE)
+    entries = Entries(np.ones((2, 5), np.float32), np.full(2, -1, np.int32), images)
+    np.testing.assert_array_equal(unpack(pack([b"a", b"b"], entries), Expect(5)).images, images)
 
 
 VALUE = pack([b"key"], Entries(np.ones((1, 5), np.float32), np.zeros(1, np.int32)))[0]
@@ -378,7 +400,7 @@ def test_wrong_use_is_named() -> None:
 
     async def flow() -> None:
         cache = Cache([Memory(MIB)])
-        with pytest.raises(InvalidInput, match=r"\(1, 384\).*for 2 texts of 384 dims"):
+        with pytest.raises(InvalidInput, match=r"\(1, 384\).*for 2 items of 384 dims"):
             await cache.get_or_compute(wanted(some(2)), short, EXPECT)
         await ask(cache, some(2))
         with pytest.raises(InvalidInput, match="other dims than 385"):

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from halimede import (
     SpaceRefused,
 )
 from halimede.config import parse
-from halimede.providers import Answer
+from halimede.items import Kind
+from halimede.providers import Answer, Request
 from halimede.results import ServedModel
 from halimede_ops import vectors
 from tools import config as pbtxt
@@ -53,18 +54,13 @@ class Scripted:
         self.asked: list[int] = []
         self.fails_after: int | None = None
 
-    async def describe(self, timeout_s: float) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
         if self.error is not None:
             raise self.error
         return self.model
 
-    async def embed(
-        self,
-        texts: Sequence[bytes],
-        input_type: str | None,
-        dimensions: int | None,
-        timeout_s: float,
-    ) -> Answer:
+    async def embed(self, request: Request, timeout_s: float) -> Answer:
+        texts = request.items
         self.asked.append(len(texts))
         if self.fails_after is not None and len(self.asked) > self.fails_after:
             raise ServerUnreachable("scripted")

@@ -2,13 +2,17 @@
 
 from halimede.config import Config
 from halimede.embedder import AsyncEmbedder, Embedder
-from halimede.results import Embeddings, ServedModel
+from halimede.results import Embeddings, ImageInfo, ServedModel
+from halimede.sources import find_images
 from halimede_ops.errors import (
     AccessDenied,
     DeadlineExceeded,
+    FetchFailed,
     HalimedeError,
+    ImageTooLarge,
     InvalidConfig,
     InvalidDimensions,
+    InvalidImage,
     InvalidInput,
     InvalidModel,
     InvalidText,
@@ -21,6 +25,8 @@ from halimede_ops.errors import (
     ServerUnreachable,
     SpaceRefused,
     UnknownInputType,
+    UnsupportedInput,
+    UrlRefused,
 )
 
 __all__ = [
@@ -30,9 +36,13 @@ __all__ = [
     "DeadlineExceeded",
     "Embedder",
     "Embeddings",
+    "FetchFailed",
     "HalimedeError",
+    "ImageInfo",
+    "ImageTooLarge",
     "InvalidConfig",
     "InvalidDimensions",
+    "InvalidImage",
     "InvalidInput",
     "InvalidModel",
     "InvalidText",
@@ -46,4 +56,7 @@ __all__ = [
     "ServerUnreachable",
     "SpaceRefused",
     "UnknownInputType",
+    "UnsupportedInput",
+    "UrlRefused",
+    "find_images",
 ]

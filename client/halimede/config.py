@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 from halimede import providers
 from halimede.cache_config import CacheConfig
 from halimede.chain import Rules
+from halimede.fetch import UrlOptions
 from halimede.providers.base import Options
 from halimede.settings import Settings
 from halimede_ops.errors import InvalidConfig
@@ -47,6 +48,8 @@ class Config(BaseModel):
     deadline_s: PositiveFloat | None = Field(None, alias="deadline")
     """Longest time that one call may take, in seconds."""
     cache: CacheConfig | None = None
+    urls: UrlOptions = Field(default_factory=lambda: UrlOptions.model_validate({}))
+    """Which urls of images are fetched."""
     development: bool = False
     """Answer with deterministic hashes of the texts instead of any model."""
 

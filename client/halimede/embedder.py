@@ -1,4 +1,6 @@
-"""The client: texts to labelled embeddings, blocking or awaited; both drive the same flow."""
+"""The client: texts and images to labelled embeddings, blocking or awaited; both drive the same
+flow.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from typing_extensions import Unpack
@@ -14,11 +16,14 @@ from typing_extensions import Unpack
 from halimede import loop, requests
 from halimede.chain import Chain
 from halimede.config import Config, resolve
+from halimede.fetch import Fetch
 from halimede.flow import Call, Flow
+from halimede.items import Given, Kind
 from halimede.link import Link
 from halimede.progress import bar
 from halimede.providers import Options, Provider
 from halimede.results import Embeddings, ServedModel
+from halimede.sources import Image, pairs, source, sources
 from halimede.statistics import Statistics
 from halimede.stream import Stream
 from halimede_ops.errors import InvalidInput
@@ -26,15 +31,28 @@ from halimede_ops.quantise import OutputType
 
 STREAM_WINDOW = 1024
 """Texts in one part of a stream."""
+IMAGES_WINDOW = 64
+"""Images in one part of a stream."""
 
 
 class Asked(TypedDict, total=False):
     """What a caller may ask of every embedding; `Embedder.embed` says what each means."""
 
-    input_type: str | None
     dimensions: int | None
     output_type: OutputType
     ranges: np.ndarray | None
+
+
+class AskedOfTexts(Asked, total=False):
+    """What a caller may ask of the embedding of texts."""
+
+    input_type: str | None
+
+
+class AskedOfImages(Asked, total=False):
+    """What a caller may ask of the embedding of images; `Embedder.embed_images` tells of it."""
+
+    errors: Literal["raise", "collect"]
 
 
 class _Opened:
@@ -73,7 +91,9 @@ class _Opened:
         self._loop = loop.shared()
         self._flow = _flow(self.config, providers)
 
-    def _call(self, texts: Sequence[bytes], deadline_s: float | None, **asked: Any) -> Call:
+    def _call(
+        self, kind: Kind, items: Sequence[Given], deadline_s: float | None, **asked: Any
+    ) -> Call:
         output_type = asked.get("output_type", "float32")
         if output_type in ("int8", "uint8") and asked.get("ranges") is None:
             raise InvalidInput(
@@ -82,11 +102,11 @@ class _Opened:
                 "halimede_ops.quantise.measure_ranges(result.vectors)."
             )
         limit_s = self.config.deadline_s if deadline_s is None else deadline_s
-        return Call(texts, deadline_s=limit_s, **asked)
+        return Call(items, kind, deadline_s=limit_s, **asked)
 
 
 class Embedder(_Opened):
-    """Embeds texts. Safe to use from several threads.
+    """Embeds texts and images. Safe to use from several threads.
 
     >>> with Embedder("127.0.0.1:8001") as embedder:
     ...     result = embedder.embed(["hello world"])
@@ -145,17 +165,76 @@ class Embedder(_Opened):
             SpaceRefused: only providers of another space are left.
         """
         encoded = requests.encode([texts] if isinstance(texts, str) else texts)
-        with bar(progress, len(encoded)) as advance:
-            call = self._call(
-                encoded,
-                deadline_s,
-                input_type=input_type,
-                dimensions=dimensions,
-                output_type=output_type,
-                ranges=ranges,
-                on_progress=advance if progress else None,
-            )
-            return self._loop.wait(self._flow.embed(call))
+        return self._embed(
+            "text",
+            encoded,
+            deadline_s,
+            progress,
+            input_type=input_type,
+            dimensions=dimensions,
+            output_type=output_type,
+            ranges=ranges,
+        )
+
+    def embed_images(
+        self,
+        images: Sequence[Image] | Image,
+        *,
+        deadline_s: float | None = None,
+        progress: bool = False,
+        **asked: Unpack[AskedOfImages],
+    ) -> Embeddings:
+        """Embeddings of the images, in their order: vectors `[images, dims]`.
+
+        An image is a path, a url, the bytes of a file, a PIL image (encoded as PNG, which loses
+        nothing; TIFF where PNG has no such mode) or a source of `find_images`. It is read when its
+        turn comes, and sent in a request of its own. `images` of the result tells each one's
+        width, height and format.
+
+        The server fetches nothing: urls are fetched here, by the configuration's `urls`.
+
+        Args:
+            images: the images; one alone is a call of one.
+            deadline_s: longest time that this call may take.
+            progress: show a bar, on a terminal.
+            asked: `dimensions`, `output_type` and `ranges` as of `embed`. `errors`: "raise", the
+                first image that is wrong ends the call; "collect", it has no row, `errors` of the
+                result has what was wrong with it by its place, and `indices` the places of the
+                others.
+
+        Raises:
+            InvalidImage: an image cannot be read or decoded.
+            ImageTooLarge: an image has too many bytes or pixels.
+            UrlRefused: a url is not https, or leads to an address that is not public.
+            FetchFailed: a url gave no image, or not in time.
+            UnsupportedInput: the model embeds no images.
+            HalimedeError: as `embed`.
+        """
+        return self._embed("image", sources(images), deadline_s, progress, **asked)
+
+    def embed_multimodal(
+        self,
+        texts: Sequence[str | None] | None,
+        images: Sequence[Image | None] | None,
+        *,
+        deadline_s: float | None = None,
+        progress: bool = False,
+        **asked: Unpack[AskedOfImages],
+    ) -> Embeddings:
+        """Embeddings of texts with the images at the same places, one vector a pair.
+
+        Args:
+            texts: the texts; None, or None in a place: there is none.
+            images: the images, as of `embed_images`; None likewise.
+            deadline_s: longest time that this call may take.
+            progress: show a bar, on a terminal.
+            asked: as of `embed_images`.
+
+        Raises:
+            InvalidInput: texts and images are of different number, or a place has neither.
+            HalimedeError: as `embed_images`.
+        """
+        return self._embed("pair", pairs(texts, images), deadline_s, progress, **asked)
 
     def embed_iter(
         self,
@@ -164,7 +243,7 @@ class Embedder(_Opened):
         window: int = STREAM_WINDOW,
         progress: bool = False,
         deadline_s: float | None = None,
-        **asked: Unpack[Asked],
+        **asked: Unpack[AskedOfTexts],
     ) -> Iterator[Embeddings]:
         """Embeddings of a stream of any length, part by part, in its order.
 
@@ -183,10 +262,64 @@ class Embedder(_Opened):
             SpaceRefused: the model's space changed midway.
             HalimedeError: as `embed`.
         """
-        stream = Stream(window)
+        stream = Stream(window, requests.encode_one)
+        return self._embed_iter("text", stream, texts, deadline_s, progress, **asked)
+
+    def embed_sourcesiter(
+        self,
+        images: Iterable[Image],
+        *,
+        window: int = IMAGES_WINDOW,
+        progress: bool = False,
+        deadline_s: float | None = None,
+        **asked: Unpack[AskedOfImages],
+    ) -> Iterator[Embeddings]:
+        """Embeddings of a stream of images of any length, such as those of a folder or an archive
+        (`find_images`), part by part, in its order.
+
+        As `embed_iter`: images are read as their parts have their turn, 16 of each part at a time,
+        so memory stays bounded. `indices` and `errors` of each part count from the stream's first
+        image.
+
+        Args:
+            images: the images, as of `embed_images`; taken in the caller's thread.
+            window: images in one part.
+            progress: show a bar, on a terminal.
+            deadline_s: longest time that one part may take.
+            asked: as of `embed_images`.
+
+        Raises:
+            SpaceRefused: the model's space changed midway.
+            HalimedeError: as `embed_images`.
+        """
+        stream = Stream(window, lambda image, _: source(image))
+        return self._embed_iter("image", stream, images, deadline_s, progress, **asked)
+
+    def _embed(
+        self,
+        kind: Kind,
+        items: Sequence[Given],
+        deadline_s: float | None,
+        progress: bool,
+        **asked: Any,
+    ) -> Embeddings:
+        with bar(progress, len(items)) as advance:
+            on_progress = advance if progress else None
+            call = self._call(kind, items, deadline_s, on_progress=on_progress, **asked)
+            return self._loop.wait(self._flow.embed(call))
+
+    def _embed_iter(
+        self,
+        kind: Kind,
+        stream: Stream,
+        items: Iterable[Any],
+        deadline_s: float | None,
+        progress: bool,
+        **asked: Any,
+    ) -> Iterator[Embeddings]:
         with bar(progress) as advance, contextlib.closing(stream):
-            for part in stream.cut(texts):
-                call = self._call(part, deadline_s, **asked)
+            for part in stream.cut(items):
+                call = self._call(kind, part, deadline_s, first=stream.first(part), **asked)
                 stream.send(self._loop.submit(self._flow.embed(call)))
                 if stream.is_full:
                     yield stream.checked(stream.next().result(), advance)
@@ -237,30 +370,86 @@ class AsyncEmbedder(_Opened):
         *,
         deadline_s: float | None = None,
         progress: bool = False,
-        **asked: Unpack[Asked],
+        **asked: Unpack[AskedOfTexts],
     ) -> Embeddings:
         """As `Embedder.embed`."""
         encoded = requests.encode([texts] if isinstance(texts, str) else texts)
-        with bar(progress, len(encoded)) as advance:
-            call = self._call(
-                encoded, deadline_s, on_progress=advance if progress else None, **asked
-            )
-            return await asyncio.wrap_future(self._loop.submit(self._flow.embed(call)))
+        return await self._embed("text", encoded, deadline_s, progress, **asked)
 
-    async def embed_iter(
+    async def embed_images(
+        self,
+        images: Sequence[Image] | Image,
+        *,
+        deadline_s: float | None = None,
+        progress: bool = False,
+        **asked: Unpack[AskedOfImages],
+    ) -> Embeddings:
+        """As `Embedder.embed_images`."""
+        return await self._embed("image", sources(images), deadline_s, progress, **asked)
+
+    async def embed_multimodal(
+        self,
+        texts: Sequence[str | None] | None,
+        images: Sequence[Image | None] | None,
+        *,
+        deadline_s: float | None = None,
+        progress: bool = False,
+        **asked: Unpack[AskedOfImages],
+    ) -> Embeddings:
+        """As `Embedder.embed_multimodal`."""
+        return await self._embed("pair", pairs(texts, images), deadline_s, progress, **asked)
+
+    def embed_iter(
         self,
         texts: Iterable[str] | AsyncIterable[str],
         *,
         window: int = STREAM_WINDOW,
         progress: bool = False,
         deadline_s: float | None = None,
-        **asked: Unpack[Asked],
+        **asked: Unpack[AskedOfTexts],
     ) -> AsyncIterator[Embeddings]:
         """As `Embedder.embed_iter`, of a stream of either kind."""
-        stream = Stream(window)
+        stream = Stream(window, requests.encode_one)
+        return self._embed_iter("text", stream, texts, deadline_s, progress, **asked)
+
+    async def embed_sourcesiter(
+        self,
+        images: Iterable[Image] | AsyncIterable[Image],
+        *,
+        window: int = IMAGES_WINDOW,
+        progress: bool = False,
+        deadline_s: float | None = None,
+        **asked: Unpack[AskedOfImages],
+    ) -> AsyncIterator[Embeddings]:
+        """As `Embedder.embed_sourcesiter`, of a stream of either kind."""
+        stream = Stream(window, lambda image, _: source(image))
+        return self._embed_iter("image", stream, images, deadline_s, progress, **asked)
+
+    async def _embed(
+        self,
+        kind: Kind,
+        items: Sequence[Given],
+        deadline_s: float | None,
+        progress: bool,
+        **asked: Any,
+    ) -> Embeddings:
+        with bar(progress, len(items)) as advance:
+            on_progress = advance if progress else None
+            call = self._call(kind, items, deadline_s, on_progress=on_progress, **asked)
+            return await asyncio.wrap_future(self._loop.submit(self._flow.embed(call)))
+
+    async def _embed_iter(
+        self,
+        kind: Kind,
+        stream: Stream,
+        items: Iterable[Any] | AsyncIterable[Any],
+        deadline_s: float | None,
+        progress: bool,
+        **asked: Any,
+    ) -> AsyncIterator[Embeddings]:
         with bar(progress) as advance, contextlib.closing(stream):
-            async for part in stream.cut_async(texts):
-                call = self._call(part, deadline_s, **asked)
+            async for part in stream.cut_async(items):
+                call = self._call(kind, part, deadline_s, first=stream.first(part), **asked)
                 stream.send(self._loop.submit(self._flow.embed(call)))
                 if stream.is_full:
                     yield stream.checked(await asyncio.wrap_future(stream.next()), advance)
@@ -287,9 +476,10 @@ def _flow(config: Config, providers: Sequence[Provider]) -> Flow:
     else:
         links = [Link(options, statistics) for options in config.chain()]
     chain = Chain(links, config.rules())
+    fetch = Fetch(config.urls)
     if config.cache is None:
-        return Flow(chain, statistics)
-    return Flow(chain, statistics, config.cache.open(), config.cache.model_check_s)
+        return Flow(chain, statistics, fetch)
+    return Flow(chain, statistics, fetch, config.cache.open(), config.cache.model_check_s)
 
 
 def _own_options(provider: Provider) -> Options:

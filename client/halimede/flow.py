@@ -1,4 +1,4 @@
-"""The one way from texts to labelled embeddings, as coroutines on the client's event loop."""
+"""The one way from items to labelled embeddings, as coroutines on the client's event loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -16,29 +16,39 @@ from halimede import requests, tracing
 from halimede.cache import Cache, Entries, Expect
 from halimede.cache import keys as cache_keys
 from halimede.chain import Chain
+from halimede.fetch import Fetch
+from halimede.items import Given, Item, Kind, Reader
 from halimede.link import Deadline, Link
-from halimede.providers.base import Answer, check_dimensions
-from halimede.results import Embeddings, ServedModel
+from halimede.providers.base import Answer, Request, check_dimensions
+from halimede.results import IMAGE, Embeddings, ImageInfo, ServedModel
 from halimede.statistics import Statistics
 from halimede_ops.errors import (
     DeadlineExceeded,
+    FetchFailed,
     HalimedeError,
+    ImageTooLarge,
+    InvalidImage,
     InvalidInput,
+    InvalidText,
     ModelChanged,
     ServerError,
     SpaceRefused,
+    UrlRefused,
 )
 from halimede_ops.quantise import OutputType, quantise
 
 MODEL_CHANGES = 5
 """Times that a call is begun anew because the model changed under it."""
+OF_ONE_ITEM = (InvalidImage, ImageTooLarge, InvalidText, UrlRefused, FetchFailed)
+"""Errors that are about one item and say nothing of the others."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
     """What a caller asks for."""
 
-    texts: Sequence[bytes]
+    items: Sequence[Given]
+    kind: Kind = "text"
     input_type: str | None = None
     dimensions: int | None = None
     output_type: OutputType = "float32"
@@ -46,7 +56,11 @@ class Call:
     """`[2, dims]`, low and high of each component, for int8 and uint8."""
     deadline_s: float | None = None
     on_progress: Callable[[int], Any] | None = None
-    """Told how many texts were embedded by each request."""
+    """Told how many items more are done."""
+    errors: Literal["raise", "collect"] = "raise"
+    """What becomes of an item that is wrong: it ends the call, or is left out and told."""
+    first: int = 0
+    """Which item of its stream the call begins with."""
 
 
 class Flow:
@@ -56,6 +70,7 @@ class Flow:
         self,
         chain: Chain,
         statistics: Statistics,
+        fetch: Fetch,
         cache: Cache | None = None,
         model_check_s: float = 1.0,
     ) -> None:
@@ -64,6 +79,7 @@ class Flow:
         self.statistics = statistics
         self.cache = cache
         self.model_check_s = model_check_s
+        self.fetch = fetch
         self._is_closed = False
 
     async def embed(self, call: Call) -> Embeddings:
@@ -75,7 +91,7 @@ class Flow:
         """
         if self._is_closed:
             raise HalimedeError("this embedder is closed. Open another.")
-        with tracing.span("halimede.embed", len(call.texts)) as facts:
+        with tracing.span("halimede.embed", call.kind, len(call.items)) as facts:
             result = await self._counted(call)
             facts |= {
                 "halimede.model": result.model,
@@ -95,29 +111,34 @@ class Flow:
                 raise
             self.statistics.gave_up("DeadlineExceeded")
             raise DeadlineExceeded(
-                f"{len(call.texts)} texts were not embedded within {call.deadline_s:g} s. Raise "
-                "deadline_s, or give fewer texts."
+                f"{len(call.items)} {call.kind}s were not embedded within {call.deadline_s:g} s. "
+                f"Raise deadline_s, or give fewer {call.kind}s."
             ) from None
         except HalimedeError as error:
             self.statistics.gave_up(type(error).__name__)
             raise
         self.statistics.answered(
             link.name,
+            call.kind,
             len(result),
             int(result.cached.sum()),
             time.perf_counter() - began,
             fallback=link is not self.chain.first,
         )
+        for wrong in result.errors.values():
+            self.statistics.left_out(type(wrong).__name__)
         return result
 
     async def describe(self) -> ServedModel:
         """The first provider's model as it is now."""
-        return await self.chain.first.model(Deadline(None), fresh_s=0)
+        return await self.chain.first.model(None, Deadline(None), fresh_s=0)
 
     async def stats(self) -> dict[str, Any]:
         """What was done so far, and the models heard of."""
         models = {
-            link.name: dataclasses.asdict(link.known) for link in self.chain.links if link.known
+            f"{model.provider}:{model.name}": dataclasses.asdict(model)
+            for link in self.chain.links
+            for model in link.known
         }
         cache = {} if self.cache is None else self.cache.stats()
         return {**self.statistics.summary(), "models": models, "cache": cache}
@@ -160,14 +181,16 @@ class Flow:
         cache = self.cache if link.options.cache_enabled else None
         fresh_s = math.inf if cache is None else self.model_check_s
         for _ in range(MODEL_CHANGES):
-            model = await link.model(deadline, fresh_s)
+            model = await link.model(call.kind, deadline, fresh_s)
             try:
                 self.chain.admit(link, model)
             except SpaceRefused:
                 link.forget()
                 raise
             asked = link.options.dimensions if call.dimensions is None else call.dimensions
-            job = _Job(link, model, call, asked, check_dimensions(asked, model), deadline, cache)
+            reader = Reader(model.max_image_bytes, self.fetch)
+            dims = check_dimensions(asked, model)
+            job = _Job(link, model, call, reader, asked, dims, deadline, cache)
             try:
                 return await job.result()
             except ModelChanged:
@@ -185,6 +208,7 @@ class _Job:
     link: Link
     model: ServedModel
     call: Call
+    reader: Reader
     dimensions: int | None
     """As asked of the provider."""
     dims: int
@@ -193,24 +217,33 @@ class _Job:
     cache: Cache | None
 
     async def result(self) -> Embeddings:
-        """The embeddings of the call's texts.
+        """The embeddings of the call's items.
 
         Raises:
             ModelChanged: the model is another now.
         """
-        step = requests.WINDOW_TEXTS
-        count = len(self.call.texts)
+        step, in_flight = requests.WINDOWING[self.call.kind]
+        count = len(self.call.items)
         windows = [range(start, min(start + step, count)) for start in range(0, count, step)]
-        rows = await requests.together(
-            [functools.partial(self._window, window) for window in windows],
-            requests.WINDOWS_IN_FLIGHT,
+        settled = await requests.together(
+            [functools.partial(self._settled, window) for window in windows], in_flight
         )
-        entries = [entries for entries, _ in rows]
+        parts = [part for part in settled if isinstance(part, _Part)]
+        entries = [part.entries for part in parts]
         floats = _joined([part.vectors for part in entries], (0, self.dims), np.float32)
         return Embeddings(
             vectors=quantise(floats, self.call.output_type, self.call.ranges),
             tokens=_joined([part.tokens for part in entries], (0,), np.int32),
-            cached=_joined([cached for _, cached in rows], (0,), np.bool_),
+            cached=_joined([part.cached for part in parts], (0,), np.bool_),
+            indices=_joined(
+                [np.array(part.rows) + self.call.first for part in parts], (0,), np.int64
+            ),
+            images=() if self.call.kind == "text" else _images(entries),
+            errors={
+                window[0] + self.call.first: failed
+                for window, failed in zip(windows, settled, strict=True)
+                if isinstance(failed, HalimedeError)
+            },
             model=self.model.name,
             space=self.model.space,
             precision=self.model.precision,
@@ -219,17 +252,31 @@ class _Job:
             output_type=self.call.output_type,
         )
 
-    async def _window(self, rows: Sequence[int]) -> tuple[Entries, np.ndarray]:
-        """The entries of some rows of the call, and whether each came from the cache."""
-        texts = [self.call.texts[row] for row in rows]
+    async def _settled(self, rows: range) -> _Part | HalimedeError:
+        """The entries of some rows of the call, or what is wrong with the only one."""
+        try:
+            return await self._window(rows)
+        except OF_ONE_ITEM as error:
+            if self.call.kind == "text":
+                raise
+            told = type(error)(f"{self.call.kind} {rows[0] + self.call.first}: {error}")
+            if self.call.errors == "raise":
+                raise told from None
+            self._advance(1)
+            return told
+
+    async def _window(self, rows: range) -> _Part:
+        """The entries of some rows of the call."""
+        items = [await self._read(self.call.items[row]) for row in rows]
 
         async def compute(missing: Sequence[int]) -> Entries:
-            return await self._compute([texts[row] for row in missing])
+            return await self._compute([items[row] for row in missing])
 
         if self.cache is None:
-            return await compute(range(len(texts))), np.zeros(len(texts), np.bool_)
+            return _Part(rows, await compute(range(len(rows))), np.zeros(len(rows), np.bool_))
         keys = cache_keys(
-            texts,
+            items,
+            kind=self.call.kind,
             space=self.model.space,
             precision=self.model.precision,
             input_type=self.call.input_type,
@@ -238,34 +285,48 @@ class _Job:
         expect = Expect(self.dims, self.link.options.cache_ttl_s)
         entries, cached = await self.cache.get_or_compute(keys, compute, expect)
         self._advance(int(cached.sum()))
-        return entries, cached
+        return _Part(rows, entries, cached)
 
-    async def _compute(self, texts: Sequence[bytes]) -> Entries:
-        """The entries of the texts, asked of the provider in requests."""
-        vectors = np.empty((len(texts), self.dims), np.float32)
-        tokens = np.empty(len(texts), np.int32)
+    async def _read(self, given: Given) -> Item:
+        """An item that is in memory, or that its source gives."""
+        return given if isinstance(given, bytes) else await given.read(self.reader)
 
-        async def send(request: list[int]) -> None:
-            answer = await self.link.embed(
-                [texts[row] for row in request],
-                self.call.input_type,
-                self.dimensions,
-                self.deadline,
+    async def _compute(self, items: Sequence[Item]) -> Entries:
+        """The entries of the items, asked of the provider in requests."""
+        vectors = np.empty((len(items), self.dims), np.float32)
+        tokens = np.empty(len(items), np.int32)
+        images = np.zeros(len(items), IMAGE)
+
+        async def send(rows: list[int]) -> None:
+            request = Request(
+                [items[row] for row in rows], self.call.kind, self.call.input_type, self.dimensions
             )
-            _check(answer, self.model, len(request), self.dims)
-            vectors[request] = answer.vectors
-            tokens[request] = answer.tokens
-            self._advance(len(request))
+            answer = await self.link.embed(request, self.deadline)
+            _check(answer, self.model, len(rows), self.dims)
+            vectors[rows] = answer.vectors
+            tokens[rows] = answer.tokens
+            if answer.images is not None:
+                images[rows] = answer.images
+            self._advance(len(rows))
 
-        plan = requests.plan(texts, self.link.most_texts(self.model), self.model.max_tokens)
+        plan = requests.plan(items, self.link.most_texts(self.model), self.model.max_tokens)
         await requests.together(
             [functools.partial(send, request) for request in plan], requests.REQUESTS_IN_FLIGHT
         )
-        return Entries(vectors, tokens)
+        return Entries(vectors, tokens, images)
 
-    def _advance(self, texts: int) -> None:
+    def _advance(self, items: int) -> None:
         if self.call.on_progress is not None:
-            self.call.on_progress(texts)
+            self.call.on_progress(items)
+
+
+class _Part(NamedTuple):
+    """Some rows of a call, embedded."""
+
+    rows: range
+    entries: Entries
+    cached: np.ndarray
+    """`[rows]` bool."""
 
 
 def _check(answer: Answer, model: ServedModel, rows: int, dims: int) -> None:
@@ -276,6 +337,12 @@ def _check(answer: Answer, model: ServedModel, rows: int, dims: int) -> None:
         raise ServerError(
             f"{model.name} was asked for {rows} × {dims}; it gave {answer.vectors.shape}."
         )
+
+
+def _images(entries: list[Entries]) -> tuple[ImageInfo, ...]:
+    """What was told of each row's image."""
+    facts = _joined([part.images for part in entries if part.images is not None], (0,), IMAGE)
+    return tuple(ImageInfo(int(w), int(h), name.decode()) for w, h, name in facts.tolist())
 
 
 def _joined(parts: list[np.ndarray], empty: tuple[int, ...], dtype: Any) -> np.ndarray:

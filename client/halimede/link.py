@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import tenacity
 
 from halimede.breaker import Breaker
-from halimede.providers import Answer, Options, Provider, open_provider
+from halimede.items import Kind
+from halimede.providers import Answer, Options, Provider, Request, open_provider
 from halimede.results import ServedModel
 from halimede.statistics import Statistics
 from halimede_ops.errors import (
@@ -43,6 +44,19 @@ class Deadline:
         return max(0.0, self._at - time.monotonic())
 
 
+class _Heard(NamedTuple):
+    """A model as a provider last told it."""
+
+    model: ServedModel
+    at: float
+    """When, on the monotonic clock; minus infinity once it is forgotten."""
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since then."""
+        return time.monotonic() - self.at
+
+
 class Link:
     """A provider in a chain, with its options and its state."""
 
@@ -58,72 +72,69 @@ class Link:
         self._provider = provider
         self._opening = asyncio.Lock()
         self._statistics = statistics
-        self._model: ServedModel | None = None
-        self._known_at: float | None = None
+        self._heard: dict[Kind, _Heard] = {}
+        self._own_kind: Kind = "text"
         self._most_texts = options.batch_size
         self._free_at = 0.0
 
     @property
-    def known(self) -> ServedModel | None:
-        """The model as it was when last heard of; None: never."""
-        return self._model
+    def known(self) -> list[ServedModel]:
+        """The models that were heard of, each as it was then."""
+        return [heard.model for heard in self._heard.values()]
 
     def most_texts(self, model: ServedModel) -> int:
         """Most texts to put in one request."""
         return min(model.max_batch_size, self._most_texts or model.max_batch_size)
 
-    async def model(self, deadline: Deadline, fresh_s: float) -> ServedModel:
-        """The model, heard of at most `fresh_s` seconds ago.
+    async def model(self, kind: Kind | None, deadline: Deadline, fresh_s: float) -> ServedModel:
+        """The model that embeds items of this kind, heard of at most `fresh_s` seconds ago; None:
+        the one that the provider is named for.
 
         While the provider cannot be reached it is the model last heard of: what is cached of it
         stays right.
         """
-        if self._model is not None and self._age_s() < fresh_s:
-            return self._model
-        if self._model is not None and self.breaker.is_open:
-            return self._model
+        heard = self._heard.get(kind or self._own_kind)
+        if heard is not None and (heard.age_s < fresh_s or self.breaker.is_open):
+            return heard.model
         try:
-            model = await self._retried(lambda: self._describe(self._timeout_s(deadline)), deadline)
+            model = await self._retried(
+                lambda: self._describe(self._timeout_s(deadline), kind), deadline
+            )
         except ServerError:
-            if self._model is None:
+            if heard is None:
                 raise
-            return self._model
-        self._hear(model)
+            return heard.model
+        if kind is None:
+            self._own_kind = model.input
+        self._hear(kind or model.input, model)
         return model
 
     def forget(self) -> None:
-        """Describe the model anew next time."""
-        self._known_at = None
+        """Describe every model anew next time."""
+        for kind, heard in self._heard.items():
+            self._heard[kind] = heard._replace(at=-math.inf)
 
-    async def embed(
-        self,
-        texts: Sequence[bytes],
-        input_type: str | None,
-        dimensions: int | None,
-        deadline: Deadline,
-    ) -> Answer:
+    async def embed(self, request: Request, deadline: Deadline) -> Answer:
         """The answer to one request, in halves when memory runs out.
 
         Raises:
             HalimedeError: the provider's own error after the last retry.
         """
-        middle = len(texts) // 2
-        if self._most_texts is None or len(texts) <= self._most_texts:
+        count = len(request.items)
+        middle = count // 2
+        if self._most_texts is None or count <= self._most_texts:
             try:
-                answer = await self._retried(
-                    lambda: self._ask(texts, input_type, dimensions, deadline), deadline
-                )
+                answer = await self._retried(lambda: self._ask(request, deadline), deadline)
             except OutOfMemory:
-                if len(texts) == 1:
+                if count == 1:
                     raise
                 self._most_texts = middle
             else:
-                if self._model is not None and answer.model.is_alike(self._model):
-                    self._known_at = time.monotonic()
+                self._hear_again(request.kind, answer.model)
                 return answer
         halves = [
-            await self.embed(half, input_type, dimensions, deadline)
-            for half in (texts[:middle], texts[middle:])
+            await self.embed(request.part(half), deadline)
+            for half in (slice(middle), slice(middle, None))
         ]
         return _joined(*halves)
 
@@ -164,23 +175,18 @@ class Link:
         if self._provider is not None:
             await self._provider.close()
 
-    async def _describe(self, timeout_s: float) -> ServedModel:
-        return await (await self.provider()).describe(timeout_s)
+    async def _describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+        return await (await self.provider()).describe(timeout_s, kind)
 
-    async def _ask(
-        self,
-        texts: Sequence[bytes],
-        input_type: str | None,
-        dimensions: int | None,
-        deadline: Deadline,
-    ) -> Answer:
+    async def _ask(self, request: Request, deadline: Deadline) -> Answer:
         await self._turn(deadline)
-        self._statistics.requested(self.name, len(texts))
+        count = len(request.items)
+        self._statistics.requested(self.name, request.kind, count)
         provider = await self.provider()
         try:
-            return await provider.embed(texts, input_type, dimensions, self._timeout_s(deadline))
+            return await provider.embed(request, self._timeout_s(deadline))
         except MemoryError:
-            raise OutOfMemory(f"{self.name} has no memory for {len(texts)} texts.") from None
+            raise OutOfMemory(f"{self.name} has no memory for {count} {request.kind}s.") from None
 
     async def _retried(self, ask: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
         """What `ask` returns; again after a pause where that can help and time is left."""
@@ -224,18 +230,20 @@ class Link:
         self._free_at = turn + 1 / self.options.requests_per_s
         await asyncio.sleep(turn - now)
 
-    def _age_s(self) -> float:
-        """Seconds since the model was heard of; never less than a limit once it is forgotten."""
-        return math.inf if self._known_at is None else time.monotonic() - self._known_at
-
     def _timeout_s(self, deadline: Deadline) -> float:
         return min(self.options.timeout_s, max(deadline.left_s(), 0.001))
 
-    def _hear(self, model: ServedModel) -> None:
-        if self._model is not None and not self._model.is_alike(model):
+    def _hear(self, kind: Kind, model: ServedModel) -> None:
+        heard = self._heard.get(kind)
+        if heard is not None and not heard.model.is_alike(model):
             self._statistics.model_changed(self.name)
-        self._model = model
-        self._known_at = time.monotonic()
+        self._heard[kind] = _Heard(model, time.monotonic())
+
+    def _hear_again(self, kind: Kind, model: ServedModel) -> None:
+        """An answer's model is as it was told: it has just been heard of."""
+        heard = self._heard.get(kind)
+        if heard is not None and heard.model.is_alike(model):
+            self._heard[kind] = heard._replace(at=time.monotonic())
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -257,8 +265,7 @@ def _is_down(error: HalimedeError) -> bool:
 def _joined(first: Answer, second: Answer) -> Answer:
     if not first.model.is_alike(second.model):
         raise ModelChanged("the model was changed between two halves of a request. Send again.")
-    return Answer(
-        np.concatenate([first.vectors, second.vectors]),
-        np.concatenate([first.tokens, second.tokens]),
-        first.model,
+    return first._replace(
+        vectors=np.concatenate([first.vectors, second.vectors]),
+        tokens=np.concatenate([first.tokens, second.tokens]),
     )

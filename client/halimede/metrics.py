@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from halimede.embedder import Embedder
+from halimede.items import KINDS
 from halimede.providers.base import optional
 
 
@@ -36,7 +37,12 @@ class _Collector:
         from prometheus_client.core import CounterMetricFamily, SummaryMetricFamily
 
         stats = self._embedder.stats()
-        for name in ("calls", "texts", "texts_cached", "fallbacks", "model_changes"):
+        for name in (
+            "calls",
+            *(f"{kind}s{cached}" for kind in KINDS for cached in ("", "_cached")),
+            "fallbacks",
+            "model_changes",
+        ):
             yield CounterMetricFamily(f"halimede_{name}", f"{name} so far", value=stats[name])
         latency = stats["latency_ms"]
         yield SummaryMetricFamily(

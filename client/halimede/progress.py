@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 Advance = Callable[[int], None]
-"""Tells how many texts more are done."""
+"""Tells how many items more are done."""
 
 
 @contextlib.contextmanager
@@ -19,5 +19,5 @@ def bar(wanted: bool, total: int | None = None) -> Iterator[Advance]:
     shown = wanted and console.is_terminal
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
-        task = progress.add_task("texts", total=total)
-        yield lambda texts: progress.advance(task, texts)
+        task = progress.add_task("", total=total)
+        yield lambda items: progress.advance(task, items)

@@ -1,21 +1,36 @@
-"""Texts as the requests to send: UTF-8, cut by tokens and bytes, alike in length."""
+"""Items as the requests to send: texts cut by tokens and bytes, alike in length; images alone."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
+from halimede.items import Given, Item, Kind, held_bytes
 from halimede_ops.errors import InvalidText
 
 T = TypeVar("T")
 
 REQUESTS_IN_FLIGHT = 4
-"""Requests of one call that are on their way at once: the server's steps overlap."""
-WINDOW_TEXTS = 4096
-"""Texts that are sorted by length together, and looked up in the cache together."""
+"""Requests of one window that are on their way at once: the server's steps overlap."""
 WINDOWS_IN_FLIGHT = 2
-"""Windows of one call or stream that are on their way at once."""
+"""Windows of one stream that are on their way at once."""
+
+
+class Windowing(NamedTuple):
+    """How a call is cut into windows: items that are looked up in the cache and sent together."""
+
+    items: int
+    in_flight: int
+    """Windows of one call that are on their way at once."""
+
+
+WINDOWING: Mapping[Kind, Windowing] = {
+    "text": Windowing(4096, WINDOWS_IN_FLIGHT),  # sorted by length together
+    # Alone, each has an answer or an error of its own; the server batches across requests.
+    "image": Windowing(1, 16),
+    "pair": Windowing(1, 16),
+}
 REQUEST_BYTES = 8 * 1024 * 1024
 """Most bytes of text in one request."""
 REQUEST_TOKENS = 32_768
@@ -30,26 +45,32 @@ def encode(texts: Sequence[str]) -> list[bytes]:
     Raises:
         InvalidText: an item is not a string, or has a lone surrogate.
     """
-    encoded = []
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InvalidText(f"text {row} is {type(text).__name__}; give a str.")
-        try:
-            encoded.append(text.encode("utf-8"))
-        except UnicodeEncodeError:
-            raise InvalidText(
-                f"text {row} has a lone surrogate, which UTF-8 cannot hold. "
-                "Decode it with errors='replace'."
-            ) from None
-    return encoded
+    return [encode_one(text, row) for row, text in enumerate(texts)]
 
 
-def plan(texts: Sequence[bytes], most_texts: int, max_tokens: int) -> list[list[int]]:
+def encode_one(text: str, row: int) -> bytes:
+    """A text in UTF-8; `row` is its place, for errors.
+
+    Raises:
+        InvalidText: it is not a string, or has a lone surrogate.
+    """
+    if not isinstance(text, str):
+        raise InvalidText(f"text {row} is {type(text).__name__}; give a str.")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidText(
+            f"text {row} has a lone surrogate, which UTF-8 cannot hold. "
+            "Decode it with errors='replace'."
+        ) from None
+
+
+def plan(texts: Sequence[Item], most_texts: int, max_tokens: int) -> list[list[int]]:
     """Indices of the texts of each request, longest texts first.
 
     Texts of one request are alike in length, so that little is padded. A request has at most
-    `most_texts` texts, REQUEST_TOKENS estimated tokens and REQUEST_BYTES bytes; a single text is
-    never cut.
+    `most_texts` texts, REQUEST_TOKENS estimated tokens and REQUEST_BYTES bytes; a single item of
+    any kind is never cut.
     """
     requests: list[list[int]] = []
     tokens = size_bytes = 0
@@ -70,26 +91,25 @@ def plan(texts: Sequence[bytes], most_texts: int, max_tokens: int) -> list[list[
 
 
 class Windows:
-    """Cuts a stream of texts into windows, each to be embedded as one call."""
+    """Cuts a stream of items into windows, each to be embedded as one call."""
 
-    def __init__(self, most_texts: int) -> None:
-        self._most_texts = most_texts
-        self._texts: list[bytes] = []
+    def __init__(self, most_items: int) -> None:
+        self._most_items = most_items
+        self._items: list[Given] = []
         self._size_bytes = 0
 
-    def add(self, text: str) -> list[bytes] | None:
-        """The window that this text fills, or None."""
-        [encoded] = encode([text])
-        self._texts.append(encoded)
-        self._size_bytes += len(encoded)
-        if len(self._texts) == self._most_texts or self._size_bytes >= REQUEST_BYTES:
+    def add(self, item: Given) -> list[Given] | None:
+        """The window that this item fills, or None."""
+        self._items.append(item)
+        self._size_bytes += held_bytes(item)
+        if len(self._items) == self._most_items or self._size_bytes >= REQUEST_BYTES:
             return self.rest()
         return None
 
-    def rest(self) -> list[bytes]:
+    def rest(self) -> list[Given]:
         """What has not filled a window."""
-        texts, self._texts, self._size_bytes = self._texts, [], 0
-        return texts
+        items, self._items, self._size_bytes = self._items, [], 0
+        return items
 
 
 async def together(jobs: Iterable[Callable[[], Awaitable[T]]], most: int) -> list[T]:

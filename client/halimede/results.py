@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
+from halimede.items import Kind
+from halimede_ops.errors import HalimedeError
+
 UNKNOWN_TOKENS = -1
-"""Token count of a text whose provider does not tell it."""
+"""Token count of a text whose provider does not tell it, and of an image."""
+IMAGE = np.dtype([("width", "<i4"), ("height", "<i4"), ("format", "S8")])
+"""What is told of an image: pixels as it is seen, and Pillow's name of its format. 0 and empty
+where it is not told, and for texts."""
+
+
+MAX_IMAGE_BYTES = 10 * 1024 * 1024
+"""Largest encoded image that a model takes, unless it says another size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,29 +35,49 @@ class ServedModel:
     dims: int
     """Length of a full vector."""
     max_tokens: int
-    """Longest input in tokens; what lies beyond is cut off."""
+    """Longest text in tokens; what lies beyond is cut off. 0: it takes no text."""
     max_batch_size: int
-    """Most texts in one request."""
+    """Most items in one request."""
     provider: str = "triton"
     """Kind of provider."""
     mean_cosine: float | None = None
     """Mean cosine to the reference, as the build measured it; None where nobody recorded it."""
     version: str = ""
     """Version that names this content and no other; empty where versions do not."""
+    input: Kind = "text"
+    """What it embeds."""
+    image_model: str = ""
+    """Name of the model that embeds images into the same space; empty: there is none."""
+    max_image_bytes: int = MAX_IMAGE_BYTES
+    """Largest encoded image."""
 
     def is_alike(self, other: ServedModel) -> bool:
         """Whether vectors of both may stand in one result: same space and precision."""
         return (self.space, self.precision) == (other.space, other.precision)
 
 
+class ImageInfo(NamedTuple):
+    """What an image is, as the model told when it was embedded."""
+
+    width: int
+    """Pixels, as the image is seen: after its EXIF orientation. 0: not told."""
+    height: int
+    format: str
+    """Pillow's name of the format, such as JPEG; empty: not told."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
-    """Embeddings of a sequence of texts, in its order: all of one space and precision."""
+    """Embeddings of texts, images or pairs, in their order: all of one space and precision.
+
+    There is one row an item. With `errors="collect"` items that failed have no row: `errors` has
+    them, and `indices` says which item each row is.
+    """
 
     vectors: np.ndarray
-    """`[texts, dims]` of `output_type`; for `binary` and `ubinary` `[texts, dims / 8]` bytes."""
+    """`[rows, dims]` of `output_type`; for `binary` and `ubinary` `[rows, dims / 8]` bytes."""
     tokens: np.ndarray
-    """`[texts]` int32: tokens each whole text has, special tokens included; -1: not told."""
+    """`[rows]` int32: tokens each whole text has, special tokens included; -1: not told."""
     model: str
     space: str
     precision: str
@@ -54,7 +86,13 @@ class Embeddings:
     """Kind of provider whose model this is."""
     output_type: str = "float32"
     cached: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.bool_))
-    """`[texts]` bool: whether the vector came from a cache."""
+    """`[rows]` bool: whether the vector came from a cache."""
+    indices: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    """`[rows]` int64: which item of the call, or of the stream, each row is."""
+    images: tuple[ImageInfo, ...] = ()
+    """What each row's image is; none for texts."""
+    errors: Mapping[int, HalimedeError] = dataclasses.field(default_factory=dict)
+    """Item → what was wrong with it, of the items that have no row."""
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -67,5 +105,5 @@ class Embeddings:
 
     @property
     def truncated(self) -> np.ndarray:
-        """`[texts]` bool: whether a text was longer than the model's limit and was cut off."""
+        """`[rows]` bool: whether a text was longer than the model's limit and was cut off."""
         return self.tokens > self.max_tokens

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from halimede.items import KINDS, Kind
+
 LATENCIES_KEPT = 10_000
 """Latest calls that percentiles are taken over."""
 
@@ -16,22 +18,23 @@ class Statistics:
 
     def __init__(self) -> None:
         self.calls = 0
-        self.texts = 0
         self.fallbacks = 0
-        self.cached = 0
         self.model_changes = 0
         self.errors: Counter[str] = Counter()
+        self.item_errors: Counter[str] = Counter()
+        self._items: Counter[Kind] = Counter()
+        self._cached: Counter[Kind] = Counter()
         self._requests: Counter[str] = Counter()
-        self._sent: Counter[str] = Counter()
+        self._sent: Counter[tuple[str, Kind]] = Counter()
         self._answered: Counter[str] = Counter()
         self._failures: dict[str, Counter[str]] = {}
         self._latencies_s: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self._latency_sum_s = 0.0
 
-    def requested(self, provider: str, texts: int) -> None:
-        """A request of this many texts goes out."""
+    def requested(self, provider: str, kind: Kind, items: int) -> None:
+        """A request of this many items goes out."""
         self._requests[provider] += 1
-        self._sent[provider] += texts
+        self._sent[provider, kind] += items
 
     def failed(self, provider: str, error: str) -> None:
         """A request ended in an error of this class."""
@@ -42,16 +45,20 @@ class Statistics:
         self.model_changes += 1
 
     def answered(
-        self, provider: str, texts: int, cached: int, latency_s: float, fallback: bool
+        self, provider: str, kind: Kind, items: int, cached: int, latency_s: float, fallback: bool
     ) -> None:
         """A call was answered."""
         self.calls += 1
-        self.texts += texts
-        self.cached += cached
+        self._items[kind] += items
+        self._cached[kind] += cached
         self.fallbacks += fallback
         self._answered[provider] += 1
         self._latencies_s.append(latency_s)
         self._latency_sum_s += latency_s
+
+    def left_out(self, error: str) -> None:
+        """An item of an answered call ended in an error of this class."""
+        self.item_errors[error] += 1
 
     def gave_up(self, error: str) -> None:
         """A call ended in an error of this class."""
@@ -66,16 +73,17 @@ class Statistics:
         names = sorted({*self._requests, *self._answered, *self._failures})
         return {
             "calls": self.calls,
-            "texts": self.texts,
-            "texts_cached": self.cached,
+            **{f"{kind}s": self._items[kind] for kind in KINDS},
+            **{f"{kind}s_cached": self._cached[kind] for kind in KINDS},
             "fallbacks": self.fallbacks,
             "model_changes": self.model_changes,
             "errors": dict(self.errors),
+            "item_errors": dict(self.item_errors),
             "latency_ms": self._latency_ms(),
             "providers": {
                 name: {
                     "requests": self._requests[name],
-                    "texts": self._sent[name],
+                    **{f"{kind}s": self._sent[name, kind] for kind in KINDS},
                     "calls_answered": self._answered[name],
                     "errors": dict(self._failures.get(name, {})),
                 }

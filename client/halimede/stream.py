@@ -1,11 +1,13 @@
-"""A stream of texts as calls under way: cut, sent ahead by a few, handed out in order."""
+"""A stream of items as calls under way: cut, sent ahead by a few, handed out in order."""
 
 from __future__ import annotations
 
 import concurrent.futures
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+from halimede.items import Given
 from halimede.progress import Advance
 from halimede.requests import WINDOWS_IN_FLIGHT, Windows
 from halimede.results import Embeddings
@@ -17,8 +19,11 @@ Future = concurrent.futures.Future[Embeddings]
 class Stream:
     """The parts of one stream."""
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, encode: Callable[[Any, int], Given]) -> None:
+        """A stream of parts of `window` items; `encode` gives what a call takes for each."""
         self._windows = Windows(window)
+        self._encode = encode
+        self._items = 0
         self._under_way: deque[Future] = deque()
         self._space: str | None = None
 
@@ -32,27 +37,31 @@ class Stream:
         """Whether a part was sent and not handed out."""
         return bool(self._under_way)
 
-    def cut(self, texts: Iterable[str]) -> Iterator[list[bytes]]:
+    def cut(self, items: Iterable[Any]) -> Iterator[list[Given]]:
         """The stream in parts."""
-        for text in texts:
-            if (part := self._windows.add(text)) is not None:
+        for item in items:
+            if (part := self._add(item)) is not None:
                 yield part
         if part := self._windows.rest():
             yield part
 
     async def cut_async(
-        self, texts: Iterable[str] | AsyncIterable[str]
-    ) -> AsyncIterator[list[bytes]]:
+        self, items: Iterable[Any] | AsyncIterable[Any]
+    ) -> AsyncIterator[list[Given]]:
         """The stream in parts, of a stream of either kind."""
-        if not isinstance(texts, AsyncIterable):
-            for part in self.cut(texts):
+        if not isinstance(items, AsyncIterable):
+            for part in self.cut(items):
                 yield part
             return
-        async for text in texts:
-            if (filled := self._windows.add(text)) is not None:
+        async for item in items:
+            if (filled := self._add(item)) is not None:
                 yield filled
         if rest := self._windows.rest():
             yield rest
+
+    def first(self, part: Sequence[Given]) -> int:
+        """Which item of the stream the part just cut begins with."""
+        return self._items - len(part)
 
     def send(self, part: Future) -> None:
         """A part is under way."""
@@ -75,10 +84,15 @@ class Stream:
                 "Begin it again."
             )
         self._space = part.space
-        advance(len(part))
+        advance(len(part) + len(part.errors))
         return part
 
     def close(self) -> None:
         """Cancel what is under way."""
         for part in self._under_way:
             part.cancel()
+
+    def _add(self, item: Any) -> list[Given] | None:
+        part = self._windows.add(self._encode(item, self._items))
+        self._items += 1
+        return part

@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
+from halimede.items import Kind
+
 try:
     trace: Any = importlib.import_module("opentelemetry.trace")
 except ImportError:
@@ -14,9 +16,9 @@ except ImportError:
 
 
 @contextlib.contextmanager
-def span(name: str, texts: int) -> Iterator[dict[str, Any]]:
+def span(name: str, kind: Kind, items: int) -> Iterator[dict[str, Any]]:
     """A span of this name; what is put into the mapping becomes its attributes."""
-    facts: dict[str, Any] = {"halimede.texts": texts}
+    facts: dict[str, Any] = {f"halimede.{kind}s": items}
     if trace is None:
         yield facts
         return

@@ -5,6 +5,8 @@ HalimedeError                  INTERNAL
 │   ├── InvalidText            not UTF-8, not a string, too large
 │   ├── InvalidImage           of no known format, damaged, animated, empty
 │   ├── ImageTooLarge          more bytes or pixels than are taken
+│   ├── UrlRefused             not https, or of an address that is not public
+│   ├── FetchFailed            a url gave no image, or not in time
 │   ├── UnknownInputType       no such prompt
 │   ├── InvalidDimensions      outside 1 … the model's dims
 │   └── InvalidConfig          a configuration is not what it must be
@@ -15,6 +17,7 @@ HalimedeError                  INTERNAL
 │   ├── DeadlineExceeded       no answer within `timeout_s`
 │   ├── OutOfMemory            fewer texts at once may fit
 │   └── ModelChanged           another model now has this name
+├── UnsupportedInput           INVALID_ARG   a model embeds texts, not images, or the reverse
 ├── AccessDenied               INTERNAL      a provider refuses the key
 ├── SpaceRefused               INTERNAL      no provider of the wanted space could answer
 ├── MissingExtra               INTERNAL      an optional package is not installed
@@ -62,6 +65,16 @@ class ImageTooLarge(InvalidInput):
     """An image has more bytes or pixels than the model takes."""
 
 
+class UrlRefused(InvalidInput):
+    """A url is not fetched: not https, or it leads to an address that is not public."""
+
+
+class FetchFailed(InvalidInput):
+    """A url gave no image, or not in time; it may later."""
+
+    retryable = True
+
+
 class UnknownInputType(InvalidInput):
     """`input_type` names no prompt of the model."""
 
@@ -105,6 +118,12 @@ class OutOfMemory(ServerError):
 
 class ModelChanged(ServerError):
     """The model under this name is not the one it was: describe it again, then send again."""
+
+
+class UnsupportedInput(HalimedeError):
+    """A model embeds items of another kind, such as texts and not images."""
+
+    code = "INVALID_ARG"
 
 
 class AccessDenied(HalimedeError):

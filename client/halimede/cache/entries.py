@@ -1,8 +1,8 @@
-"""Vectors with their token counts, and the bytes that stand for one of them in a tier.
+"""Vectors with what is told of their items, and the bytes that stand for one of them in a tier.
 
-A value is `checksum <u4 | FORMAT 4 bytes | dims <u4 | tokens <i4 | computed_s <f8 | vector
-<f4 × dims`, little endian; computed_s is Unix time. The checksum is the CRC-32 of key and the
-rest, so a value under a wrong key is found too.
+A value is `checksum <u4 | FORMAT 4 bytes | dims <u4 | tokens <i4 | computed_s <f8 | image IMAGE |
+vector <f4 × dims`, little endian; computed_s is Unix time. The checksum is the CRC-32 of key and
+the rest, so a value under a wrong key is found too.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+from halimede.results import IMAGE
 from halimede_ops.errors import InvalidInput
 
-FORMAT = b"hlv1"
+FORMAT = b"hlv2"
 
 
 class Entries(NamedTuple):
-    """Vectors of texts, in their order."""
+    """Vectors of items, in their order."""
 
     vectors: np.ndarray
     """`[rows, dims]` float32."""
     tokens: np.ndarray
     """`[rows]` int32: tokens of each whole text."""
+    images: np.ndarray | None = None
+    """`[rows]` of IMAGE; None: of texts."""
 
 
 class Expect(NamedTuple):
@@ -48,6 +51,7 @@ def record(dims: int) -> np.dtype:
             ("dims", "<u4"),
             ("tokens", "<i4"),
             ("computed_s", "<f8"),
+            ("image", IMAGE),
             ("vector", "<f4", (dims,)),
         ]
     )
@@ -56,9 +60,11 @@ def record(dims: int) -> np.dtype:
 def pack(keys: Sequence[bytes], entries: Entries) -> list[bytes]:
     """Each entry's value, in order."""
     rows, dims = entries.vectors.shape
-    records = np.empty(rows, record(dims))
+    records = np.zeros(rows, record(dims))
     records["format"], records["dims"], records["computed_s"] = FORMAT, dims, time.time()
     records["tokens"], records["vector"] = entries.tokens, entries.vectors
+    if entries.images is not None:
+        records["image"] = entries.images
     size_bytes, packed = records.dtype.itemsize, records.tobytes()
     values = []
     for row, key in enumerate(keys):
@@ -80,7 +86,11 @@ def unpack(values: Sequence[bytes], expect: Expect) -> Entries:
             f"the keys are of vectors of other dims than {expect.dims}. "
             "Give keys and Expect the same dims."
         )
-    return Entries(records["vector"].astype(np.float32), records["tokens"].astype(np.int32))
+    return Entries(
+        records["vector"].astype(np.float32),
+        records["tokens"].astype(np.int32),
+        records["image"].copy(),
+    )
 
 
 def is_intact(key: bytes, value: object, expect: Expect) -> bool:
@@ -110,8 +120,8 @@ def check(entries: Entries, rows: int, expect: Expect) -> Entries:
     shapes = (np.shape(entries.vectors), np.shape(entries.tokens))
     if shapes != ((rows, expect.dims), (rows,)):
         raise InvalidInput(
-            f"compute gave vectors {shapes[0]} and tokens {shapes[1]} for {rows} texts of "
-            f"{expect.dims} dims. Give one row a text."
+            f"compute gave vectors {shapes[0]} and tokens {shapes[1]} for {rows} items of "
+            f"{expect.dims} dims. Give one row an item."
         )
     return entries
 

@@ -5,35 +5,36 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from halimede.items import Item, Kind, framed, parts
+
 KEY_BYTES = 20
-FORMAT = b"halimede vector1"
+FORMAT = b"halimede vector2"
 """Domain of the digest, 16 bytes; another format of keys takes another."""
 
 
 def keys(
-    texts: Sequence[bytes], *, space: str, precision: str, input_type: str | None, dims: int
+    items: Sequence[Item],
+    *,
+    space: str,
+    precision: str,
+    input_type: str | None,
+    dims: int,
+    kind: Kind = "text",
 ) -> list[bytes]:
-    """Each text's key, KEY_BYTES bytes of BLAKE2b.
+    """Each item's key, KEY_BYTES bytes of BLAKE2b.
 
-    Two keys are equal only when space, precision, input type, dims and text all are: each field
-    is hashed behind its length, the text last. The output type is left out on purpose, as cached
-    vectors are float32 and are quantised after the cache.
+    Two keys are equal only when kind, space, precision, input type, dims and item all are: each
+    field is hashed behind its length, the item last. The output type is left out on purpose, as
+    cached vectors are float32 and are quantised after the cache.
     """
     seed = hashlib.blake2b(digest_size=KEY_BYTES, person=FORMAT)
-    for field in (space, precision, input_type, str(dims)):
-        seed.update(_framed(field))
+    for field in (kind, space, precision, input_type, str(dims)):
+        seed.update(framed(None if field is None else field.encode()))
 
-    def key(text: bytes) -> bytes:
+    def key(item: Item) -> bytes:
         digest = seed.copy()
-        digest.update(text)
+        for part in parts(item):
+            digest.update(part)
         return digest.digest()
 
-    return [key(text) for text in texts]
-
-
-def _framed(field: str | None) -> bytes:
-    """The field behind its length; None differs from the empty string."""
-    if field is None:
-        return b"\xff" * 8
-    encoded = field.encode()
-    return len(encoded).to_bytes(8, "little") + encoded
+    return [key(item) for item in items]

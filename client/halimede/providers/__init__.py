@@ -6,10 +6,10 @@ import difflib
 import importlib
 from typing import Any
 
-from halimede.providers.base import Answer, Options, Provider
+from halimede.providers.base import Answer, Options, Provider, Request
 from halimede_ops.errors import InvalidConfig
 
-__all__ = ["KINDS", "Answer", "Options", "Provider", "open_provider", "options_of"]
+__all__ = ["KINDS", "Answer", "Options", "Provider", "Request", "open_provider", "options_of"]
 
 KINDS = ("triton", "onnx", "sentence_transformers", "openai", "ollama", "huggingface", "hash")
 

@@ -9,11 +9,12 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
+from halimede.items import Item, Kind, Pair
 from halimede.results import UNKNOWN_TOKENS, ServedModel
 from halimede_ops import errors
 from halimede_ops import vectors as ops
@@ -22,38 +23,73 @@ from halimede_ops.errors import InvalidConfig, InvalidDimensions, MissingExtra, 
 REMOTE = "remote"
 """Precision of a provider that does not tell its own."""
 DEFAULT_TIMEOUT_S = 30.0
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a4944415478"
+    "9c63a8070000810080d394534a0000000049454e44ae426082"
+)
+"""A grey PNG of 1 × 1."""
+METHODS: Mapping[Kind, str] = {
+    "text": "embed",
+    "image": "embed_images",
+    "pair": "embed_multimodal",
+}
+"""What an embedder's method for items of a kind is called."""
+PROBES: Mapping[Kind, Item] = {
+    "text": b"health",
+    "image": PIXEL,
+    "pair": Pair(b"health", PIXEL),
+}
+"""What is embedded to see whether a model can."""
+
+
+class Request(NamedTuple):
+    """What a provider is asked to embed at once."""
+
+    items: Sequence[Item]
+    """At most the model's `max_batch_size`."""
+    kind: Kind = "text"
+    """What each item is."""
+    input_type: str | None = None
+    """Of texts: `query`, `document` or another prompt's name."""
+    dimensions: int | None = None
+    """Leading components to keep; None: as the model has."""
+
+    def part(self, rows: slice) -> Request:
+        """The same of some items."""
+        return self._replace(items=self.items[rows])
 
 
 class Answer(NamedTuple):
     """One request's answer, and the model that gave it."""
 
     vectors: np.ndarray
-    """`[texts, dims]` float32."""
+    """`[items, dims]` float32."""
     tokens: np.ndarray
-    """`[texts]` int32; UNKNOWN_TOKENS where the provider does not tell."""
+    """`[items]` int32; UNKNOWN_TOKENS where the provider does not tell."""
     model: ServedModel
+    images: np.ndarray | None = None
+    """`[items]` of `results.IMAGE`; None where the provider does not tell, and for texts."""
 
 
 class Provider(Protocol):
-    """Something that embeds texts. Used on the client's event loop alone."""
+    """Something that embeds. Used on the client's event loop alone."""
 
     name: str
     """Kind and model, for results, statistics and errors."""
 
-    async def describe(self, timeout_s: float) -> ServedModel:
-        """The model as it is now."""
-        ...
-
-    async def embed(
-        self,
-        texts: Sequence[bytes],
-        input_type: str | None,
-        dimensions: int | None,
-        timeout_s: float,
-    ) -> Answer:
-        """The answer to one request of at most `max_batch_size` texts in UTF-8.
+    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+        """The model that embeds items of this kind, as it is now; None: the one that is named.
 
         Raises:
+            UnsupportedInput: there is none.
+        """
+        ...
+
+    async def embed(self, request: Request, timeout_s: float) -> Answer:
+        """The answer to one request.
+
+        Raises:
+            UnsupportedInput: the provider embeds no items of this kind.
             HalimedeError: an error of halimede's tree, never one of an SDK.
         """
         ...
@@ -80,7 +116,7 @@ class Options(BaseModel):
     max_tokens: PositiveInt | None = None
     """Longest input in tokens, where the provider does not tell."""
     batch_size: PositiveInt | None = None
-    """Most texts in one request; the provider's own limit if that is lower."""
+    """Most texts in one request; the provider's own limit if that is lower. Images go alone."""
     timeout_s: PositiveFloat = Field(DEFAULT_TIMEOUT_S, alias="timeout")
     """Longest wait for one request, in seconds."""
     retries: int = Field(2, ge=0)
@@ -134,6 +170,33 @@ def optional(module: str, extra: str) -> ModuleType:
         raise MissingExtra(
             f"{error.name or module} is not installed. Run: pip install 'halimede[{extra}]'"
         ) from None
+
+
+def texts(request: Request, provider: str) -> Sequence[bytes]:
+    """The texts of a request.
+
+    Raises:
+        UnsupportedInput: it is not of texts.
+    """
+    check_texts(request.kind, provider)
+    return cast(Sequence[bytes], request.items)
+
+
+def check_texts(kind: Kind | None, provider: str) -> None:
+    """Nothing when items of this kind are texts.
+
+    Raises:
+        UnsupportedInput: they are not.
+    """
+    if kind not in (None, "text"):
+        raise unsupported(kind, provider, "text")
+
+
+def unsupported(kind: Kind, provider: str, takes: Kind) -> errors.UnsupportedInput:
+    """The error of a provider that embeds items of another kind."""
+    return errors.UnsupportedInput(
+        f"{provider} embeds {takes}s, not {kind}s: call {METHODS[takes]}, or name another model."
+    )
 
 
 def installed(module: str, extra: str) -> None:

@@ -1,14 +1,14 @@
-"""Vectors from a hash of the text: local and deterministic, for development and tests."""
+"""Vectors from a hash of the bytes: local and deterministic, for development and tests."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 
 from pydantic import Field
 
 from halimede import hashing
-from halimede.providers.base import Answer, cut, prompt, unknown_tokens
+from halimede.items import Kind, parts
+from halimede.providers.base import Answer, Request, cut, prompt, unknown_tokens
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import ServedModel
 
@@ -18,7 +18,7 @@ UNLIMITED_TOKENS = 2**31 - 1
 
 
 class Options(BaseOptions):
-    """Vectors from a hash of the text."""
+    """Vectors from a hash of the bytes."""
 
     provider: str = "hash"
     model_id: str = "hash"
@@ -32,7 +32,7 @@ def connect(options: Options) -> Hash:
 
 
 class Hash:
-    """Unit vectors that depend on the text alone. They say nothing of its meaning."""
+    """Unit vectors that depend on the item's bytes alone. They say nothing of its meaning."""
 
     def __init__(self, options: Options) -> None:
         self.name = f"hash:{options.model_id}"
@@ -46,8 +46,8 @@ class Hash:
             provider="hash",
         )
 
-    async def describe(self, timeout_s: float) -> ServedModel:
-        """The model: always the same."""
+    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+        """The model: always the same, of every kind."""
         return self._model
 
     async def health(self, timeout_s: float) -> None:
@@ -56,15 +56,10 @@ class Hash:
     async def close(self) -> None:
         """Nothing to give back."""
 
-    async def embed(
-        self,
-        texts: Sequence[bytes],
-        input_type: str | None,
-        dimensions: int | None,
-        timeout_s: float,
-    ) -> Answer:
-        """The vectors; token counts are not known."""
-        prompt(input_type, {}, self._model.name)  # refuses an unknown one
+    async def embed(self, request: Request, timeout_s: float) -> Answer:
+        """The vectors; token counts are not known, and images are not looked into."""
+        prompt(request.input_type, {}, self._model.name)  # refuses an unknown one
         await asyncio.sleep(0)  # other calls and their deadlines have their turn
-        vectors = hashing.embed(texts, self._model.dims)
-        return Answer(cut(vectors, dimensions), unknown_tokens(len(texts)), self._model)
+        hashed = [b"".join(parts(item)) for item in request.items]
+        vectors = hashing.embed(hashed, self._model.dims)
+        return Answer(cut(vectors, request.dimensions), unknown_tokens(len(hashed)), self._model)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from halimede.items import Kind
 from halimede.providers import base
-from halimede.providers.base import Answer, KeyOptions
+from halimede.providers.base import Answer, KeyOptions, Request
 from halimede.results import ServedModel
 from halimede_ops import errors
 
@@ -54,8 +55,9 @@ class HuggingFace:
         """Close the connections; a second call does nothing."""
         await self._client.close()
 
-    async def describe(self, timeout_s: float) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
         """The model; its dims are those of a probe text's vector."""
+        base.check_texts(kind, self.name)
         if self._model is None:
             vectors = await self._ask([b"dims"], timeout_s)
             self._model = ServedModel(
@@ -75,18 +77,13 @@ class HuggingFace:
         """Nothing when a probe text is embedded."""
         await self._ask([b"health"], timeout_s)
 
-    async def embed(
-        self,
-        texts: Sequence[bytes],
-        input_type: str | None,
-        dimensions: int | None,
-        timeout_s: float,
-    ) -> Answer:
+    async def embed(self, request: Request, timeout_s: float) -> Answer:
         """The answer; token counts are not known."""
+        texts = base.texts(request, self.name)
         model = await self.describe(timeout_s)
-        base.prompt(input_type, {}, model.name)  # refuses an unknown one
+        base.prompt(request.input_type, {}, model.name)  # refuses an unknown one
         vectors = await self._ask(texts, timeout_s)
-        return Answer(base.cut(vectors, dimensions), base.unknown_tokens(len(texts)), model)
+        return Answer(base.cut(vectors, request.dimensions), base.unknown_tokens(len(texts)), model)
 
     async def _ask(self, texts: Sequence[bytes], timeout_s: float) -> np.ndarray:
         # The SDK's type says str; the API takes a list as well, and answers a matrix.

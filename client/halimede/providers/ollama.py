@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
+from halimede.items import Kind
 from halimede.latest import Latest
 from halimede.providers import base
-from halimede.providers.base import Answer
+from halimede.providers.base import Answer, Request
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import ServedModel
 from halimede_ops import errors
@@ -49,12 +49,13 @@ class Ollama:
             client, self._client = self._client, None
             await client.close()
 
-    async def describe(self, timeout_s: float) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
         """The model as the server tells it now.
 
         Raises:
             ModelNotFound: the server does not have it.
         """
+        base.check_texts(kind, self.name)
         self._timeout_s = timeout_s
         return await self._reading.read()
 
@@ -64,19 +65,14 @@ class Ollama:
             "embed", timeout_s, model=self._options.model_id, input=["health"], truncate=True
         )
 
-    async def embed(
-        self,
-        texts: Sequence[bytes],
-        input_type: str | None,
-        dimensions: int | None,
-        timeout_s: float,
-    ) -> Answer:
+    async def embed(self, request: Request, timeout_s: float) -> Answer:
         """The answer, if the model was the same before and after; no token counts.
 
         Raises:
             ModelChanged: it was not.
         """
-        base.prompt(input_type, {}, self._options.model_id)  # refuses an unknown one
+        texts = base.texts(request, self.name)
+        base.prompt(request.input_type, {}, self._options.model_id)  # refuses an unknown one
         before = self._model or await self.describe(timeout_s)
         answer = await self._ask(
             "embed",
@@ -88,7 +84,9 @@ class Ollama:
         if await self.describe(timeout_s) != before:
             raise errors.ModelChanged(f"{self.name} was changed while it was asked. Send again.")
         vectors = base.matrix(answer.embeddings, len(texts))
-        return Answer(base.cut(vectors, dimensions), base.unknown_tokens(len(texts)), before)
+        return Answer(
+            base.cut(vectors, request.dimensions), base.unknown_tokens(len(texts)), before
+        )
 
     async def _read(self) -> ServedModel:
         listed = (await self._ask("list", self._timeout_s)).models

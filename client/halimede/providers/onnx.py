@@ -14,7 +14,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from halimede.providers.base import Answer, optional, too_late
+from halimede.items import Kind
+from halimede.providers import base
+from halimede.providers.base import Answer, Request, optional, too_late
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import ServedModel
 from halimede.settings import Settings
@@ -84,29 +86,27 @@ class Onnx:
         self._workers.shutdown(wait=False, cancel_futures=True)
         self._opened = None
 
-    async def describe(self, timeout_s: float) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
         """The model as its folder is now; opened again when its files changed.
 
         Raises:
             ModelNotFound: the repository has no such model.
             InvalidModel: a file of it cannot be read.
         """
+        base.check_texts(kind, self.name)
         return (await self._model(timeout_s, again=True)).served
 
     async def health(self, timeout_s: float) -> None:
         """Nothing when a probe text is embedded."""
-        await self.embed([b"health"], None, None, timeout_s)
+        await self.embed(Request([b"health"]), timeout_s)
 
-    async def embed(
-        self,
-        texts: Sequence[bytes],
-        input_type: str | None,
-        dimensions: int | None,
-        timeout_s: float,
-    ) -> Answer:
+    async def embed(self, request: Request, timeout_s: float) -> Answer:
         """The answer of the model in memory."""
+        texts = base.texts(request, self.name)
         opened = await self._model(timeout_s, again=False)
-        return await self._in_thread(timeout_s, _embed, opened, texts, input_type, dimensions)
+        return await self._in_thread(
+            timeout_s, _embed, opened, texts, request.input_type, request.dimensions
+        )
 
     async def _model(self, timeout_s: float, *, again: bool) -> _Opened:
         async with self._opening:

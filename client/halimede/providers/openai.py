@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from halimede.items import Kind
 from halimede.providers import base
-from halimede.providers.base import Answer, KeyOptions
+from halimede.providers.base import Answer, KeyOptions, Request
 from halimede.results import ServedModel
 from halimede_ops import errors
 
@@ -62,8 +63,9 @@ class OpenAI:
         """Close the connections; a second call does nothing."""
         await self._client.close()
 
-    async def describe(self, timeout_s: float) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
         """The model; dims of one that is not OpenAI's are those of a probe text's vector."""
+        base.check_texts(kind, self.name)
         if self._model is None:
             vectors, _ = await self._ask([b"dims"], None, timeout_s)
             self._model = self._served(vectors.shape[1])
@@ -73,19 +75,14 @@ class OpenAI:
         """Nothing when a probe text is embedded."""
         await self._ask([b"health"], None, timeout_s)
 
-    async def embed(
-        self,
-        texts: Sequence[bytes],
-        input_type: str | None,
-        dimensions: int | None,
-        timeout_s: float,
-    ) -> Answer:
+    async def embed(self, request: Request, timeout_s: float) -> Answer:
         """The answer; token counts are known of single texts alone."""
+        texts = base.texts(request, self.name)
         model = await self.describe(timeout_s)
-        base.prompt(input_type, {}, model.name)  # refuses an unknown one
-        asked = dimensions if model.name.startswith(CUTTABLE) else None
+        base.prompt(request.input_type, {}, model.name)  # refuses an unknown one
+        asked = request.dimensions if model.name.startswith(CUTTABLE) else None
         vectors, tokens = await self._ask(texts, asked, timeout_s)
-        return Answer(base.cut(vectors, dimensions), tokens, model)
+        return Answer(base.cut(vectors, request.dimensions), tokens, model)
 
     async def _ask(
         self, texts: Sequence[bytes], dimensions: int | None, timeout_s: float

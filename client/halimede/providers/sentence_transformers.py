@@ -12,15 +12,15 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import PositiveFloat
 
+from halimede.items import Kind
 from halimede.providers import base
-from halimede.providers.base import Answer
+from halimede.providers.base import Answer, Request
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import ServedModel
 from halimede_ops import errors
@@ -63,24 +63,20 @@ class SentenceTransformers:
         if worker is not None:
             await worker.close()
 
-    async def describe(self, timeout_s: float) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
         """The model that the process has loaded."""
+        base.check_texts(kind, self.name)
         return (await self._running()).model
 
     async def health(self, timeout_s: float) -> None:
         """Nothing when a probe text is embedded."""
-        await self.embed([b"health"], None, None, timeout_s)
+        await self.embed(Request([b"health"]), timeout_s)
 
-    async def embed(
-        self,
-        texts: Sequence[bytes],
-        input_type: str | None,
-        dimensions: int | None,
-        timeout_s: float,
-    ) -> Answer:
+    async def embed(self, request: Request, timeout_s: float) -> Answer:
         """The answer of the process."""
+        texts = base.texts(request, self.name)
         worker = await self._running()
-        prompted = {"texts": [text.decode() for text in texts], "input_type": input_type}
+        prompted = {"texts": [text.decode() for text in texts], "input_type": request.input_type}
         try:
             told = await asyncio.wait_for(worker.ask(prompted), timeout_s)
         except asyncio.TimeoutError:
@@ -89,7 +85,7 @@ class SentenceTransformers:
             raise base.too_late(self.name, timeout_s) from None
         vectors = np.frombuffer(base64.b64decode(told["vectors"]), "<f4").reshape(len(texts), -1)
         return Answer(
-            base.cut(np.array(vectors), dimensions),
+            base.cut(np.array(vectors), request.dimensions),
             np.array(told["tokens"], np.int32),
             worker.model,
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -24,10 +25,11 @@ from pydantic import field_validator
 from tritonclient.utils import InferenceServerException
 
 from halimede.breaker import Breaker
+from halimede.items import Item, Kind, Pair
 from halimede.latest import Latest
-from halimede.providers.base import Answer
+from halimede.providers.base import PROBES, Answer, Request, unknown_tokens, unsupported
 from halimede.providers.base import Options as BaseOptions
-from halimede.results import ServedModel
+from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
 from halimede_ops import errors
 
 T = TypeVar("T")
@@ -45,6 +47,14 @@ CODES = {
     "RESOURCE_EXHAUSTED": errors.OutOfMemory,
 }
 """Error class of a gRPC status name or an HTTP status code."""
+INPUTS: Mapping[Kind, str] = {"text": "TEXT", "image": "IMAGE"}
+OUTPUTS: Mapping[Kind, tuple[str, ...]] = {
+    "text": ("EMBEDDING", "TOKENS"),
+    "image": ("EMBEDDING", "WIDTH", "HEIGHT", "FORMAT"),
+    "pair": ("EMBEDDING",),
+}
+KIND_OF_INPUT: Mapping[str, Kind] = {"text": "text", "image": "image", "multimodal": "pair"}
+"""Kind of the items of a model by its parameter `input`."""
 OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|failed to allocate", re.IGNORECASE)
 NOT_LOADED = re.compile(r"not (?:at )?ready|is unloading|being loaded", re.IGNORECASE)
 LARGEST_MESSAGE_BYTES = 2**31 - 1
@@ -113,29 +123,22 @@ class Triton:
         """Close every connection; a second call does nothing."""
         await asyncio.gather(*[server.close() for server in self._servers])
 
-    async def describe(self, timeout_s: float) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
         """The model as a server's config tells it now.
 
         Raises:
             ModelNotFound: the server has no such model, or it is none of halimede's ensembles.
+            UnsupportedInput: it embeds no items of this kind, nor does the model it names.
         """
-        return await self._on_one(lambda server: server.describe(timeout_s))
+        return await self._on_one(lambda server: server.describe(timeout_s, kind))
 
     async def health(self, timeout_s: float) -> None:
-        """Nothing when a server embeds a probe text."""
+        """Nothing when a server embeds a probe."""
         await self._on_one(lambda server: server.probe(timeout_s))
 
-    async def embed(
-        self,
-        texts: Sequence[bytes],
-        input_type: str | None,
-        dimensions: int | None,
-        timeout_s: float,
-    ) -> Answer:
+    async def embed(self, request: Request, timeout_s: float) -> Answer:
         """The answer of the server that has least to do."""
-        return await self._on_one(
-            lambda server: server.embed(texts, input_type, dimensions, timeout_s)
-        )
+        return await self._on_one(lambda server: server.embed(request, timeout_s))
 
     async def models(self, timeout_s: float) -> list[ServedModel]:
         """Every embedding model that is ready, by name."""
@@ -168,8 +171,8 @@ class _Server:
         self.breaker = Breaker(self.probe)
         self._api: Any = importlib.import_module(f"tritonclient.{scheme}.aio")
         self._client: Any = None
-        self._described: ServedModel | None = None
-        self._reading = Latest(self._read)
+        self._described: dict[Kind, ServedModel] = {}
+        self._readings: dict[Kind | None, Latest[ServedModel]] = {}
         self._timeout_s = 30.0
 
     async def guarded(self, asking: Awaitable[T]) -> T:
@@ -192,37 +195,35 @@ class _Server:
             client, self._client = self._client, None
             await client.close()
 
-    async def describe(self, timeout_s: float) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
         self._timeout_s = timeout_s
-        return await self._reading.read()
+        if kind not in self._readings:
+            self._readings[kind] = Latest(functools.partial(self._read, kind))
+        return await self._readings[kind].read()
 
     async def probe(self, timeout_s: float) -> None:
-        await self._infer([b"health"], None, None, timeout_s)
+        model = await self.describe(timeout_s)
+        await self._infer(model.name, Request([PROBES[model.input]], model.input), timeout_s)
 
-    async def embed(
-        self,
-        texts: Sequence[bytes],
-        input_type: str | None,
-        dimensions: int | None,
-        timeout_s: float,
-    ) -> Answer:
-        before = self._described or await self.describe(timeout_s)
-        result = await self._infer(texts, input_type, dimensions, timeout_s)
+    async def embed(self, request: Request, timeout_s: float) -> Answer:
+        kind = request.kind
+        before = self._described.get(kind) or await self.describe(timeout_s, kind)
+        result = await self._infer(before.name, request, timeout_s)
         if before.version:
             after = self._version(result) == before.version
         else:
-            after = await self.describe(timeout_s) == before
+            after = await self.describe(timeout_s, kind) == before
         if not after:
-            self._described = None
+            self._described.clear()
             raise errors.ModelChanged(
                 f"{self.model} on {self.address} was changed while it was asked. Send again."
             )
         # A copy: an array over the response's own buffer would keep all of it alive.
-        return Answer(
-            np.array(result.as_numpy("EMBEDDING")),
-            np.array(result.as_numpy("TOKENS")).reshape(-1),
-            before,
-        )
+        vectors = np.array(result.as_numpy("EMBEDDING"))
+        if kind == "text":
+            return Answer(vectors, np.array(result.as_numpy("TOKENS")).reshape(-1), before)
+        images = _images(result) if kind == "image" else None
+        return Answer(vectors, unknown_tokens(len(vectors)), before, images)
 
     async def models(self, timeout_s: float) -> list[ServedModel]:
         index = await self._call("get_model_repository_index", timeout_s=timeout_s)
@@ -233,13 +234,21 @@ class _Server:
         served = [await self._served(name, timeout_s) for name in names]
         return [model for model in served if model is not None]
 
-    async def _read(self) -> ServedModel:
-        served = await self._served(self.model, self._timeout_s)
+    async def _read(self, kind: Kind | None) -> ServedModel:
+        """The model that is named, or the one it names for images."""
+        named = await self._ensemble(self.model)
+        served = named
+        if kind == "image" and named.image_model:
+            served = await self._ensemble(named.image_model)
+        if kind not in (None, served.input):
+            raise unsupported(kind, f"triton:{self.model}", named.input)
+        self._described[served.input] = served
+        return served
+
+    async def _ensemble(self, model: str) -> ServedModel:
+        served = await self._served(model, self._timeout_s)
         if served is None:
-            raise errors.ModelNotFound(
-                f"{self.model!r} is a step of a model; ask for the model itself."
-            )
-        self._described = served
+            raise errors.ModelNotFound(f"{model!r} is a step of a model; ask for the model itself.")
         return served
 
     async def _served(self, model: str, timeout_s: float) -> ServedModel | None:
@@ -247,23 +256,20 @@ class _Server:
         answer = await self._call("get_model_config", model, timeout_s=timeout_s)
         return _of_message(answer.config) if self.is_grpc else _of_json(answer)
 
-    async def _infer(
-        self,
-        texts: Sequence[bytes],
-        input_type: str | None,
-        dimensions: int | None,
-        timeout_s: float,
-    ) -> Any:
-        rows = len(texts)
-        inputs = [self._input("TEXT", "BYTES", np.array(texts, np.object_).reshape(rows, 1))]
-        if input_type is not None:
-            value = np.full((rows, 1), input_type.encode(), np.object_)
+    async def _infer(self, model: str, request: Request, timeout_s: float) -> Any:
+        rows = len(request.items)
+        inputs = [
+            self._input(name, "BYTES", np.array(values, np.object_).reshape(rows, 1))
+            for name, values in _columns(request).items()
+        ]
+        if request.input_type is not None:
+            value = np.full((rows, 1), request.input_type.encode(), np.object_)
             inputs.append(self._input("INPUT_TYPE", "BYTES", value))
-        if dimensions is not None:
-            value = np.full((rows, 1), dimensions, np.int32)
+        if request.dimensions is not None:
+            value = np.full((rows, 1), request.dimensions, np.int32)
             inputs.append(self._input("DIMENSIONS", "INT32", value))
-        outputs = [self._api.InferRequestedOutput(name) for name in ("EMBEDDING", "TOKENS")]
-        return await self._call("infer", self.model, inputs, outputs=outputs, timeout_s=timeout_s)
+        outputs = [self._api.InferRequestedOutput(name) for name in OUTPUTS[request.kind]]
+        return await self._call("infer", model, inputs, outputs=outputs, timeout_s=timeout_s)
 
     async def _call(self, method: str, *arguments: Any, timeout_s: float, **options: Any) -> Any:
         """What tritonclient returns, alike for both protocols; its errors become ours."""
@@ -291,6 +297,27 @@ class _Server:
     def _version(self, result: Any) -> str:
         answer = result.get_response()
         return str(answer.model_version if self.is_grpc else answer["model_version"])
+
+
+def _columns(request: Request) -> Mapping[str, Sequence[Item]]:
+    """A request's items as the input tensors they go into; what a pair lacks is left out."""
+    if request.kind != "pair":
+        return {INPUTS[request.kind]: request.items}
+    columns = {}
+    for name, values in zip(Pair._fields, zip(*request.items, strict=True), strict=True):
+        if None not in values:
+            columns[name.upper()] = values
+    return columns
+
+
+def _images(result: Any) -> np.ndarray:
+    """What the answer tells of each image."""
+    names = zip(IMAGE.names or (), OUTPUTS["image"][1:], strict=True)
+    columns = {name: result.as_numpy(output).reshape(-1) for name, output in names}
+    images = np.zeros(len(columns["width"]), IMAGE)
+    for name, values in columns.items():
+        images[name] = values
+    return images
 
 
 def _of_message(config: Any) -> ServedModel | None:
@@ -322,10 +349,13 @@ def _of_facts(
         space=parameters["space"],
         precision=parameters["precision"],
         dims=int(parameters["dims"]),
-        max_tokens=int(parameters["max_tokens"]),
+        max_tokens=int(parameters.get("max_tokens", 0)),
         max_batch_size=max_batch_size,
         mean_cosine=None if cosine is None else float(cosine),
         version=str(versions[0]) if is_pinned else "",
+        input=KIND_OF_INPUT[parameters.get("input", "text")],
+        image_model=parameters.get("image_model", ""),
+        max_image_bytes=int(parameters.get("max_image_bytes", MAX_IMAGE_BYTES)),
     )
 
 
