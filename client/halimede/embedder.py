@@ -187,8 +187,8 @@ class Embedder(_Opened):
         """Embeddings of the images, in their order: vectors `[images, dims]`.
 
         An image is a path, a url, the bytes of a file, a PIL image (encoded as PNG, which loses
-        nothing; TIFF where PNG has no such mode) or a source of `find_images`. It is read when its
-        turn comes, and sent in a request of its own. `images` of the result tells each one's
+        nothing) or a source of `find_images`. It is read when its turn comes, and sent in a
+        request of its own. `images` of the result tells each one's
         width, height and format.
 
         The server fetches nothing: urls are fetched here, by the configuration's `urls`.
@@ -265,7 +265,7 @@ class Embedder(_Opened):
         stream = Stream(window, requests.encode_one)
         return self._embed_iter("text", stream, texts, deadline_s, progress, **asked)
 
-    def embed_sourcesiter(
+    def embed_images_iter(
         self,
         images: Iterable[Image],
         *,
@@ -412,7 +412,7 @@ class AsyncEmbedder(_Opened):
         stream = Stream(window, requests.encode_one)
         return self._embed_iter("text", stream, texts, deadline_s, progress, **asked)
 
-    async def embed_sourcesiter(
+    def embed_images_iter(
         self,
         images: Iterable[Image] | AsyncIterable[Image],
         *,

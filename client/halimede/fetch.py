@@ -20,6 +20,8 @@ from halimede_ops.errors import FetchFailed, ImageTooLarge, InvalidImage, UrlRef
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+AZURE = ipaddress.IPv4Address("168.63.129.16")
+"""Of the public range, but the host of every virtual machine on Azure answers there."""
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 """IPv6 addresses that stand for the IPv4 address in their last 32 bits (RFC 6052)."""
 UNTYPED = ("", "application/octet-stream", "binary/octet-stream")
@@ -39,8 +41,9 @@ class UrlOptions(BaseModel):
     """Most redirects that are followed."""
     allow_http: bool = False
     """Whether http is fetched too, and not https alone."""
-    allow_private: bool = False
-    """Whether addresses that are not public are fetched from: this machine, its network."""
+    allow_private: bool | tuple[str, ...] = False
+    """Whether addresses that are not public are fetched from, such as this machine and those of its
+    network: true for all, or the hosts that may have one."""
 
 
 class Fetch:
@@ -92,29 +95,35 @@ class Fetch:
         schemes = ("https", "http") if self.options.allow_http else ("https",)
         if url.scheme not in schemes or not url.host:
             raise UrlRefused(f"only {' and '.join(schemes)} urls are fetched (urls.allow_http).")
+        if url.port is not None and not 0 < url.port < 65536:
+            raise UrlRefused("the url's port is none.")
         if url.userinfo:
             raise UrlRefused("the url has a user or a password. Fetch it yourself, give the bytes.")
 
     async def _addresses(self, url: Any) -> list[str]:
         """The addresses of the url's host, all of them allowed."""
         loop = asyncio.get_running_loop()
-        host, port = url.raw_host.decode("ascii"), url.port or 0
+        host = url.raw_host.decode("ascii")
         try:
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
             raise FetchFailed("the url's host has no address.") from None
         addresses = [str(socket_address[0]) for *_, socket_address in found]
-        if not self.options.allow_private and not all(map(is_public, addresses)):
+        if not self._may_be_private(host) and not all(map(is_public, addresses)):
             raise UrlRefused(
                 "the url leads to an address that is not public. Fetch it yourself and give the "
-                "bytes, or set urls.allow_private if nobody else chooses the urls."
+                "bytes, or name its host in urls.allow_private."
             )
         return addresses
+
+    def _may_be_private(self, host: str) -> bool:
+        allowed = self.options.allow_private
+        return allowed if isinstance(allowed, bool) else host in allowed
 
     @functools.cached_property
     def _tls(self) -> Any:
         """The certificates to trust: read once, it takes longer than a fetch."""
-        return optional("httpx", "images").create_ssl_context(trust_env=False)
+        return optional("httpx", "images").create_ssl_context()
 
 
 def is_public(address: str) -> bool:
@@ -127,7 +136,8 @@ def is_public(address: str) -> bool:
 
 def _is_public(address: Address) -> bool:
     return address.is_global and not (
-        address.is_multicast
+        address == AZURE
+        or address.is_multicast
         or address.is_reserved
         or address.is_unspecified
         or (address.version == 6 and address.is_site_local)

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import functools
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -259,7 +260,7 @@ class _Job:
         except OF_ONE_ITEM as error:
             if self.call.kind == "text":
                 raise
-            told = type(error)(f"{self.call.kind} {rows[0] + self.call.first}: {error}")
+            told = type(error)(_placed(str(error), self.call.kind, rows[0] + self.call.first))
             if self.call.errors == "raise":
                 raise told from None
             self._advance(1)
@@ -337,6 +338,12 @@ def _check(answer: Answer, model: ServedModel, rows: int, dims: int) -> None:
         raise ServerError(
             f"{model.name} was asked for {rows} × {dims}; it gave {answer.vectors.shape}."
         )
+
+
+def _placed(message: str, kind: Kind, place: int) -> str:
+    """An item's error with its place in the call; the provider was sent it alone, as item 0."""
+    named, found = re.subn(r"^(text|image|pair) 0\b", rf"\1 {place}", message)
+    return named if found else f"{kind} {place}: {message}"
 
 
 def _images(entries: list[Entries]) -> tuple[ImageInfo, ...]:

@@ -1,7 +1,8 @@
 """Images as they are given: paths, urls, bytes, PIL images, and what folders and archives hold.
 
-Each becomes a source that is read when its turn comes. A picture of PIL is encoded without loss,
-with its EXIF orientation: as PNG, or as TIFF where PNG has no such mode (CMYK, YCbCr, LAB, 32-bit).
+Each becomes a source that is read when its turn comes. A picture of PIL is encoded as PNG, with its
+EXIF orientation, which loses nothing: a mode that PNG does not have (CMYK, YCbCr, 32-bit) becomes
+RGB, as the model sees every picture.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ HEADER_TYPES = frozenset(
     )
 )
 PNG_MODES = frozenset(("1", "L", "LA", "P", "RGB", "RGBA", "I;16"))
-TIFF_MODES = frozenset(("CMYK", "YCbCr", "LAB", "F", "I", "PA", "RGBX"))
+ORIENTATION = 0x0112
+"""Tag of EXIF."""
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 DAMAGED = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -126,9 +129,9 @@ def find_images(path: Path | str) -> Iterator[Found]:
         yield from _in_folder(path)
     elif not path.is_file():
         raise InvalidInput("there is no such file or folder.")
-    elif path.suffix.lower() not in SUFFIXES and zipfile.is_zipfile(path):
+    elif path.name.lower().endswith(".zip"):
         yield from _in_zip(path)
-    elif path.suffix.lower() not in SUFFIXES and tarfile.is_tarfile(path):
+    elif path.name.lower().endswith(TARS):
         yield from _in_tar(path)
     else:
         yield Found(path.name, File(path))
@@ -248,24 +251,24 @@ class Both:
 
 
 def encode(picture: Any) -> bytes:
-    """A picture of PIL without loss: PNG, or TIFF where PNG has no such mode.
+    """A picture of PIL as PNG, with its EXIF orientation.
 
     Raises:
-        InvalidImage: it has no pixels, is of a mode that neither has, or its own file is damaged.
+        InvalidImage: it has no pixels, is of a mode that cannot become RGB, or its own file is
+            damaged.
     """
-    if picture.mode not in PNG_MODES | TIFF_MODES or 0 in picture.size:
-        raise InvalidImage(
-            f"a PIL image of mode {picture.mode} and size {picture.size} cannot be encoded. "
-            'Convert it: image.convert("RGB").'
-        )
     out = io.BytesIO()
-    options = {"format": "PNG", "compress_level": 1}
-    if picture.mode in TIFF_MODES:
-        options = {"format": "TIFF", "compression": "raw"}
     try:
-        picture.save(out, exif=picture.getexif(), **options)
-    except (OSError, ValueError, SyntaxError) as error:  # its file is read only now
-        raise InvalidImage(f"the PIL image cannot be read ({type(error).__name__}).") from None
+        exif = picture.getexif()
+        turned = type(exif)()
+        turned[ORIENTATION] = exif.get(ORIENTATION, 1)
+        seen = picture if picture.mode in PNG_MODES else picture.convert("RGB")
+        seen.save(out, "PNG", compress_level=1, exif=turned)
+    except (OSError, ValueError, SyntaxError, SystemError) as error:  # its file is read only now
+        raise InvalidImage(
+            f"the PIL image of mode {picture.mode} and size {picture.size} cannot be encoded "
+            f"({type(error).__name__})."
+        ) from None
     return out.getvalue()
 
 
