@@ -3,13 +3,18 @@ MODEL ?= all-MiniLM-L6-v2
 NAME ?=
 DEVICE ?= cpu
 ARGS ?=
+PROFILE ?= cpu
 PYTHON ?= python3
 BIN := .venv/bin
 # Exact versions that were tested together; other Python versions resolve from pyproject.toml.
 LOCK := constraints-$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 CONSTRAIN := $(if $(wildcard $(LOCK)),--constraint $(LOCK))
 
-.PHONY: help env build serve test lint format perf sts bench-cache bench-engine clean
+export COMPOSE_PROJECT_NAME := halimede
+COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+OURS := --filter label=com.docker.compose.project=halimede
+
+.PHONY: help env build serve up down test test-containers lint format perf sts bench-cache bench-engine clean
 
 help:  ## List the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,9 +38,24 @@ default: env
 serve: env  ## Build what is missing and serve; ARGS='--http-port 9000 …'
 	@exec $(BIN)/python -m tools serve $(ARGS)
 
+up: default  ## The stack in containers: Triton, Redis, Prometheus, Grafana; PROFILE=gpu
+	$(COMPOSE) --profile $(PROFILE) up --detach --build
+	@echo 'Waiting until every service is healthy …'
+	@while [ -n "$$(docker ps -q $(OURS) --filter health=starting)" ]; do sleep 1; done
+	@! docker ps -a $(OURS) --format '{{.Names}} {{.Status}}' | grep -v -e '(healthy)' -e grafana
+	@$(BIN)/halimede health
+	@echo 'Prometheus http://127.0.0.1:9090   Grafana http://127.0.0.1:3000   Redis 127.0.0.1:6379'
+
+down:  ## Stop the stack and remove its containers, network and volumes
+	$(COMPOSE) --profile cpu --profile gpu down --volumes --remove-orphans
+
 test: env default  ## Lint, then run every test against a real Triton
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest $(ARGS)
+
+test-containers: env default  ## The stack in containers, really run; needs root
+	tests/containers/engine.sh
+	$(BIN)/python -m pytest -m containers $(ARGS)
 
 lint: env  ## Linter, formatter and type checker
 	$(BIN)/ruff check .

@@ -501,7 +501,7 @@ def test_port_taken(engine: Engine, repository: Path, options: Options) -> None:
 
 def test_compose_is_the_same_container() -> None:
     """docker-compose.yml starts what `--runtime docker` starts with the default options."""
-    service = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["triton"]
+    service = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["triton-gpu"]
     assert service["image"] == container.IMAGE
     assert service["shm_size"] == container.SHM_SIZE
     assert service["environment"] == container.ENVIRONMENT

@@ -99,10 +99,13 @@ def serve(
     runtime: Annotated[
         str, typer.Option(help="wheel: Triton from PyPI; docker: NVIDIA's container.")
     ] = "wheel",
+    replace: Annotated[
+        bool,
+        typer.Option("--exec", help="Become Triton, for containers: build nothing, log to stdout."),
+    ] = False,
 ) -> None:
     """Serve the repository with Triton, building first what is missing."""
-    from tools.serve import serve as serve_repository
-    from tools.triton import Options
+    from tools.triton import Options, become, lay_out
 
     options = Options(
         host=host,
@@ -112,7 +115,15 @@ def serve(
         log_level=log_level,
         models=_names(models),
     )
-    serve_repository(Settings(), options, runtime)
+    settings = Settings()
+    if replace:
+        backends = settings.backends or lay_out(
+            settings.python_backend, settings.run(grpc_port) / "backends"
+        )
+        become(settings.repository, backends, options)
+    from tools.serve import serve as serve_repository
+
+    serve_repository(settings, options, runtime)
 
 
 @app.command()

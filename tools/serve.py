@@ -44,8 +44,7 @@ def _runtime(
     runtime: str, settings: Settings, options: triton.Options
 ) -> contextlib.AbstractContextManager[triton.Running]:
     if runtime == "wheel":
-        run = settings.home / "run" / str(options.grpc_port)
-        run.mkdir(parents=True, exist_ok=True)
+        run = settings.run(options.grpc_port)
         return triton.serve(settings.repository, settings.python_backend, run, options)
     if runtime == "docker":
         from tools import container

@@ -19,7 +19,7 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import tritonclient.grpc as grpcclient
 from pydantic import BaseModel
@@ -154,30 +154,49 @@ def serve(repository: Path, python_backend: Path, run: Path, options: Options) -
         server.stop()
 
 
+def become(repository: Path, backends: Path, options: Options) -> NoReturn:
+    """Replace this process by a server that logs to its output, as a container wants it.
+
+    Raises:
+        ServeError: as `serve`.
+    """
+    check_models(repository, options)
+    command = _command(repository, backends, options)
+    os.execve(command[0], command, _environment())  # noqa: S606
+
+
 def _start(repository: Path, python_backend: Path, run: Path, options: Options) -> Server:
-    wheel = _wheel()
-    backends = _lay_out_backends(wheel, python_backend, run / "backends")
+    backends = lay_out(python_backend, run / "backends")
+    command = _command(repository, backends, options)
     log = run / "triton.log"
-    shared_memory = f"halimede-{os.getpid()}-{options.grpc_port}-"
-    command = [
-        str(wheel / "bin" / "tritonserver"),
-        f"--model-repository={repository.resolve()}",
-        f"--backend-directory={backends}",
-        f"--cache-directory={wheel / 'caches'}",
-        f"--backend-config=python,shm-region-prefix-name={shared_memory}",
-        *options.arguments(),
-    ]
     with log.open("wb") as out:
         process = subprocess.Popen(
             command,
-            env=_environment(wheel),
+            env=_environment(),
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
-    return Server(process, options, log, shared_memory)
+    return Server(process, options, log, _shared_memory(options))
+
+
+def _command(repository: Path, backends: Path, options: Options) -> list[str]:
+    wheel = _wheel()
+    return [
+        str(wheel / "bin" / "tritonserver"),
+        f"--model-repository={repository.resolve()}",
+        f"--backend-directory={backends.resolve()}",
+        f"--cache-directory={wheel / 'caches'}",
+        f"--backend-config=python,shm-region-prefix-name={_shared_memory(options)}",
+        *options.arguments(),
+    ]
+
+
+def _shared_memory(options: Options) -> str:
+    """Prefix of the regions of a server that this process starts."""
+    return f"halimede-{os.getpid()}-{options.grpc_port}-"
 
 
 def _wheel() -> Path:
@@ -192,11 +211,15 @@ def wheel_libraries() -> Path:
     return _wheel().parent.parent / "nvidia_pytriton.libs"
 
 
-def _lay_out_backends(wheel: Path, python_backend: Path, folder: Path) -> Path:
-    """A backend directory with Triton's Python backend and ours side by side.
+def lay_out(python_backend: Path, folder: Path) -> Path:
+    """`folder` as a backend directory with Triton's Python backend and ours side by side.
 
     Copies: Triton refuses a link that leads out of its backend directory.
+
+    Raises:
+        ServeError: the wheel is missing, or has no stub for this Python.
     """
+    wheel = _wheel()
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(python_backend, folder, ignore=shutil.ignore_patterns("__pycache__"))
     python = folder / "python"
@@ -208,10 +231,10 @@ def _lay_out_backends(wheel: Path, python_backend: Path, folder: Path) -> Path:
     if not stub.exists():
         raise ServeError(f"Triton's wheel has no stub for Python {version}; use 3.10 to 3.13")
     shutil.copy2(stub, python)
-    return folder.resolve()
+    return folder
 
 
-def _environment(wheel: Path) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     libraries = [str(wheel_libraries()), str(libpython().parent)]
     bin_folder = str(Path(sys.executable).parent)
     return {

@@ -1,0 +1,32 @@
+# Triton from PyPI and our backends, on CPU. Models are mounted at /models; nothing is built here.
+FROM debian:bookworm-slim AS build
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /source
+COPY . .
+RUN python3 -m venv /opt/halimede \
+    && /opt/halimede/bin/pip install --no-cache-dir --constraint constraints-py311.txt '.[server]' \
+    && /opt/halimede/bin/pip uninstall --yes mpmath sympy pip setuptools \
+    && mv tools /opt/halimede/ \
+    && cd /opt/halimede \
+    && bin/python -c 'from pathlib import Path; from tools.triton import lay_out; lay_out(Path("/source/python_backend"), Path("backends"))'
+
+FROM debian:bookworm-slim
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends libpython3.11 python3 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin halimede
+COPY --from=build /opt/halimede /opt/halimede
+# The root file system may be read-only: /tmp and /dev/shm alone are written to.
+ENV PATH=/opt/halimede/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HALIMEDE_BACKENDS=/opt/halimede/backends \
+    HALIMEDE_REPOSITORY=/models
+WORKDIR /opt/halimede
+USER 10001
+VOLUME /models
+EXPOSE 8000 8001 8002
+HEALTHCHECK --interval=15s --timeout=10s --start-period=2m --retries=3 CMD ["halimede", "health"]
+ENTRYPOINT ["python", "-m", "tools", "serve", "--exec"]
+CMD ["--host", "0.0.0.0"]
