@@ -4,10 +4,15 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /source
-COPY . .
-RUN python3 -m venv /opt/halimede \
+# What is installed changes rarely, the code often: two layers.
+COPY LICENSE README.md constraints-py311.txt pyproject.toml ./
+RUN mkdir client python_backend \
+    && python3 -m venv /opt/halimede \
     && /opt/halimede/bin/pip install --no-cache-dir --constraint constraints-py311.txt '.[server]' \
-    && /opt/halimede/bin/pip uninstall --yes mpmath sympy pip setuptools \
+    && /opt/halimede/bin/pip uninstall --yes halimede mpmath sympy
+COPY . .
+RUN /opt/halimede/bin/pip install --no-cache-dir --no-deps . \
+    && /opt/halimede/bin/pip uninstall --yes pip setuptools \
     && mv tools /opt/halimede/ \
     && cd /opt/halimede \
     && bin/python -c 'from pathlib import Path; from tools.triton import lay_out; lay_out(Path("/source/python_backend"), Path("backends"))'

@@ -35,9 +35,11 @@ def stack() -> Iterator[None]:
     pulled = subprocess.run(["docker", "pull", "--quiet", "redis:7.4-bookworm"], check=False)
     if pulled.returncode:
         os.environ["COMPOSE_FILE"] = "docker-compose.yml:tests/containers/closed-network.yml"
-    make("up")
-    yield
-    make("down")
+    try:
+        make("up")
+        yield
+    finally:
+        make("down")
     assert docker("ps", "--all", "--quiet", "--filter", LABEL) == []
     assert docker("network", "ls", "--quiet", "--filter", LABEL) == []
     assert docker("volume", "ls", "--quiet", "--filter", LABEL) == []
@@ -49,7 +51,12 @@ def asked(path: str, **query: str) -> dict:
 
 def container(service: str) -> dict:
     name = docker(
-        "ps", "--quiet", "--filter", LABEL, "--filter", f"label=com.docker.compose.service={service}"
+        "ps",
+        "--quiet",
+        "--filter",
+        LABEL,
+        "--filter",
+        f"label=com.docker.compose.service={service}",
     )[0]
     return json.loads("".join(docker("inspect", "--format", "{{json .}}", name)))
 
@@ -66,14 +73,24 @@ def test_the_server_has_no_rights_it_does_not_need() -> None:
     assert triton["Config"]["User"] == "10001"
     assert triton["HostConfig"]["ReadonlyRootfs"]
     assert triton["HostConfig"]["CapDrop"] == ["ALL"]
-    bound = [port["HostIp"] for ports in triton["NetworkSettings"]["Ports"].values() for port in ports or []]
+    bound = [
+        port["HostIp"]
+        for ports in triton["NetworkSettings"]["Ports"].values()
+        for port in ports or []
+    ]
     assert bound == ["127.0.0.1"] * 3
 
 
 def test_the_client_embeds_with_redis_as_its_cache() -> None:
     """A second program finds in Redis what the first one embedded."""
     config = {
-        "models": {"server": {"provider": "triton", "model_id": "all-MiniLM-L6-v2", "url": "127.0.0.1:8001"}},
+        "models": {
+            "server": {
+                "provider": "triton",
+                "model_id": "all-MiniLM-L6-v2",
+                "url": "127.0.0.1:8001",
+            }
+        },
         "cache": {"memory_mb": None, "redis": {"url": "redis://127.0.0.1:6379/0"}},
     }
     texts = [f"text {number}" for number in range(200)]
@@ -89,7 +106,9 @@ def test_the_client_embeds_with_redis_as_its_cache() -> None:
 def test_prometheus_scrapes_triton_and_has_the_rules() -> None:
     """The server is a target that is up, its figures are there, and every rule evaluates."""
     deadline = time.monotonic() + 60
-    while not asked("query", query='nv_inference_request_success{model="all-MiniLM-L6-v2"} > 0')["result"]:
+    while not asked("query", query='nv_inference_request_success{model="all-MiniLM-L6-v2"} > 0')[
+        "result"
+    ]:
         assert time.monotonic() < deadline
         time.sleep(1)
     assert [target["health"] for target in asked("targets")["activeTargets"]] == ["up"]

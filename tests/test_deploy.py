@@ -1,0 +1,117 @@
+"""deploy/: Kubernetes manifests, Prometheus rules and the dashboard, as far as they go without either."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import httpx
+import kubernetes_validate
+import pytest
+import yaml
+
+from tools.triton import Server
+
+DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
+BASE = DEPLOY / "kubernetes" / "base"
+KUBERNETES = "1.31"
+
+
+def kustomization(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "kustomization.yaml").read_text())
+
+
+def resources() -> list[dict[str, Any]]:
+    files = kustomization(BASE)["resources"]
+    return [part for name in files for part in yaml.safe_load_all((BASE / name).read_text())]
+
+
+def resource(kind: str, name: str) -> dict[str, Any]:
+    return next(r for r in resources() if r["kind"] == kind and r["metadata"]["name"] == name)
+
+
+@pytest.mark.parametrize(
+    "manifest", resources(), ids=lambda r: f"{r['kind']}-{r['metadata']['name']}"
+)
+def test_every_manifest_is_what_kubernetes_expects(manifest: dict[str, Any]) -> None:
+    """Each is valid by the schemas of the API server, with no field it does not know."""
+    kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+
+
+def test_every_file_is_part_of_the_kustomization() -> None:
+    """No manifest lies beside the others unused."""
+    files = {path.name for path in BASE.glob("*.yaml")} - {"kustomization.yaml"}
+    assert files == set(kustomization(BASE)["resources"])
+
+
+def test_manifests_name_each_other_rightly() -> None:
+    """Services, budget, autoscaler and policy find the server; it finds its ports and volumes."""
+    triton = resource("Deployment", "triton")
+    pod = triton["spec"]["template"]
+    labels = pod["metadata"]["labels"].items()
+    [container] = pod["spec"]["containers"]
+    ports = {port["name"] for port in container["ports"]}
+    for name in ("triton", "triton-grpc"):
+        service = resource("Service", name)["spec"]
+        assert service["selector"].items() <= labels
+        assert {port["targetPort"] for port in service["ports"]} <= ports
+    assert resource("Service", "triton-grpc")["spec"]["clusterIP"] == "None"
+    for kind in ("PodDisruptionBudget", "NetworkPolicy"):
+        spec = resource(kind, "triton")["spec"]
+        selector = spec.get("selector") or spec["podSelector"]
+        assert selector["matchLabels"].items() <= labels
+    target = resource("HorizontalPodAutoscaler", "triton")["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Deployment", "triton")
+    for probe in ("startupProbe", "readinessProbe"):
+        assert container[probe]["httpGet"]["port"] in ports
+    for workload in (triton, resource("Job", "build")):
+        spec = workload["spec"]["template"]["spec"]
+        mounted = {mount["name"] for mount in spec["containers"][0]["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in spec["volumes"]}
+        claims = [
+            v["persistentVolumeClaim"]["claimName"]
+            for v in spec["volumes"]
+            if "persistentVolumeClaim" in v
+        ]
+        assert all(resource("PersistentVolumeClaim", claim) for claim in claims)
+
+
+def test_the_gpu_overlay_patches_what_is_there() -> None:
+    """It changes the base's deployment and container by their names."""
+    overlay = DEPLOY / "kubernetes" / "gpu"
+    assert (overlay / kustomization(overlay)["resources"][0]).resolve() == BASE.resolve()
+    patch = yaml.safe_load((overlay / "triton.yaml").read_text())
+    base = resource("Deployment", "triton")
+    assert patch["metadata"]["name"] == base["metadata"]["name"]
+    names = [
+        [c["name"] for c in d["spec"]["template"]["spec"]["containers"]] for d in (patch, base)
+    ]
+    assert names[0] == names[1]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_alerts_fire_when_they_should() -> None:
+    """promtool's own verdict over the rules and their tests."""
+    for arguments in (["check", "config", "prometheus.yml"], ["test", "rules", "rules_test.yml"]):
+        done = subprocess.run(
+            ["promtool", *arguments], cwd=DEPLOY / "prometheus", capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rules_and_dashboard_ask_for_metrics_that_triton_has(server: Server) -> None:
+    """Every metric they name is on a real server's metrics port; those of GPUs and of the response
+    cache need either."""
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text())
+    asked = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    dashboard = json.loads((DEPLOY / "grafana" / "dashboards" / "halimede.json").read_text())
+    asked += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    named = set(re.findall(r"\b(?:nv|halimede)_\w+", " ".join(asked)))
+    port = server.options.metrics_port
+    told = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    missing = {name for name in named if f"\n{name}{{" not in told and f"\n{name} " not in told}
+    assert {name for name in missing if not name.startswith(("nv_gpu_", "nv_cache_"))} == set()
