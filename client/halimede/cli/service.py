@@ -1,7 +1,8 @@
-"""`halimede models` and `halimede health`."""
+"""`halimede models`, `halimede health` and `halimede monitor`."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from halimede import catalogue, loop
+from halimede import monitor as monitoring
 from halimede.cli import options
 from halimede.config import resolve
 from halimede.embedder import Embedder
@@ -49,12 +51,8 @@ def models(
         )
         options.print_rows([_listed(row) for row in found], as_json, "no model fits")
         return
-    asked = resolve(url=url, timeout_s=timeout_s).chain()[0]
-    if not isinstance(asked, triton.Options):
-        raise InvalidConfig(f"{asked.model_id} is of provider {asked.provider}; give --url.")
-    served = loop.shared().wait(triton.models(asked))
     repository = Settings().repository
-    rows = [_row(model, repository, verbose) for model in served]
+    rows = [_row(model, repository, verbose) for model in _served(url, timeout_s)]
     options.print_rows(rows, as_json, "no embedding model is ready")
 
 
@@ -75,6 +73,45 @@ def health(
             options.print_facts(report, as_json=False)
     if not any(report["healthy"] for report in reports):
         raise typer.Exit(1)
+
+
+def monitor(
+    every_s: Annotated[float, typer.Option(help="Seconds between two rounds of probes.")] = 15.0,
+    host: Annotated[str, typer.Option(help="Address for the metrics.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port for the metrics; 0: any.")] = 8003,
+    metrics_url: Annotated[
+        str | None, typer.Option(help="Triton's metrics, such as http://127.0.0.1:8002/metrics.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds; none: until interrupted.")] = None,
+    url: options.Url = None,
+    timeout_s: options.TimeoutS = None,
+) -> None:
+    """Probe every served model again and again; a line for each change, metrics for Prometheus.
+
+    A model is unhealthy when its probe fails or takes more than 5 s, or when the server uses more
+    than 90 % of its memory. Exit code 1 after the last round when one is.
+    """
+    with contextlib.ExitStack() as stack:
+        embedders = {
+            model.name: stack.enter_context(Embedder(url, model.name, timeout_s=timeout_s))
+            for model in _served(url, timeout_s)
+        }
+        watched = monitoring.Monitor(embedders, metrics_url)
+        server = monitoring.serve_metrics(watched, host, port)
+        stack.callback(server.shutdown)
+        print(f"metrics  http://{host}:{server.server_port}/metrics", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            monitoring.watch(watched, every_s, lambda line: print(line, flush=True), rounds)
+    if not all(report["healthy"] for report in watched.reports.values()):
+        raise typer.Exit(1)
+
+
+def _served(url: str | None, timeout_s: float | None) -> list[ServedModel]:
+    """The embedding models that a server has ready."""
+    asked = resolve(url=url, timeout_s=timeout_s).chain()[0]
+    if not isinstance(asked, triton.Options):
+        raise InvalidConfig(f"{asked.model_id} is of provider {asked.provider}; give --url.")
+    return loop.shared().wait(triton.models(asked))
 
 
 def _listed(row: catalogue.Model) -> dict[str, Any]:
