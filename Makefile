@@ -79,4 +79,4 @@ bench-cache: env  ## Cache hits and hash embeddings against the texts/s they mus
 	$(BIN)/python -m tools bench-cache
 
 clean:  ## Remove environment, downloads and built files
-	rm -rf .venv .halimede model_repository/*/1 model_repository/*/warmup
+	rm -rf .venv .halimede model_repository/*/[0-9]* model_repository/*/warmup

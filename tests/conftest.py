@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from halimede_ops import pins
 from tools import corpus, triton
 from tools.settings import Settings
 
@@ -31,6 +32,12 @@ def free_options(**fields: object) -> triton.Options:
             probe.bind(("127.0.0.1", 0))
             ports.append(probe.getsockname()[1])
     return triton.Options(http_port=ports[0], grpc_port=ports[1], metrics_port=ports[2], **fields)
+
+
+def version_folder(model: Path) -> Path:
+    """The one version folder that a model's config names."""
+    [version] = pins.versions((model / pins.CONFIG).read_text())
+    return model / str(version)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import MODEL, NAMES, ROOT
+from conftest import MODEL, NAMES, ROOT, version_folder
 from filelock import FileLock
 
 from halimede import catalogue
@@ -22,20 +22,14 @@ from halimede_ops.errors import (
     ModelNotFound,
 )
 from tools import check, config, corpus, describe, download, repository, steps
-from tools.build import build, check_licence, order
+from tools.build import build, check_licence, make, order
 from tools.settings import Settings
 
 
 @pytest.fixture(scope="module")
 def built(settings: Settings) -> repository.Built:
-    """The default model's built files, with empty quality records."""
-    models = settings.home / "models" / MODEL
-    return repository.Built(
-        spec=spec.load(models / "fp32"),
-        tokenizer=models / "fp32" / "tokenizer.json",
-        models={precision: models / precision / "model.onnx" for precision in NAMES},
-        quality={precision: {} for precision in NAMES},
-    )
+    """What the default model's build gives."""
+    return make(order(MODEL), settings.models / MODEL, settings)
 
 
 def test_build_writes_exactly_the_committed_configs(
@@ -107,7 +101,9 @@ def test_unknown_model_lists_the_known() -> None:
 def test_quality_is_recorded_with_the_model(settings: Settings) -> None:
     """Each precision's record holds SPEC's bars: cosine, invariance and size on 600 texts."""
     for precision, name in NAMES.items():
-        record = json.loads((settings.repository / name / "1" / "quality.json").read_text())
+        record = json.loads(
+            (version_folder(settings.repository / name) / "quality.json").read_text()
+        )
         bar = check.BARS[precision]
         assert record["texts"] >= 500
         assert record["mean_cosine"] >= bar.mean_cosine
@@ -217,7 +213,10 @@ def test_corpora_are_the_same_everywhere_and_disjoint() -> None:
 def test_spec_is_in_every_folder_that_reads_it(settings: Settings) -> None:
     """Tokenizer, pooler and ensembles hold the same spec."""
     names = [f"{MODEL}-tokenizer", f"{MODEL}-pooler", *NAMES.values()]
-    assert len({spec.load(settings.repository / name / "1").to_json() for name in names}) == 1
+    assert (
+        len({spec.load(version_folder(settings.repository / name)).to_json() for name in names})
+        == 1
+    )
 
 
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import shutil
 import signal
 import threading
 import time
@@ -33,7 +32,6 @@ from halimede.items import Kind
 from halimede.providers import Answer, Request
 from halimede.results import ServedModel
 from halimede_ops import vectors
-from tools import config as pbtxt
 from tools import triton
 from tools.settings import Settings
 
@@ -316,103 +314,6 @@ def test_triton_killed_three_times_under_load(
         back = min(at for at, result, _ in outcomes if at > moment and result.provider == "triton")
         print(f"back on Triton {back - moment:.2f} s after its return; {dict(used)}")
         assert back - moment <= 5
-
-
-def other_model(repository: Path, into: Path, space: str, version: str | None = None) -> None:
-    """The default model's folders, with other weights' vectors under the same names.
-
-    The other model is the INT8 one, called fp32: another vector for every text.
-    """
-    for name in (f"{MODEL}-tokenizer", f"{MODEL}-pooler", f"{MODEL}-onnx", MODEL):
-        shutil.rmtree(into / name, ignore_errors=True)
-        shutil.copytree(repository / name, into / name)
-    shutil.copy(repository / f"{NAMES['int8']}-onnx/1/model.onnx", into / f"{MODEL}-onnx/1/")
-    relabel(into, space)
-
-
-def relabel(repository: Path, space: str) -> None:
-    path = repository / MODEL / "config.pbtxt"
-    config = pbtxt.read(path)
-    config.parameters["space"].string_value = space
-    path.write_text(pbtxt.to_text(config))
-
-
-def pin(repository: Path, version: int, beside: dict[int, Path] | None = None) -> None:
-    """Every folder's version becomes this number, and steps and policy name it.
-
-    Steps keep the versions `beside`, from these repositories' version 1, so that the ensemble
-    that is being replaced goes on.
-    """
-    for name in (f"{MODEL}-tokenizer", f"{MODEL}-pooler", f"{MODEL}-onnx", MODEL):
-        folder = repository / name
-        (folder / "1").rename(folder / str(version))
-        (folder / "1").mkdir()  # `serve` looks for it; Triton's policy does not
-        versions = [version]
-        if name != MODEL:
-            for number, other in (beside or {}).items():
-                shutil.copytree(other / name / "1", folder / str(number))
-                versions.append(number)
-        config = pbtxt.read(folder / "config.pbtxt")
-        config.version_policy.specific.versions[:] = versions
-        for step in config.ensemble_scheduling.step:
-            step.model_version = version
-        (folder / "config.pbtxt").write_text(pbtxt.to_text(config))
-
-
-@pytest.mark.parametrize("pinned", [False, True], ids=["config read again", "version pinned"])
-@pytest.mark.parametrize("scheme", ["grpc", "http"])
-def test_a_model_swapped_on_the_server_is_noticed(
-    settings: Settings, tmp_path: Path, scheme: str, pinned: bool
-) -> None:
-    """Under load, vectors labelled with a space are that space's, before and after a swap."""
-    import tritonclient.grpc as grpcclient
-
-    repository = tmp_path / "repository"
-    for name in (f"{MODEL}-tokenizer", f"{MODEL}-pooler", f"{MODEL}-onnx", MODEL):
-        shutil.copytree(settings.repository / name, repository / name)
-    if pinned:
-        pin(repository, 1001)
-    options = free_options(models=(MODEL,))
-    texts = [f"text number {index}, one of many" for index in range(40)]
-    outcomes: list[Embeddings] = []
-    with triton.serve(repository, settings.python_backend, tmp_path, options) as server:
-        address = server.grpc_address if scheme == "grpc" else f"http://{server.http_address}"
-        config = {
-            "models": {"m": {"provider": "triton", "model_id": MODEL, "url": address}},
-            "cache": {"model_check": 0, "disk": {"path": str(tmp_path / "cache")}},
-        }
-        stop = threading.Event()
-        with Embedder(config=config) as embedder, ThreadPoolExecutor(4) as callers:
-            first = embedder.embed(texts)
-            assert embedder.embed(texts).cached.all()
-
-            def call() -> None:
-                while not stop.is_set():
-                    fresh = f"{random.random()}"
-                    outcomes.append(embedder.embed([*texts, fresh]))
-
-            calling = [callers.submit(call) for _ in range(4)]
-            time.sleep(0.5)
-            other_model(settings.repository, repository, "f" * 16)
-            if pinned:
-                pin(repository, 2002, beside={1001: settings.repository})
-            with grpcclient.InferenceServerClient(server.grpc_address) as control:
-                control.load_model(MODEL)
-            swapped = len(outcomes)
-            time.sleep(1)
-            stop.set()
-            for one in calling:
-                one.result()
-            last = embedder.embed(texts)
-            assert embedder.stats()["model_changes"] == 1
-    assert (first.space, last.space) == (first.space, "f" * 16)
-    assert vectors.cosine(first.vectors, last.vectors).max() < 0.9999
-    assert swapped < len(outcomes)
-    by_space = {first.space: first.vectors, last.space: last.vectors}
-    assert {result.space for result in outcomes} == set(by_space)
-    for result in outcomes:
-        own = by_space[result.space]
-        assert vectors.cosine(result.vectors[:40], own).min() >= 0.99999
 
 
 def test_several_servers_share_the_load(

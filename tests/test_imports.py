@@ -15,7 +15,8 @@ OPS = ROOT / "python_backend" / "halimede_ops"
 SERVER_SIDE = {"numpy", "tokenizers", "PIL", "onnxruntime"}
 OWN = {"halimede", "halimede_ops", "tools", "triton_adapter"}
 STANDARD = {"__future__", "collections", "concurrent", "dataclasses", "json", "os", "pathlib"}
-STANDARD |= {"contextlib", "ctypes", "io", "queue", "sys", "threading", "traceback", "typing"}
+STANDARD |= {"contextlib", "ctypes", "io", "queue", "re", "sys", "threading", "traceback"}
+STANDARD |= {"typing"}
 WORKER = "sentence_transformers_worker.py"
 BUILD_ONLY = {"torch", "transformers", "sentence_transformers", "optimum", "nncf", "onnx"}
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import small_models
 import torch
-from conftest import free_options
+from conftest import free_options, version_folder
 from safetensors.torch import load_file, save_file
 from sentence_transformers.sentence_transformer import modules as st
 from tritonclient import grpc as triton_grpc
@@ -81,7 +81,7 @@ def test_served_vectors_are_sentence_transformers_own(
 ) -> None:
     """FP32 cosine ≥ 0.99999 for plain texts, queries and documents, at every width."""
     reference = describe.load(folders[name], Reading(name))
-    facts = spec.load(home.repository / name / "1")
+    facts = spec.load(version_folder(home.repository / name))
     with Embedder(served, name, timeout_s=120) as embedder:
         for input_type in (None, "query", "document"):
             prompt = facts.prompt(input_type)
@@ -324,7 +324,7 @@ def test_full_disk(copied: Path, home: Settings, tmp_path: Path) -> None:
 def test_token_limit_of_a_build(copied: Path, home: Settings) -> None:
     """A lower limit is served; one above the model's is refused."""
     build(order(str(copied), "short", precisions=("fp32",), max_tokens=32), home)
-    assert spec.load(home.repository / "short" / "1").max_tokens == 32
+    assert spec.load(version_folder(home.repository / "short")).max_tokens == 32
     with pytest.raises(InvalidModel, match="takes 1 to 256 tokens"):
         build(order(str(copied), "long", precisions=("fp32",), max_tokens=1000), home)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MODEL
+from conftest import MODEL, version_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +20,7 @@ from halimede_ops.errors import (
 )
 from tools.settings import Settings
 
-TOKENIZER = Settings().repository / f"{MODEL}-tokenizer" / "1"
+TOKENIZER = version_folder(Settings().repository / f"{MODEL}-tokenizer")
 SPEC = spec.load(TOKENIZER)
 
 
@@ -188,7 +188,7 @@ def test_masked_rows_give_zeros_and_rows_are_alike_in_any_company(
     tokenizer: text.TextTokenizer,
 ) -> None:
     """An all-masked row is zeros; a row's vector does not depend on its neighbours."""
-    path = Settings().repository / f"{MODEL}-onnx" / "1" / "model.onnx"
+    path = version_folder(Settings().repository / f"{MODEL}-onnx") / "model.onnx"
     opened, _ = session.open_session(path, threads=2)
     tokens = tokenizer.encode(["a cat", "word " * 300, "一只猫"], [None] * 3)
     rows = [

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import simulations
-from conftest import MODEL, NAMES, free_options
+from conftest import MODEL, NAMES, free_options, version_folder
 
 from halimede import (
     AccessDenied,
@@ -229,7 +229,7 @@ def test_its_space_is_its_own(source: Path, settings: Settings) -> None:
     """It never claims the space of the built model, though the weights are the same."""
     with Embedder(config=sentence_transformers(source)) as embedder:
         space = embedder.model.space
-    spec = json.loads((settings.repository / MODEL / "1/spec.json").read_text())
+    spec = json.loads((version_folder(settings.repository / MODEL) / "spec.json").read_text())
     assert space != spec["space"]
 
 
@@ -276,9 +276,9 @@ def test_onnx_notices_that_its_files_changed(settings: Settings, tmp_path: Path)
     with Embedder(config={"models": {"m": model}, "cache": {"model_check": 0}}) as embedder:
         before = embedder.embed("a")
         for file in ("spec.json", "quality.json"):
-            path = tmp_path / MODEL / "1" / file
+            path = version_folder(tmp_path / MODEL) / file
             path.unlink()  # a hard link of the built one
-            text = (settings.repository / MODEL / "1" / file).read_text()
+            text = (version_folder(settings.repository / MODEL) / file).read_text()
             path.write_text(text.replace(before.space, "e" * 16))
         assert embedder.embed("a").space == "e" * 16
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import MODEL, ROOT, free_options
+from conftest import MODEL, ROOT, free_options, version_folder
 
 from halimede_ops.errors import ServeError
 from tools import triton
@@ -97,7 +97,7 @@ def test_a_model_that_does_not_load_is_named(settings: Settings, tmp_path: Path)
     """A damaged model.onnx gives one line with the model's name and what to do."""
     damaged = tmp_path / "repository"
     shutil.copytree(settings.repository, damaged)
-    onnx = damaged / f"{MODEL}-onnx" / "1" / "model.onnx"
+    onnx = version_folder(damaged / f"{MODEL}-onnx") / "model.onnx"
     onnx.unlink()
     onnx.write_bytes(b"damaged")
     process = start(free_options(), HALIMEDE_REPOSITORY=str(damaged))

@@ -20,7 +20,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from halimede import Embedder, store
-from halimede_ops import session, spec, vectors
+from halimede_ops import pins, session, spec, vectors
 from halimede_ops.errors import InvalidInput
 from tools import config, steps, triton
 from tools.check import Engine, reference
@@ -130,13 +130,14 @@ def run_build(folder: Path, home: Settings) -> subprocess.Popen[bytes]:
 
 def served_vectors(repository: Path) -> np.ndarray:
     """Vectors of the repository's own files, once every precision agrees on the space."""
-    facts = spec.load(repository / "m-tokenizer" / "1")
+    facts = spec.load(pins.read(repository, "m").folder)
     found = []
     for name in ("m", "m-fp16"):
+        served = pins.read(repository, name)
+        tokenizer, onnx = served.steps["m-tokenizer"], served.steps[f"{name}-onnx"]
         assert config.space(repository / name / "config.pbtxt") == facts.space
-        assert spec.load(repository / name / "1") == facts
-        model = repository / f"{name}-onnx" / "1" / session.FILE_NAME
-        found.append(Engine(model, repository / "m-tokenizer" / "1", facts).embed(TEXTS))
+        assert spec.load(served.folder) == spec.load(tokenizer) == facts
+        found.append(Engine(onnx / session.FILE_NAME, tokenizer, facts).embed(TEXTS))
     assert vectors.cosine(*found).min() > 0.999
     return found[0]
 

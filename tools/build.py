@@ -96,7 +96,7 @@ def build(wanted: Order, settings: Settings) -> list[str]:
         with FileLock(folder / store.LOCK, timeout=0):
             (folder / store.USED).touch()
             console.print(f"[bold]{wanted.name}[/]")
-            built = _steps(wanted, folder, settings)
+            built = make(wanted, folder, settings)
             ensembles = repository.write(built, settings.repository)
             console.print(f"  [green]✓[/] write: {', '.join(ensembles)}")
     except Timeout:
@@ -126,7 +126,12 @@ def check_licence(wanted: Order) -> None:
     )
 
 
-def _steps(wanted: Order, folder: Path, settings: Settings) -> repository.Built:
+def make(wanted: Order, folder: Path, settings: Settings) -> repository.Built:
+    """What the steps give, done where they are missing; `folder` is the model's in the store.
+
+    Raises:
+        BuildError: a step failed.
+    """
     source = _source(wanted, folder)
     describe.check_memory(source, wanted.name, settings.memory_limit_bytes)
     versions = [f"{tool}={importlib.metadata.version(tool)}" for tool in TOOLS]
@@ -144,6 +149,7 @@ def _steps(wanted: Order, folder: Path, settings: Settings) -> repository.Built:
     facts = spec.load(exported)
     _say_where_folder_differs(wanted, facts)
     steps = {"fp32": exported}
+    options = {}
     if "fp16" in wanted.precisions:
         steps["fp16"] = once(
             folder / "fp16",
@@ -154,6 +160,7 @@ def _steps(wanted: Order, folder: Path, settings: Settings) -> repository.Built:
     if "int8" in wanted.precisions:
         calibration = corpus.calibration(wanted.calibration)
         kept = () if isinstance(wanted.source, Path) else wanted.source.int8_kept_fp32
+        options["int8"] = key_of(*calibration, "kept", *kept)
         steps["int8"] = once(
             folder / "int8",
             key_of(
@@ -184,6 +191,7 @@ def _steps(wanted: Order, folder: Path, settings: Settings) -> repository.Built:
         models={name: files[name] for name in published},
         quality={name: records[name] for name in published},
         device=wanted.device,
+        options=options,
     )
 
 

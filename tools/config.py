@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
@@ -37,9 +38,24 @@ HEAD_OUTPUTS = {
 HEADER = "# Written by the build. Change the build's source (tools/config.py), not this file.\n"
 
 
+class Pin(NamedTuple):
+    """One version of one model."""
+
+    model: str
+    version: int
+
+
 def to_text(config: pb.ModelConfig) -> str:
     """The text of config.pbtxt; equal configs give equal bytes."""
     return HEADER + str(text_format.MessageToString(config))
+
+
+def serving(config: pb.ModelConfig, versions: Iterable[int]) -> pb.ModelConfig:
+    """The config with a policy that serves exactly these versions, whatever folders there are."""
+    served = pb.ModelConfig()
+    served.CopyFrom(config)
+    served.version_policy.specific.versions[:] = sorted(versions)
+    return served
 
 
 def tokenizer(name: str, spec: ModelSpec) -> pb.ModelConfig:
@@ -148,12 +164,13 @@ def ensemble(
     name: str,
     spec: ModelSpec,
     precision: str,
-    steps: Mapping[str, str],
+    steps: Mapping[str, Pin],
     missed: Sequence[str] = (),
 ) -> pb.ModelConfig:
     """TEXT, INPUT_TYPE, DIMENSIONS → EMBEDDING, TOKENS and the heads' outputs.
 
-    `steps` names the composing models; `missed` is what an accepted precision misses of its bar.
+    `steps` names the composing models, each with the version that this one is made of; `missed`
+    is what an accepted precision misses of its bar.
     """
     parameters = {
         "space": spec.space,
@@ -322,8 +339,8 @@ def _warm(
 
 
 def _step(
-    model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]
+    pin: Pin, inputs: Mapping[str, str], outputs: Mapping[str, str]
 ) -> pb.ModelEnsembling.Step:
     return pb.ModelEnsembling.Step(
-        model_name=model, model_version=-1, input_map=inputs, output_map=outputs
+        model_name=pin.model, model_version=pin.version, input_map=inputs, output_map=outputs
     )

@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from halimede_ops import pins
 from halimede_ops.errors import HalimedeError
 from halimede_ops.session import FILE_NAME
 from tools import corpus, machine, triton
@@ -101,8 +102,8 @@ def _measure(
 
 def _engine_alone(settings: Settings, name: str, model: str) -> tuple[float, float]:
     """Texts/s of a process of its own: all texts at once, and CONCURRENCY at a time."""
-    onnx = settings.repository / f"{name}-onnx" / "1" / FILE_NAME
-    tokenizer = settings.repository / f"{model}-tokenizer" / "1"
+    steps = pins.read(settings.repository, name).steps
+    onnx, tokenizer = steps[f"{name}-onnx"] / FILE_NAME, steps[f"{model}-tokenizer"]
     command = [sys.executable, "-m", "tools.perf", str(onnx), str(tokenizer)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     alone, in_hand = done.stdout.split()

@@ -1,29 +1,37 @@
 """Write: a built model to its folders in the Triton model repository.
 
-Every file is written beside its place and renamed into it, the config last: a killed build
-leaves each file either as it was or as it will be, and what is already equal is not touched.
+A version folder is numbered by what it was built from, an ensemble pins the version of every step,
+and every config names the versions that it serves: the number that an answer carries names the
+content that made it. A new version is written beside the old, then the ensembles go over to it,
+then the steps let go of the old. Every file is renamed into its place: a killed build leaves
+ensembles that are wholly the old or wholly the new, and what is already equal is not touched.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import filecmp
+import hashlib
 import json
 import os
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from halimede_ops import session, spec, text
+from halimede_ops import pins, session, spec, text
 from halimede_ops.spec import ModelSpec
 from tools import config
+from tools.config import Pin
 
-VERSION = "1"
+RECIPE = 1
+"""To be raised when the build makes other vectors of the same weights, precision and options."""
 SUFFIXES = {"fp32": "", "fp16": "-fp16", "int8": "-int8"}
+FIRST_NUMBER = 10**11
+"""Numbers have twelve digits: never those of an order, exact in JSON, short enough to read."""
 WARMUP_TEXT = "The first request of a server should be as fast as the second."
 
 
@@ -40,6 +48,38 @@ class Built:
     """Precision → quality record."""
     device: str = config.CPU
     """What the ONNX step's config asks for."""
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Precision → digest of all that its vectors depend on besides spec, precision and RECIPE."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of its ensembles."""
+        return [served_name(self.spec.name, precision) for precision in self.models]
+
+    def version(self, precision: str) -> int:
+        """Version of an ensemble: another whenever one of its steps is."""
+        return number(*(str(pin.version) for pin in self.steps(precision).values()))
+
+    def steps(self, precision: str) -> dict[str, Pin]:
+        """The steps of an ensemble, each with the version that it is made of."""
+        shared = number(self.spec.to_json())
+        options = self.options.get(precision, "")
+        onnx = f"{served_name(self.spec.name, precision)}-onnx"
+        return {
+            "tokenizer": Pin(f"{self.spec.name}-tokenizer", shared),
+            "onnx": Pin(onnx, number(self.spec.to_json(), precision, options)),
+            "pooler": Pin(f"{self.spec.name}-pooler", shared),
+        }
+
+
+def number(*facts: str) -> int:
+    """The version number of what is built from these facts: twelve digits, positive.
+
+    Facts are what goes into the build, not the bytes that come out: an INT8 file differs between
+    CPUs and a graph between releases of PyTorch, while space and precision stay what they are.
+    """
+    digest = hashlib.sha256("\0".join((str(RECIPE), *facts)).encode()).digest()
+    return FIRST_NUMBER + int.from_bytes(digest, "big") % (9 * FIRST_NUMBER)
 
 
 def served_name(model: str, precision: str) -> str:
@@ -48,73 +88,127 @@ def served_name(model: str, precision: str) -> str:
 
 
 def write(built: Built, repository: Path) -> list[str]:
-    """Write all folders of a built model; the names of its ensembles."""
-    name = built.spec.name
+    """Write all folders of a built model; the names of its ensembles.
+
+    Versions that were served until now stay on disk for a server that still runs them, older ones
+    go.
+    """
+    before = {name: served(repository / name) for name in family(built)}
+    add(built, repository)
+    switch(built, repository)
     _unpublish_stale(built, repository)
-    tokenizer, pooler = f"{name}-tokenizer", f"{name}-pooler"
-    write_tokenizer(built, repository / tokenizer)
-    write_pooler(built, repository / pooler)
-    ensembles = []
+    release(built, repository)
+    for name, versions in before.items():
+        now = served(repository / name)
+        if now != versions:
+            _remove_others(repository / name, versions | now)
+    return built.names
+
+
+def family(built: Built) -> list[str]:
+    """Names of all folders of a built model: its steps, then its ensembles."""
+    steps = {pin.model: None for one in built.models for pin in built.steps(one).values()}
+    return [*steps, *built.names]
+
+
+def add(built: Built, repository: Path) -> None:
+    """Write the new version folders; steps serve them beside those that ensembles pin."""
     for precision, model in built.models.items():
-        ensemble = served_name(name, precision)
-        onnx = f"{ensemble}-onnx"
-        write_onnx(built, precision, model, repository / onnx)
-        steps = {"tokenizer": tokenizer, "onnx": onnx, "pooler": pooler}
-        write_ensemble(built, precision, steps, repository / ensemble)
-        ensembles.append(ensemble)
-    return ensembles
+        steps = built.steps(precision)
+        _write_tokenizer(built, steps["tokenizer"], repository)
+        _write_pooler(built, steps["pooler"], repository)
+        _write_onnx(built, precision, model, steps["onnx"], repository)
+        ensemble = repository / served_name(built.spec.name, precision)
+        folder = ensemble / str(built.version(precision))
+        _write_text(built.spec.to_json(), folder / spec.FILE_NAME)
+        _write_text(json.dumps(built.quality[precision], indent=2) + "\n", folder / "quality.json")
+
+
+def switch(built: Built, repository: Path) -> None:
+    """Write the ensembles' configs: each is the new version from then on."""
+    for precision, name in zip(built.models, built.names, strict=True):
+        missed = built.quality[precision].get("missed", ())
+        written = config.ensemble(name, built.spec, precision, built.steps(precision), missed)
+        _write_config(written, [built.version(precision)], repository / name)
+
+
+def release(built: Built, repository: Path) -> None:
+    """Let the steps serve what ensembles pin, and nothing else."""
+    for precision in built.models:
+        for pin in built.steps(precision).values():
+            folder = repository / pin.model
+            written = config.read(folder / pins.CONFIG)
+            _write_config(written, pinned(repository, pin.model), folder)
+
+
+def pinned(repository: Path, step: str) -> set[int]:
+    """Versions of a step that ensembles of the repository are made of, as far as they are there."""
+    configs = [path.read_text() for path in repository.glob(f"*/{pins.CONFIG}")]
+    versions = {pins.steps(config).get(step, 0) for config in configs}
+    return versions & set(pins.present(repository / step))
+
+
+def served(model: Path) -> set[int]:
+    """Versions that a model's config names, as far as they are there."""
+    path = model / pins.CONFIG
+    named = pins.versions(path.read_text()) if path.exists() else []
+    return set(named) & set(pins.present(model))
+
+
+def _remove_others(model: Path, keep: Iterable[int]) -> None:
+    for version in set(pins.present(model)) - set(keep):
+        shutil.rmtree(model / str(version), ignore_errors=True)
 
 
 def _unpublish_stale(built: Built, repository: Path) -> None:
-    """Remove precisions that this build does not give and that were built for another space: they
-    would run behind a tokenizer that is no longer theirs.
+    """Remove precisions that this build does not give and that were built for another space: one
+    model's names are to be of one space.
     """
     for precision in SUFFIXES:
         ensemble = repository / served_name(built.spec.name, precision)
-        if precision in built.models or not (ensemble / "config.pbtxt").exists():
+        if precision in built.models or not (ensemble / pins.CONFIG).exists():
             continue
-        if config.space(ensemble / "config.pbtxt") != built.spec.space:
+        if config.space(ensemble / pins.CONFIG) != built.spec.space:
             for folder in (ensemble, ensemble.with_name(f"{ensemble.name}-onnx")):
-                (folder / "config.pbtxt").unlink(missing_ok=True)
+                (folder / pins.CONFIG).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_tokenizer(built: Built, folder: Path) -> None:
-    """The folder of the tokenizer step."""
-    _copy(built.tokenizer, folder / VERSION / text.FILE_NAME)
-    _write_text(built.spec.to_json(), folder / VERSION / spec.FILE_NAME)
+def _write_tokenizer(built: Built, pin: Pin, repository: Path) -> None:
+    folder = repository / pin.model
+    _copy(built.tokenizer, folder / str(pin.version) / text.FILE_NAME)
+    _write_text(built.spec.to_json(), folder / str(pin.version) / spec.FILE_NAME)
     _write_bytes(_bytes_tensor(WARMUP_TEXT), folder / "warmup" / "text")
     _write_bytes(_bytes_tensor("query"), folder / "warmup" / "input_type")
-    _write_text(config.to_text(config.tokenizer(folder.name, built.spec)), folder / "config.pbtxt")
+    _add_version(config.tokenizer(pin.model, built.spec), pin, repository)
 
 
-def write_onnx(built: Built, precision: str, model: Path, folder: Path) -> None:
-    """The folder of the ONNX step of one precision."""
+def _write_onnx(built: Built, precision: str, model: Path, pin: Pin, repository: Path) -> None:
+    folder = repository / pin.model
     longest = max(config.warm_lengths(built.spec))
     for file in session.files(model):
-        _copy(file, folder / VERSION / file.name)
+        _copy(file, folder / str(pin.version) / file.name)
     # Small ids that every vocabulary has; Triton reads as much as each sample's shape takes.
     _write_bytes((np.arange(longest) % 100).astype("<i8").tobytes(), folder / "warmup/input_ids")
     _write_bytes(np.ones(longest, "<i8").tobytes(), folder / "warmup/attention_mask")
-    written = config.onnx(folder.name, built.spec, precision, built.device)
-    _write_text(config.to_text(written), folder / "config.pbtxt")
+    _add_version(config.onnx(pin.model, built.spec, precision, built.device), pin, repository)
 
 
-def write_pooler(built: Built, folder: Path) -> None:
-    """The folder of the pooler step."""
-    _write_text(built.spec.to_json(), folder / VERSION / spec.FILE_NAME)
+def _write_pooler(built: Built, pin: Pin, repository: Path) -> None:
+    folder = repository / pin.model
+    _write_text(built.spec.to_json(), folder / str(pin.version) / spec.FILE_NAME)
     _write_bytes(struct.pack("<i", built.spec.dims), folder / "warmup" / "dimensions")
-    _write_text(config.to_text(config.pooler(folder.name, built.spec)), folder / "config.pbtxt")
+    _add_version(config.pooler(pin.model, built.spec), pin, repository)
 
 
-def write_ensemble(built: Built, precision: str, steps: Mapping[str, str], folder: Path) -> None:
-    """The folder of the ensemble of one precision, with its spec and quality record."""
-    record = built.quality[precision]
-    quality = json.dumps(record, indent=2) + "\n"
-    written = config.ensemble(folder.name, built.spec, precision, steps, record.get("missed", ()))
-    _write_text(built.spec.to_json(), folder / VERSION / spec.FILE_NAME)
-    _write_text(quality, folder / VERSION / "quality.json")
-    _write_text(config.to_text(written), folder / "config.pbtxt")
+def _add_version(written: Any, pin: Pin, repository: Path) -> None:
+    """Write a step's config: it serves this version beside those that ensembles pin."""
+    versions = {pin.version} | pinned(repository, pin.model)
+    _write_config(written, versions, repository / pin.model)
+
+
+def _write_config(written: Any, versions: Iterable[int], folder: Path) -> None:
+    _write_text(config.to_text(config.serving(written, versions)), folder / pins.CONFIG)
 
 
 def _bytes_tensor(value: str) -> bytes:

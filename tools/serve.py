@@ -6,9 +6,9 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from halimede import Embedder, catalogue
+from halimede_ops import pins
 from halimede_ops.errors import ServeError
 from tools import triton
 from tools.build import PRECISIONS, build, order
@@ -61,17 +61,13 @@ def _missing(settings: Settings, options: triton.Options) -> list[str]:
             model.name
             for model in catalogue.MODELS
             for name in _all_precisions(model.name)
-            if name in asked and not _is_built(settings.repository / name)
+            if name in asked and not pins.is_built(settings.repository / name)
         }
     )
 
 
 def _all_precisions(model: str) -> list[str]:
     return [served_name(model, precision) for precision in PRECISIONS]
-
-
-def _is_built(folder: Path) -> bool:
-    return (folder / "1" / "quality.json").exists()
 
 
 def show(options: triton.Options) -> None:

@@ -25,6 +25,7 @@ import tritonclient.grpc as grpcclient
 from pydantic import BaseModel
 from tritonclient.utils import InferenceServerException
 
+from halimede_ops import pins
 from halimede_ops.errors import ServeError
 
 READY_TIMEOUT_S = 180.0
@@ -297,7 +298,7 @@ def check_models(repository: Path, options: Options) -> None:
                 f"{model!r} is not in the repository; it has: {', '.join(sorted(served))}"
             )
     for name in served:
-        if not (repository / name / "1").is_dir():
+        if not pins.is_built(repository / name):
             raise ServeError(f"{name} is not built. Run: make build")
 
 

@@ -17,7 +17,8 @@ from halimede.embedder import Embedder
 from halimede.providers import triton
 from halimede.results import ServedModel
 from halimede.settings import Settings
-from halimede_ops.errors import InvalidConfig
+from halimede_ops import pins
+from halimede_ops.errors import InvalidConfig, ModelNotFound
 
 
 def models(
@@ -136,17 +137,17 @@ def _row(model: ServedModel, repository: Path, verbose: bool) -> dict[str, Any]:
         "space": model.space,
     }
     if verbose:
-        row |= _quality(repository / model.name, model.space)
+        row |= _quality(repository, model)
     return row
 
 
-def _quality(folder: Path, space: str) -> dict[str, Any]:
+def _quality(repository: Path, model: ServedModel) -> dict[str, Any]:
     """The figures of the build's check, when the served model is the one of the repository."""
     try:
-        record = json.loads((folder / "1" / "quality.json").read_text())
-    except (OSError, ValueError):
+        record = json.loads((pins.read(repository, model.name).folder / "quality.json").read_text())
+    except (OSError, ValueError, ModelNotFound):
         return {}
-    if record["space"] != space:
+    if record["space"] != model.space:
         return {}
     names = ("texts", "mean_cosine", "min_cosine", "invariance", "size_ratio")
     return {name: record[name] for name in names}

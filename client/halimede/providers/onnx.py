@@ -20,9 +20,8 @@ from halimede.providers.base import Answer, Request, optional, too_late
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import ServedModel
 from halimede.settings import Settings
-from halimede_ops import errors, vectors
+from halimede_ops import errors, pins, vectors
 
-VERSION = "1"
 MAX_BATCH_SIZE = 256
 """Texts in one request: the engine cuts them into micro-batches itself."""
 DEVICES = {
@@ -58,6 +57,14 @@ def connect(options: Options) -> Onnx:
     return Onnx(options)
 
 
+class _Stamp(NamedTuple):
+    """What the repository serves under a name at one moment."""
+
+    pinned: pins.Served
+    files: tuple[tuple[int, int], ...]
+    """Time and size of the files that a build could replace in place."""
+
+
 class _Opened(NamedTuple):
     """A model in memory."""
 
@@ -65,8 +72,7 @@ class _Opened(NamedTuple):
     spec: Any
     tokenizer: Any
     session: Any
-    stamp: tuple[tuple[int, int], ...]
-    """Time and size of the files it was read from."""
+    stamp: _Stamp
 
 
 class Onnx:
@@ -122,13 +128,25 @@ class Onnx:
             raise too_late(self.name, timeout_s) from None
 
     def _open(self) -> _Opened:
+        stamp = self._stamp()
+        try:
+            opened = self._read(stamp)
+        except errors.InvalidModel:
+            if self._stamp() == stamp:
+                raise
+            opened = None
+        if opened is None or self._stamp() != stamp:
+            raise errors.ModelChanged(f"{self.name} was changed while it was opened.")
+        return opened
+
+    def _read(self, stamp: _Stamp) -> _Opened:
         from halimede_ops import session, spec, text
 
-        stamp = self._stamp()
-        facts = spec.load(self._folder(self._options.model_id))
-        tokenizer = text.load(self._folder(f"{facts.name}-tokenizer"), facts)
+        steps = stamp.pinned.steps
+        facts = spec.load(stamp.pinned.folder)
+        tokenizer = text.load(steps[f"{facts.name}-tokenizer"], facts)
         opened, missing = session.open_session(
-            self._folder(f"{self._options.model_id}-onnx") / session.FILE_NAME,
+            steps[f"{self._options.model_id}-onnx"] / session.FILE_NAME,
             [session.Accelerator(name) for name in self._accelerators()],
             self._threads,
             self._streams,
@@ -139,12 +157,10 @@ class Onnx:
                 f"this onnxruntime cannot run on {', '.join(missing)}. Install "
                 f"{_package(missing[0])}, or set device to cpu."
             )
-        if self._stamp() != stamp:
-            raise errors.ModelChanged(f"{self.name} was changed while it was opened.")
-        return _Opened(self._served(facts), facts, tokenizer, opened, stamp)
+        return _Opened(self._served(stamp.pinned, facts), facts, tokenizer, opened, stamp)
 
-    def _served(self, facts: Any) -> ServedModel:
-        quality = json.loads((self._folder(self._options.model_id) / "quality.json").read_text())
+    def _served(self, pinned: pins.Served, facts: Any) -> ServedModel:
+        quality = json.loads((pinned.folder / "quality.json").read_text())
         if quality["space"] != facts.space:
             raise errors.InvalidModel(
                 f"the quality record of {self._options.model_id} is of another space; build the "
@@ -159,25 +175,17 @@ class Onnx:
             max_batch_size=MAX_BATCH_SIZE,
             provider="onnx",
             mean_cosine=quality["mean_cosine"],
+            version=pinned.folder.name if pins.versions(pinned.config) else "",
         )
 
-    def _folder(self, name: str) -> Path:
-        return self._options.path / name / VERSION
-
-    def _stamp(self) -> tuple[tuple[int, int], ...]:
-        name = self._options.model_id
-        files = (
-            self._folder(name) / "spec.json",
-            self._folder(name) / "quality.json",
-            self._folder(f"{name}-onnx") / "model.onnx",
-        )
+    def _stamp(self) -> _Stamp:
+        pinned = pins.read(self._options.path, self._options.model_id)
+        files = [pinned.folder / "spec.json", pinned.folder / "quality.json"]
+        files += [step / "model.onnx" for name, step in pinned.steps.items() if "-onnx" in name]
         try:
-            return tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+            return _Stamp(pinned, tuple((s.st_mtime_ns, s.st_size) for s in map(os.stat, files)))
         except OSError:
-            raise errors.ModelNotFound(
-                f"the repository has no built model {name!r}. Run `make build`, or set path (or "
-                "HALIMEDE_REPOSITORY) to the folder that has it."
-            ) from None
+            raise pins.not_built(self._options.model_id) from None
 
     def _accelerators(self) -> Sequence[str]:
         if self._options.device != "auto":
