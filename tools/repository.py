@@ -62,12 +62,12 @@ class Built:
 
     def steps(self, precision: str) -> dict[str, Pin]:
         """The steps of an ensemble, each with the version that it is made of."""
-        shared = number(self.spec.to_json())
-        options = self.options.get(precision, "")
+        facts, options = _facts(self.spec), self.options.get(precision, "")
+        shared = number(facts)
         onnx = f"{served_name(self.spec.name, precision)}-onnx"
         return {
             "tokenizer": Pin(f"{self.spec.name}-tokenizer", shared),
-            "onnx": Pin(onnx, number(self.spec.to_json(), precision, options)),
+            "onnx": Pin(onnx, number(facts, precision, options)),
             "pooler": Pin(f"{self.spec.name}-pooler", shared),
         }
 
@@ -80,6 +80,19 @@ def number(*facts: str) -> int:
     """
     digest = hashlib.sha256("\0".join((str(RECIPE), *facts)).encode()).digest()
     return FIRST_NUMBER + int.from_bytes(digest, "big") % (9 * FIRST_NUMBER)
+
+
+def _facts(spec: ModelSpec) -> str:
+    """What a spec says, without what every model has: a new field is no new version of those that
+    do not use it.
+    """
+    plain = ModelSpec("", "", 0, 0, normalised=False, prompts={})
+    said = {
+        field.name: getattr(spec, field.name)
+        for field in dataclasses.fields(spec)
+        if getattr(spec, field.name) != getattr(plain, field.name)
+    }
+    return json.dumps(said, sort_keys=True, default=dataclasses.asdict)
 
 
 def served_name(model: str, precision: str) -> str:
