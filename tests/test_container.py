@@ -1,6 +1,6 @@
 """NVIDIA's container as tools/container.py asks an engine for it.
 
-The engine here speaks Docker's wire protocol on a unix socket. Its "Triton" is a real gRPC server
+The engine here speaks Docker's wire protocol on a unix socket. Its "Triton" is a real HTTP server
 on the port that was published.
 """
 
@@ -19,15 +19,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 import yaml
-from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from halimede_ops.errors import ServeError
 from tools import container
@@ -38,12 +35,15 @@ PYTHON_BACKEND = ROOT / "python_backend"
 BACKENDS = "/opt/tritonserver/backends"
 
 
-class ReadyTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """Answers ServerReady, and nothing else, with yes."""
+class ReadyTriton(BaseHTTPRequestHandler):
+    """Says that it is ready, and nothing else."""
 
-    def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
+    def do_GET(self) -> None:
         """Answer yes."""
-        return service_pb2.ServerReadyResponse(ready=True)
+        self.send_response(200 if self.path == "/v2/health/ready" else 404)
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None: ...
 
 
 class RefusalError(Exception):
@@ -61,29 +61,29 @@ class FakeContainer:
         self.payload = payload
         self.output: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.status = "created"
-        self.triton: grpc.Server | None = None
+        self.triton: ThreadingHTTPServer | None = None
 
     def start_triton(self) -> None:
-        """Listen where the port of the command's --grpc-port is published.
+        """Listen where the port of the command's --http-port is published.
 
         A server that listens on the container's loopback alone is not reached from outside.
         """
         line = self.payload["Cmd"][-1]
-        if "--grpc-address=0.0.0.0" not in line:
+        if "--http-address=0.0.0.0" not in line:
             return
-        port = re.search(r"--grpc-port=(\d+)", line)[1]
+        port = re.search(r"--http-port=(\d+)", line)[1]
         (binding,) = self.payload["HostConfig"]["PortBindings"][f"{port}/tcp"]
-        self.triton = grpc.server(ThreadPoolExecutor(1))
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(ReadyTriton(), self.triton)
-        self.triton.add_insecure_port(f"{binding['HostIp']}:{binding['HostPort']}")
-        self.triton.start()
+        address = (binding["HostIp"], int(binding["HostPort"]))
+        self.triton = ThreadingHTTPServer(address, ReadyTriton)
+        threading.Thread(target=self.triton.serve_forever, daemon=True).start()
 
     def end(self) -> None:
         """End the process: the server is gone and the output is complete."""
         if self.status != "exited":
             self.status = "exited"
             if self.triton:
-                self.triton.stop(None).wait()
+                self.triton.shutdown()
+                self.triton.server_close()
             self.output.put(None)
 
 
@@ -314,8 +314,8 @@ def test_create_command(engine: Engine, repository: Path, options: Options) -> N
     install, server = (shlex.split(part) for part in line.split(" && "))
     assert install[:4] == ["python3", "-m", "pip", "install"]
     assert install[-1] == f"tokenizers=={importlib.metadata.version('tokenizers')}"
-    inside = options.model_copy(update={"host": "0.0.0.0"})
-    assert server == ["exec", "tritonserver", "--model-repository=/models", *inside.arguments()]
+    arguments = options.arguments(inside="0.0.0.0")
+    assert server == ["exec", "tritonserver", "--model-repository=/models", *arguments]
     assert "'--load-model=*'" in line, "the shell must not expand it"
 
 

@@ -99,6 +99,14 @@ def serve(
     runtime: Annotated[
         str, typer.Option(help="wheel: Triton from PyPI; docker: NVIDIA's container.")
     ] = "wheel",
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate: gRPC with TLS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM key of the certificate.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="PEM certificates that sign clients: others are refused.")
+    ] = None,
+    control_key_file: Annotated[
+        Path | None, typer.Option(help="File with the key that model control asks for.")
+    ] = None,
     replace: Annotated[
         bool,
         typer.Option("--exec", help="Become Triton, for containers: build nothing, log to stdout."),
@@ -114,6 +122,10 @@ def serve(
         metrics_port=metrics_port,
         log_level=log_level,
         models=_names(models),
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        control_key_file=control_key_file,
     )
     settings = Settings()
     if replace:

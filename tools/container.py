@@ -27,6 +27,7 @@ ENVIRONMENT = {
 }
 SHM_SIZE = "1g"
 """For the tensors that Triton and its Python backends exchange; Docker's default is 64 MB."""
+EVERYWHERE = "0.0.0.0"  # noqa: S104 - from outside, the ports are reached where they are published
 LABELS = {"halimede": "triton"}
 READY_TIMEOUT_S = 600.0
 """Installing the tokenizer, starting CUDA and loading every model."""
@@ -79,7 +80,7 @@ def serve(
             container = _create(engine, mounts(repository, python_backend), options, image)
             stack.callback(_remove, container)
             server = Container(container)
-        address = f"{options.host}:{options.grpc_port}"
+        address = f"{options.http_host}:{options.http_port}"
         if not triton.is_ready_within(READY_TIMEOUT_S, server, address):
             raise ServeError(server.why_not_ready())
         stack.callback(_stop, container)
@@ -96,13 +97,11 @@ def mounts(repository: Path, python_backend: Path) -> dict[str, Path]:
 
 def command(options: triton.Options) -> list[str]:
     """What the container runs: add the one package our backends need, then become Triton."""
-    # From outside, the ports are reached only where they are published.
-    inside = options.model_copy(update={"host": "0.0.0.0"})  # noqa: S104
     tokenizers = f"tokenizers=={importlib.metadata.version('tokenizers')}"
     # Its dependencies only download models; pip's notice of a new pip would hide why it failed.
     install = ["python3", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     install += ["--no-deps", tokenizers]
-    server = ["tritonserver", f"--model-repository={MODELS}", *inside.arguments()]
+    server = ["tritonserver", f"--model-repository={MODELS}", *options.arguments(inside=EVERYWHERE)]
     return ["bash", "-c", f"{shlex.join(install)} && exec {shlex.join(server)}"]
 
 

@@ -71,15 +71,16 @@ def _all_precisions(model: str) -> list[str]:
 
 
 def show(options: triton.Options) -> None:
-    """Embed a sample through gRPC and print what a user needs to go on."""
+    """Embed a sample and print what a user needs to go on."""
     model = (options.models or (catalogue.DEFAULT,))[0]
-    with Embedder(f"{options.host}:{options.grpc_port}", model) as embedder:
+    http = f"http://{options.http_host}:{options.http_port}"
+    grpc = f"{options.host}:{options.grpc_port}"
+    with Embedder(grpc if options.tls_cert is None else http, model) as embedder:
         result = embedder.embed([SAMPLE])
     head = ", ".join(f"{value:.4f}" for value in result.vectors[0, :6])
-    http = f"http://{options.host}:{options.http_port}"
     console.print(f"\n[bold green]ready[/]  {model}, {result.precision}, space {result.space}")
     console.print(f'  "{SAMPLE}" → [{head}, …] ({result.dims} numbers)')
-    console.print(f"  gRPC     {options.host}:{options.grpc_port}")
+    console.print(f"  gRPC     {grpc if options.tls_cert is None else f'grpcs://{grpc}'}")
     console.print(f"  HTTP     {http}")
     console.print(f"  metrics  http://{options.host}:{options.metrics_port}/metrics")
     console.print(f"\n  {curl(http, model)}\n")

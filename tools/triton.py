@@ -10,6 +10,7 @@ import ctypes
 import importlib.util
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -18,12 +19,12 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import NoReturn, Protocol
+from urllib.request import urlopen
 
-import tritonclient.grpc as grpcclient
-from pydantic import BaseModel
-from tritonclient.utils import InferenceServerException
+from pydantic import BaseModel, model_validator
 
 from halimede_ops import pins
 from halimede_ops.errors import ServeError
@@ -31,19 +32,19 @@ from halimede_ops.errors import ServeError
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend makes its regions
-# gRPC waits ever longer between connections, up to 2 minutes: a server that took long to start
-# would be noticed late.
-RECONNECT_SOON = [
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 500),
-]
+LOOPBACK = "127.0.0.1"
+LOCAL_HOSTS = (LOOPBACK, "localhost")
+CONTROL_APIS = "model-repository,shared-memory,trace,logging"
+"""APIs that change the server or reach its memory. Inference, metadata and health stay open."""
+CONTROL_HEADER = "halimede-control-key"
+"""Header of the key over HTTP; over gRPC `triton-grpc-protocol-` stands before it."""
 LOG_LEVELS = ("error", "warning", "info", "verbose")
 
 
 class Options(BaseModel):
     """How a server is started."""
 
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     """Address to listen on; loopback unless asked otherwise."""
     http_port: int = 8000
     grpc_port: int = 8001
@@ -52,13 +53,41 @@ class Options(BaseModel):
     """error, warning, info or verbose."""
     models: tuple[str, ...] = ()
     """Models to serve, without their composing models; empty: all of the repository."""
+    tls_cert: Path | None = None
+    """PEM certificate of the server: gRPC speaks TLS, and HTTP, which cannot, stays on loopback."""
+    tls_key: Path | None = None
+    """PEM key of the certificate."""
+    tls_client_ca: Path | None = None
+    """PEM certificates that sign clients: without one of theirs, a client is refused."""
+    control_key_file: Path | None = None
+    """File with the key that CONTROL_APIS ask for. Without one they are open on loopback, and
+    closed to everybody elsewhere."""
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Options:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ServeError("TLS needs both --tls-cert and --tls-key.")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ServeError("--tls-client-ca needs --tls-cert and --tls-key beside it.")
+        for path in (self.tls_cert, self.tls_key, self.tls_client_ca, self.control_key_file):
+            if path is not None and not os.access(path, os.R_OK):
+                raise ServeError(f"{path} cannot be read.")
+        return self
+
+    @property
+    def http_host(self) -> str:
+        """Address that HTTP listens on."""
+        return self.host if self.tls_cert is None else LOOPBACK
 
     def ports(self) -> dict[str, int]:
         """Ports by their names."""
         return {"HTTP": self.http_port, "gRPC": self.grpc_port, "metrics": self.metrics_port}
 
-    def arguments(self) -> list[str]:
-        """The arguments of tritonserver; the same for the wheel's and for NVIDIA's container."""
+    def arguments(self, inside: str | None = None) -> list[str]:
+        """The arguments of tritonserver; the same for the wheel's and for NVIDIA's container.
+
+        `inside` is the address to listen on in a container whose ports are published on `host`.
+        """
         loaded = self.models or ("*",)
         return [
             "--model-control-mode=explicit",
@@ -66,13 +95,35 @@ class Options(BaseModel):
             "--disable-auto-complete-config",
             "--exit-on-error=true",
             "--strict-readiness=true",
-            f"--http-address={self.host}",
+            f"--http-address={inside or self.http_host}",
             f"--http-port={self.http_port}",
-            f"--grpc-address={self.host}",
+            f"--grpc-address={inside or self.host}",
             f"--grpc-port={self.grpc_port}",
-            f"--metrics-address={self.host}",
+            f"--metrics-address={inside or self.host}",
             f"--metrics-port={self.metrics_port}",
             *_log_arguments(self.log_level),
+            *self._tls_arguments(),
+            *self._restrictions(),
+        ]
+
+    def _tls_arguments(self) -> list[str]:
+        if self.tls_cert is None:
+            return []
+        arguments = [f"--grpc-server-cert={self.tls_cert}", f"--grpc-server-key={self.tls_key}"]
+        if self.tls_client_ca is None:
+            return ["--grpc-use-ssl=true", *arguments]
+        return ["--grpc-use-ssl-mutual=true", *arguments, f"--grpc-root-cert={self.tls_client_ca}"]
+
+    def _restrictions(self) -> list[str]:
+        if self.control_key_file is not None:
+            key = self.control_key_file.read_text().strip()
+        elif self.host in LOCAL_HOSTS:
+            return []
+        else:
+            key = secrets.token_hex(16)  # nobody knows it
+        return [
+            f"--grpc-restricted-protocol={CONTROL_APIS}:{CONTROL_HEADER}={key}",
+            f"--http-restricted-api={CONTROL_APIS}:{CONTROL_HEADER}={key}",
         ]
 
 
@@ -116,7 +167,7 @@ class Server:
     @property
     def http_address(self) -> str:
         """host:port of the HTTP endpoint."""
-        return f"{self.options.host}:{self.options.http_port}"
+        return f"{self.options.http_host}:{self.options.http_port}"
 
     def is_running(self) -> bool:
         """Whether the process lives."""
@@ -148,7 +199,7 @@ def serve(repository: Path, python_backend: Path, run: Path, options: Options) -
     check_models(repository, options)
     server = _start(repository, python_backend, run, options)
     try:
-        if not is_ready_within(READY_TIMEOUT_S, server, server.grpc_address):
+        if not is_ready_within(READY_TIMEOUT_S, server, server.http_address):
             raise ServeError(_why_not_ready(server))
         yield server
     finally:
@@ -302,15 +353,15 @@ def check_models(repository: Path, options: Options) -> None:
             raise ServeError(f"{name} is not built. Run: make build")
 
 
-def is_ready_within(timeout_s: float, server: Running, grpc_address: str) -> bool:
+def is_ready_within(timeout_s: float, server: Running, http_address: str) -> bool:
     """Whether the server's models are all ready in time; False at once when it ends."""
     deadline = time.monotonic() + timeout_s
-    with grpcclient.InferenceServerClient(grpc_address, channel_args=RECONNECT_SOON) as client:
-        while time.monotonic() < deadline and server.is_running():
-            with contextlib.suppress(InferenceServerException):
-                if client.is_server_ready(client_timeout=1):
-                    return True
-            time.sleep(0.05)
+    while time.monotonic() < deadline and server.is_running():
+        with contextlib.suppress(OSError, HTTPException):
+            # HTTP: over gRPC, TLS would ask for a client's certificate.
+            with urlopen(f"http://{http_address}/v2/health/ready", timeout=1):
+                return True
+        time.sleep(0.05)
     return False
 
 

@@ -16,12 +16,13 @@ import importlib
 import itertools
 import json
 import re
+import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
-from pydantic import field_validator
+from pydantic import BaseModel, ConfigDict, Field, FilePath, field_validator, model_validator
 from tritonclient.utils import InferenceServerException
 
 from halimede.breaker import Breaker
@@ -57,6 +58,7 @@ KIND_OF_INPUT: Mapping[str, Kind] = {"text": "text", "image": "image", "multimod
 """Kind of the items of a model by its parameter `input`."""
 OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|failed to allocate", re.IGNORECASE)
 NOT_LOADED = re.compile(r"not (?:at )?ready|is unloading|being loaded", re.IGNORECASE)
+SCHEMES = ("grpc", "grpcs", "http", "https")
 LARGEST_MESSAGE_BYTES = 2**31 - 1
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
@@ -75,12 +77,46 @@ CHANNEL_OPTIONS = [
 ]
 
 
+class Tls(BaseModel):
+    """Certificates for `grpcs://` and `https://`, each a PEM file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ca_file: FilePath | None = None
+    """Certificates that sign servers; None: those that this machine trusts."""
+    cert_file: FilePath | None = None
+    """Certificate of this client, for servers that ask for one."""
+    key_file: FilePath | None = None
+    """Key of the certificate."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Tls:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file belong together; give both")
+        return self
+
+    def for_grpc(self) -> dict[str, Any]:
+        """Arguments of tritonclient's gRPC client."""
+        named = {"root_certificates": self.ca_file, "certificate_chain": self.cert_file}
+        named["private_key"] = self.key_file
+        return {name: str(path) for name, path in named.items() if path is not None}
+
+    def for_http(self) -> ssl.SSLContext:
+        """Context of an HTTP client."""
+        context = ssl.create_default_context(cafile=self.ca_file)
+        if self.cert_file is not None:
+            context.load_cert_chain(self.cert_file, self.key_file)
+        return context
+
+
 class Options(BaseOptions):
     """A model served by Triton."""
 
     provider: str = "triton"
     url: tuple[str, ...] = ("127.0.0.1:8001",)
-    """Servers: `host:port` or `grpc://host:port` for gRPC, `http://host:port` for HTTP."""
+    """Servers: `host:port` or `grpc://host:port` for gRPC, `http://host:port` for HTTP; with TLS
+    `grpcs://` and `https://`."""
+    tls: Tls = Field(default_factory=Tls)
 
     @field_validator("url", mode="before")
     @classmethod
@@ -99,7 +135,7 @@ class Options(BaseOptions):
 
 def connect(options: Options) -> Triton:
     """The provider for these options."""
-    return Triton(options.model_id, options.url)
+    return Triton(options.model_id, options.url, options.tls)
 
 
 async def models(options: Options) -> list[ServedModel]:
@@ -114,9 +150,9 @@ async def models(options: Options) -> list[ServedModel]:
 class Triton:
     """One model on one or several Triton servers."""
 
-    def __init__(self, model: str, urls: Sequence[str]) -> None:
+    def __init__(self, model: str, urls: Sequence[str], tls: Tls | None = None) -> None:
         self.name = f"triton:{model}"
-        self._servers = [_Server(url, model) for url in urls]
+        self._servers = [_Server(url, model, tls or Tls()) for url in urls]
         self._turn = itertools.count()
 
     async def close(self) -> None:
@@ -163,13 +199,14 @@ class Triton:
 class _Server:
     """One address: its connection, its breaker, and what its config last said."""
 
-    def __init__(self, url: str, model: str) -> None:
+    def __init__(self, url: str, model: str, tls: Tls) -> None:
         scheme, self.address = _parse(url)
-        self.is_grpc = scheme == "grpc"
+        self.is_grpc = scheme.startswith("grpc")
+        self.tls = tls if scheme.endswith("s") else None
         self.model = model
         self.in_flight = 0
         self.breaker = Breaker(self.probe)
-        self._api: Any = importlib.import_module(f"tritonclient.{scheme}.aio")
+        self._api: Any = importlib.import_module(f"tritonclient.{scheme.rstrip('s')}.aio")
         self._client: Any = None
         self._described: dict[Kind, ServedModel] = {}
         self._readings: dict[Kind | None, Latest[ServedModel]] = {}
@@ -281,13 +318,16 @@ class _Server:
 
     def _connection(self) -> Any:
         if self._client is None:
-            if self.is_grpc:
-                self._client = self._api.InferenceServerClient(
-                    self.address, channel_args=CHANNEL_OPTIONS
-                )
-            else:
-                self._client = self._api.InferenceServerClient(self.address, conn_timeout=None)
+            self._client = self._api.InferenceServerClient(self.address, **self._secured())
         return self._client
+
+    def _secured(self) -> dict[str, Any]:
+        """The client's options, those of TLS among them."""
+        if self.is_grpc:
+            certificates = self.tls.for_grpc() if self.tls else {}
+            return {"channel_args": CHANNEL_OPTIONS, "ssl": self.tls is not None, **certificates}
+        context = self.tls.for_http() if self.tls else None
+        return {"conn_timeout": None, "ssl": context is not None, "ssl_context": context}
 
     def _input(self, name: str, datatype: str, value: np.ndarray) -> Any:
         tensor = self._api.InferInput(name, list(value.shape), datatype)
@@ -428,11 +468,12 @@ def _plain(message: str) -> str:
 
 
 def _parse(url: str) -> tuple[str, str]:
-    """Protocol (`grpc` or `http`) and `host:port` of a server's url."""
+    """Protocol (`grpc`, `grpcs`, `http` or `https`) and `host:port` of a server's url."""
     parts = urlsplit(url if "://" in url else f"grpc://{url}")
-    if parts.scheme not in ("grpc", "http") or not parts.netloc or "@" in parts.netloc:
+    if parts.scheme not in SCHEMES or not parts.netloc or "@" in parts.netloc:
         given = "has a user or password" if "@" in url else f"is {url!r}"
         raise errors.InvalidInput(
-            f"url {given}; give host:port, grpc://host:port or http://host:port."
+            f"url {given}; give host:port, grpc://host:port or http://host:port, with TLS "
+            "grpcs:// or https://."
         )
     return parts.scheme, parts.netloc
