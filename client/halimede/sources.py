@@ -115,20 +115,22 @@ def source(given: Any) -> Source:
     )
 
 
-def find_images(path: Path | str) -> Iterator[Found]:
-    """The images of a folder, of a zip or tar archive, or the one that is a file; by name in a
-    folder, in an archive as it comes. Archives are read as they are gone through.
+def find_images(where: Path | str) -> Iterator[Found]:
+    """The images of a folder, of a zip or tar archive, or the one that is a file or at a url; by
+    name in a folder, in an archive as it comes. Archives are read as they are gone through.
 
     Files that are not named as images are passed over, and so are hidden ones and links.
 
     Raises:
         InvalidInput: there is nothing at the path.
     """
-    path = Path(path)
-    if path.is_dir():
+    path = Path(where)
+    if isinstance(where, str) and URL.match(where):
+        yield Found(where, Url(where))
+    elif path.is_dir():
         yield from _in_folder(path)
     elif not path.is_file():
-        raise InvalidInput("there is no such file or folder.")
+        raise InvalidInput("there is no such file or folder of images.")
     elif path.name.lower().endswith(".zip"):
         yield from _in_zip(path)
     elif path.name.lower().endswith(TARS):
@@ -142,7 +144,7 @@ class Found:
     """An image of a folder or an archive."""
 
     name: str
-    """Path in the folder or archive."""
+    """Path in the folder or archive; name of a file; url."""
     source: Source
 
     @property
@@ -303,7 +305,8 @@ def _pair(place: int, text: str | None, image: Image | None) -> Both:
     )
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file is named as an image, and not hidden."""
     path = PurePosixPath(name)
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
@@ -311,7 +314,7 @@ def _is_image(name: str) -> bool:
 def _in_folder(folder: Path) -> Iterator[Found]:
     for parent, folders, files in os.walk(folder):
         folders.sort()
-        for name in sorted(filter(_is_image, files)):
+        for name in sorted(filter(is_image, files)):
             path = Path(parent) / name
             if not path.is_symlink():
                 yield Found(str(path.relative_to(folder)), File(path))
@@ -324,7 +327,7 @@ def _in_zip(path: Path) -> Iterator[Found]:
         raise InvalidInput("the archive cannot be read: it is damaged.") from None
     with archive:
         for member in archive.infolist():
-            if _is_image(member.filename) and not member.is_dir():
+            if is_image(member.filename) and not member.is_dir():
                 yield Found(member.filename, _member(member.file_size, archive.open, member))
 
 
@@ -333,7 +336,7 @@ def _in_tar(path: Path) -> Iterator[Found]:
     try:
         with tarfile.open(path, "r|*", tarinfo=_Header) as archive:
             for member in archive:
-                if _is_image(member.name) and member.isfile():
+                if is_image(member.name) and member.isfile():
                     yield Found(member.name, _member(member.size, archive.extractfile, member))
                 archive.members = []  # type: ignore[attr-defined]  # else every header is kept
     except DAMAGED:

@@ -1,4 +1,4 @@
-"""`halimede`: embed and compare texts, look after models, cache and configuration.
+"""`halimede`: embed and compare texts and images, look after models, cache and configuration.
 
 Exit codes: 0 done; 1 an error that the same command meets again; 2 wrong usage; 3 an error that
 may pass, such as a server that is not there. An error is one line on stderr.
@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from halimede.cli import cache, configuration, embed, service, similarity, store
+from halimede.cli import cache, configuration, embed, images, service, similarity, store
 from halimede_ops.errors import HalimedeError
 
 MAY_PASS = 3
@@ -22,6 +22,8 @@ app = typer.Typer(
     help=__doc__,
 )
 app.command()(embed.embed)
+app.command()(images.embed_image)
+app.command()(images.search_images)
 app.command()(similarity.similarity)
 app.command()(similarity.compare)
 app.command()(service.models)

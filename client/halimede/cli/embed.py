@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, cast
-
-import numpy as np
-import typer
+from typing import Any, cast
 
 from halimede.cli import options
 from halimede.embedder import Embedder
@@ -23,13 +20,9 @@ def embed(
     file: options.File = None,
     input_type: options.InputType = None,
     dimensions: options.Dimensions = None,
-    output_type: Annotated[
-        str, typer.Option(help="float32, float16, int8, uint8, binary, ubinary.")
-    ] = "float32",
-    ranges: Annotated[
-        Path | None, typer.Option(help="For int8 and uint8: .npy of [2, dims], low and high.")
-    ] = None,
-    npy: Annotated[Path | None, typer.Option(help="Write the vectors to this .npy file.")] = None,
+    output_type: options.OutputTypeName = "float32",
+    ranges: options.Ranges = None,
+    npy: options.Npy = None,
     as_json: options.AsJson = False,
     url: options.Url = None,
     model: options.Model = None,
@@ -44,12 +37,11 @@ def embed(
             input_type=input_type,
             dimensions=dimensions,
             output_type=cast(OutputType, output_type),
-            ranges=None if ranges is None else np.load(ranges),
+            ranges=options.read_ranges(ranges),
             progress=True,
         )
     if npy is not None:
-        with npy.open("wb") as out:
-            np.save(out, result.vectors)
+        options.write_npy(npy, result.vectors)
     if as_json:
         print(json.dumps(_json(result)))
     else:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +26,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Texts = Annotated[list[str] | None, typer.Argument(help="Texts; none: lines of stdin.")]
 File = Annotated[Path | None, typer.Option(help="File with one text a line.")]
 InputType = Annotated[str | None, typer.Option(help="query, document, …")]
+OutputTypeName = Annotated[
+    str, typer.Option("--output-type", help="float32, float16, int8, uint8, binary, ubinary.")
+]
+Ranges = Annotated[
+    Path | None, typer.Option(help="For int8 and uint8: .npy of [2, dims], low and high.")
+]
+Npy = Annotated[Path | None, typer.Option(help="Write the vectors to this .npy file.")]
 Dimensions = Annotated[int | None, typer.Option(help="Keep this many components.")]
 
 
@@ -43,6 +51,22 @@ def read_texts(texts: list[str] | None, file: Path | None) -> list[str]:
     except UnicodeDecodeError as error:
         source = "--file" if file else "stdin"
         raise InvalidText(f"{source} is not valid UTF-8 (byte {error.start}).") from None
+
+
+def read_ranges(ranges: Path | None) -> np.ndarray | None:
+    """The ranges in a file."""
+    if ranges is None:
+        return None
+    try:
+        return np.load(ranges)
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"--ranges cannot be read ({type(error).__name__}).") from None
+
+
+def write_npy(npy: Path, vectors: np.ndarray) -> None:
+    """Write vectors under this very name."""
+    with npy.open("wb") as out:  # a path would get a suffix
+        np.save(out, vectors)
 
 
 def print_facts(facts: dict[str, Any], as_json: bool) -> None:

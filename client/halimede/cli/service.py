@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +15,15 @@ from halimede import monitor as monitoring
 from halimede.cli import options
 from halimede.config import resolve
 from halimede.embedder import Embedder
+from halimede.items import Kind
 from halimede.providers import triton
 from halimede.results import ServedModel
 from halimede.settings import Settings
 from halimede_ops import pins
 from halimede_ops.errors import InvalidConfig, ModelNotFound
+
+INPUTS: Mapping[Kind, str] = {"text": "text", "image": "image", "pair": "multimodal"}
+"""What a model takes, in the words of its config's parameter `input`."""
 
 
 def models(
@@ -131,6 +136,7 @@ def _listed(row: catalogue.Model) -> dict[str, Any]:
 def _row(model: ServedModel, repository: Path, verbose: bool) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": model.name,
+        "input": INPUTS[model.input],
         "precision": model.precision,
         "dims": model.dims,
         "max_tokens": model.max_tokens,
