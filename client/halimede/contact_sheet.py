@@ -88,7 +88,7 @@ def sheet(title: str, about: str, hits: Sequence[Hit], where: str) -> str:
             thumbnail=thumbnails.get(hit.place, "<small>no preview</small>"),
             cosine=f"{hit.cosine:.3f}",
             name=html.escape(hit.name),
-            size=f"{html.escape(hit.image.format)} {hit.image.width} × {hit.image.height}",
+            size=html.escape(str(hit.image)),
         )
         for rank, hit in enumerate(hits, start=1)
     ]

@@ -65,6 +65,9 @@ class ImageInfo(NamedTuple):
     format: str
     """Pillow's name of the format, such as JPEG; empty: not told."""
 
+    def __str__(self) -> str:
+        return f"{self.format} {self.width} × {self.height}" if self.format else ""
+
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings:

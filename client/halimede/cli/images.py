@@ -168,8 +168,7 @@ def _print(parts: list[Embeddings], names: list[str], npy: Path | None) -> None:
         image, vector = part.images[row], part.vectors[row]
         head = ", ".join(f"{value:.4g}" for value in vector[:6].tolist())
         place = int(part.indices[row])
-        size = f"{image.format} {image.width} × {image.height}"
-        print(f"{place:>5}  [{head}{', …' if len(vector) > 6 else ''}]  {names[place]}  {size}")
+        print(f"{place:>5}  [{head}{', …' if len(vector) > 6 else ''}]  {names[place]}  {image}")
     if count > SHOWN:
         print(f"       … and {count - SHOWN} more; --json or --npy gives all")
     if npy is not None:
