@@ -6,7 +6,6 @@ The wheel `nvidia-pytriton` carries the server, its Python backend and one stub 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import re
@@ -38,6 +37,18 @@ CONTROL_APIS = "model-repository,shared-memory,trace,logging"
 """APIs that change the server or reach its memory. Inference, metadata and health stay open."""
 CONTROL_HEADER = "halimede-control-key"
 """Header of the key over HTTP; over gRPC `triton-grpc-protocol-` stands before it."""
+DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Program that asks the kernel to end it with its launcher, then becomes its arguments. Not a
+preexec_fn: that runs Python between fork and exec, where gRPC's threads may crash it."""
+CONNECTION_AGE_MS = 300_000
+"""Clients connect anew this often, and so find servers that were added behind a name."""
+CONNECTION_GRACE_MS = 60_000
+"""Time for the requests of an old connection to end."""
 LOG_LEVELS = ("error", "warning", "info", "verbose")
 
 
@@ -99,6 +110,8 @@ class Options(BaseModel):
             f"--http-port={self.http_port}",
             f"--grpc-address={inside or self.host}",
             f"--grpc-port={self.grpc_port}",
+            f"--grpc-max-connection-age={CONNECTION_AGE_MS}",
+            f"--grpc-max-connection-age-grace={CONNECTION_GRACE_MS}",
             f"--metrics-address={inside or self.host}",
             f"--metrics-port={self.metrics_port}",
             *_log_arguments(self.log_level),
@@ -223,13 +236,12 @@ def _start(repository: Path, python_backend: Path, run: Path, options: Options) 
     log = run / "triton.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-c", DIE_WITH_PARENT, *command],
             env=_environment(),
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
         )
     return Server(process, options, log, _shared_memory(options))
 
@@ -381,9 +393,3 @@ def why_it_ended(log: str, ended: str) -> str:
         return f"model {failed[1]} did not load: {reason}"
     last = log.strip().splitlines()[-1:] or ["no output"]
     return f"{ended}: {last[0]}"
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to end the server when its launcher is killed."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -72,6 +72,8 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 0),
+    # A name of several servers, such as a headless service's: requests go to each in turn.
+    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
     # A channel of its own: a dead connection must not be shared with another embedder.
     ("grpc.use_local_subchannel_pool", 1),
 ]
