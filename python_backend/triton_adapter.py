@@ -10,12 +10,14 @@ import json
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from halimede_ops.errors import HalimedeError, InvalidModel
+from halimede_ops import text, vectors
+from halimede_ops.errors import HalimedeError, InvalidDimensions, InvalidModel
+from halimede_ops.spec import ModelSpec
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,7 +29,9 @@ class ModelConfig:
     def __init__(self, args: Mapping[str, str]) -> None:
         self.fields: dict[str, Any] = json.loads(args["model_config"])
         self.name = self.fields["name"]
-        self.version_folder = Path(args["model_repository"]) / args["model_version"]
+        folder = Path(args["model_repository"])
+        self.repository = folder.parent
+        self.version_folder = folder / args["model_version"]
 
     def parameter(self, name: str, default: str = "") -> str:
         """The string value of one of the config's `parameters`."""
@@ -68,26 +72,38 @@ def answer(
 def answer_later(
     requests: Sequence[Any],
     read: Callable[[Any], T],
-    start: Callable[[T, Callable[[R | Exception], None]], None],
+    start: Callable[[T, Callable[[R | Exception], None], Callable[[], bool]], None],
     write: Callable[[R], list[Any]],
 ) -> None:
     """Read each request and start it; each is answered, from any thread, when its result comes.
 
-    `read` may raise HalimedeError for its request; `start` gets what was read, and the function
-    to call once with the result or with what was raised.
+    `read` may raise HalimedeError for its request; `start` gets what was read, the function to
+    call once with the result or with what was raised, and one that says whether the caller has
+    cancelled the request.
     """
     for request in requests:
-        send = _sender(request, write)
+        sender = request.get_response_sender()
+        send = _sending(sender, write)
         value = _try(read, request)
         if isinstance(value, HalimedeError):
             send(value)
         else:
-            start(value, send)
+            _start(start, value, send, sender.is_cancelled)
 
 
-def _sender(request: Any, write: Callable[[R], list[Any]]) -> Callable[[R | Exception], None]:
-    sender = request.get_response_sender()
+def _start(
+    start: Callable[[T, Callable[[R | Exception], None], Callable[[], bool]], None],
+    value: T,
+    send: Callable[[R | Exception], None],
+    is_cancelled: Callable[[], bool],
+) -> None:
+    try:
+        start(value, send, is_cancelled)
+    except Exception as error:  # raised before the request was queued: nobody else answers it
+        send(error)
 
+
+def _sending(sender: Any, write: Callable[[R], list[Any]]) -> Callable[[R | Exception], None]:
     def send(result: R | Exception) -> None:
         if isinstance(result, Exception) and not isinstance(result, HalimedeError):
             result = _internal(result)
@@ -144,6 +160,50 @@ def _internal(error: Exception) -> HalimedeError:
 def warn(message: str) -> None:
     """Write one warning to the server's log."""
     pb_utils.Logger.log_warn(message)
+
+
+class Texts(NamedTuple):
+    """What one request asks to be embedded."""
+
+    texts: list[str]
+    input_types: list[str | None]
+
+
+def texts(request: Any, spec: ModelSpec) -> Texts:
+    """TEXT and INPUT_TYPE of a request.
+
+    Raises:
+        InvalidText: a text is not valid UTF-8, or too large.
+        UnknownInputType: the model has no such prompt.
+    """
+    values = tensor(request, "TEXT").reshape(-1)
+    found = [text.decode(value, row, spec) for row, value in enumerate(values)]
+    given = optional_tensor(request, "INPUT_TYPE")
+    if given is None:
+        return Texts(found, [None] * len(found))
+    input_types = [
+        text.decode(value, row, spec) or None for row, value in enumerate(given.reshape(-1))
+    ]
+    for input_type in set(input_types):
+        spec.prompt(input_type)  # an unknown one fails this request alone
+    return Texts(found, input_types)
+
+
+def dimensions(request: Any, spec: ModelSpec) -> int | None:
+    """DIMENSIONS of a request; None when it leaves them out.
+
+    Raises:
+        InvalidDimensions: they differ between rows, or lie outside 1 … the model's dims.
+    """
+    given = optional_tensor(request, "DIMENSIONS")
+    if given is None:
+        return None
+    values = np.unique(given)
+    if len(values) > 1:
+        raise InvalidDimensions(
+            "DIMENSIONS differs between the rows of one request; send one request for each"
+        )
+    return vectors.check_dimensions(int(values[0]), spec)
 
 
 def tensor(request: Any, name: str) -> np.ndarray:

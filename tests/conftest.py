@@ -47,9 +47,20 @@ def settings() -> Settings:
 
 @pytest.fixture(scope="session")
 def server(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[triton.Server]:
-    """A running Triton with all precisions of the default model."""
+    """A running Triton with all precisions of the default model, each in one process."""
     run = tmp_path_factory.mktemp("triton")
     with triton.serve(settings.repository, settings.python_backend, run, free_options()) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def steps_server(
+    settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[triton.Server]:
+    """A running Triton with the default model in FP32, as an ensemble of its steps."""
+    run = tmp_path_factory.mktemp("steps")
+    options = free_options(models=(MODEL,), steps=True)
+    with triton.serve(settings.repository, settings.python_backend, run, options) as running:
         yield running
 
 

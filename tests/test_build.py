@@ -35,17 +35,19 @@ def built(settings: Settings) -> repository.Built:
 def test_build_writes_exactly_the_committed_configs(
     built: repository.Built, tmp_path: Path
 ) -> None:
-    """The config.pbtxt files in git are what the build writes, byte for byte."""
+    """The configs in git are what the build writes, byte for byte."""
     repository.write(built, tmp_path)
-    written = {p.parent.name: p.read_bytes() for p in tmp_path.glob("*/config.pbtxt")}
+    written = {
+        str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*.pbtxt")
+    }
     listed = subprocess.run(
-        ["git", "ls-files", "model_repository/*/config.pbtxt"],
+        ["git", "ls-files", "model_repository/*.pbtxt"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     ).stdout.split()
-    committed = {(ROOT / p).parent.name: (ROOT / p).read_bytes() for p in listed}
+    committed = {p.removeprefix("model_repository/"): (ROOT / p).read_bytes() for p in listed}
     assert written == committed
 
 

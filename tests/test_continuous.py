@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halimede_ops import continuous
 from halimede_ops.continuous import WAITING_ROWS, ContinuousBatches, Outcome
+from halimede_ops.errors import RequestCancelled
 from halimede_ops.session import Row
 
 TIMEOUT_S = 20.0
@@ -109,6 +112,21 @@ def test_a_failed_run_fails_its_requests_alone() -> None:
         assert isinstance(bad.wait(), ValueError)
         batches.submit([row(5, 2)], good)
         assert good.wait() == [2]
+
+
+def test_a_request_whose_caller_has_gone_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its outcome is RequestCancelled; those that waited beside it are run."""
+    monkeypatch.setattr(continuous, "LONG_WAIT_S", 0.0)
+    gate, gone, stays = Gate(), Answer(), Answer()
+    with closing(ContinuousBatches(gate.run, threads=1)) as batches:
+        batches.submit([row(16)], Answer())
+        assert gate.entered.wait(TIMEOUT_S)
+        batches.submit([row(16, 1), row(16, 2)], gone, lambda: True)
+        batches.submit([row(16, 3)], stays, lambda: False)
+        gate.opened.set()
+        assert isinstance(gone.wait(), RequestCancelled)
+        assert stays.wait() == [3]
+    assert gate.parts == [[16], [16]]
 
 
 def test_the_caller_is_held_back_until_there_is_room() -> None:

@@ -75,6 +75,17 @@ def served(
         yield f"127.0.0.1:{options.grpc_port}"
 
 
+@pytest.fixture(scope="module")
+def served_in_steps(
+    served: str, home: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """Address of one Triton that serves the form with the most outputs as an ensemble's steps."""
+    options = free_options(models=("bge-m3",), steps=True)
+    run = tmp_path_factory.mktemp("steps")
+    with triton.serve(home.repository, home.python_backend, run, options):
+        yield f"127.0.0.1:{options.grpc_port}"
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_served_vectors_are_sentence_transformers_own(
     name: str, served: str, folders: dict[str, Path], home: Settings, texts: list[str]
@@ -105,13 +116,15 @@ def all_outputs(served: str, name: str, texts: list[str], *outputs: str) -> dict
         return {output: result.as_numpy(output) for output in outputs}
 
 
+@pytest.mark.parametrize("server", ["served", "served_in_steps"])
 def test_sparse_and_multi_vectors_come_from_the_same_pass(
-    served: str, folders: dict[str, Path], texts: list[str]
+    server: str, folders: dict[str, Path], texts: list[str], request: pytest.FixtureRequest
 ) -> None:
     """bge-m3's further heads equal their definition on transformers' own hidden states."""
     some = texts[32:48] + ["", "again and again and again"]
     folder = folders["bge-m3"]
-    got = all_outputs(served, "bge-m3", some, "SPARSE_IDS", "SPARSE_WEIGHTS", "MULTI_VECTORS")
+    address = request.getfixturevalue(server)
+    got = all_outputs(address, "bge-m3", some, "SPARSE_IDS", "SPARSE_WEIGHTS", "MULTI_VECTORS")
     model = describe.load(folder, Reading("bge-m3"))
     sparse, multi = (
         torch.load(folder / file, weights_only=True)

@@ -41,6 +41,12 @@ def embedder(server: triton.Server) -> Iterator[Embedder]:
         yield opened
 
 
+@pytest.fixture
+def request_fixture(request: pytest.FixtureRequest) -> Any:
+    """Another fixture by its name."""
+    return request.getfixturevalue
+
+
 def request(
     api: Any,
     texts: list[Any],
@@ -268,21 +274,43 @@ def test_one_bad_request_fails_alone(server: triton.Server) -> None:
             assert np.dot(outcome, expected[index]) >= 0.99999
 
 
-def test_a_bad_mask_at_the_onnx_step_fails_alone(server: triton.Server) -> None:
+def test_one_process_gives_what_the_steps_give(
+    server: triton.Server, steps_server: triton.Server, texts: list[str]
+) -> None:
+    """Vectors, token counts, refusals and what a client reads of the model are the same."""
+    with Embedder(server.grpc_address) as one, Embedder(steps_server.grpc_address) as steps:
+        for options in ({}, {"dimensions": 100, "input_type": "query"}):
+            ours, theirs = one.embed(texts, **options), steps.embed(texts, **options)
+            assert vectors.cosine(ours.vectors, theirs.vectors).min() >= 0.99999
+            assert ours.tokens.tolist() == theirs.tokens.tolist()
+        assert one.model == steps.model
+    told = []
+    for address in (server.grpc_address, steps_server.grpc_address):
+        with grpcclient.InferenceServerClient(address) as client:
+            for arguments, _ in BAD_REQUESTS.values():
+                with pytest.raises(InferenceServerException) as raised:
+                    client.infer(MODEL, request(grpcclient, **arguments))
+                message = raised.value.message().removeprefix(f"in ensemble '{MODEL}', ")
+                told.append((raised.value.status(), message))
+    half = len(told) // 2
+    assert told[:half] == told[half:]
+
+
+def test_a_bad_mask_at_the_onnx_step_fails_alone(steps_server: triton.Server) -> None:
     """A mask of another shape, sent to the step itself, is INVALID_ARGUMENT."""
     ids = grpcclient.InferInput("input_ids", [1, 4], "INT64")
     ids.set_data_from_numpy(np.ones((1, 4), np.int64))
     mask = grpcclient.InferInput("attention_mask", [1, 3], "INT64")
     mask.set_data_from_numpy(np.ones((1, 3), np.int64))
-    with grpcclient.InferenceServerClient(server.grpc_address) as client:
+    with grpcclient.InferenceServerClient(steps_server.grpc_address) as client:
         with pytest.raises(InferenceServerException, match="both must be"):
             client.infer(f"{MODEL}-onnx", [ids, mask])
 
 
-def test_padding_at_the_onnx_step_does_not_matter(server: triton.Server) -> None:
+def test_padding_at_the_onnx_step_does_not_matter(steps_server: triton.Server) -> None:
     """The same ids in any padding give the same vector."""
     vectors_found = []
-    with grpcclient.InferenceServerClient(server.grpc_address) as client:
+    with grpcclient.InferenceServerClient(steps_server.grpc_address) as client:
         for length in (5, 16, 77, 256):
             ids = np.zeros((1, length), np.int64)
             mask = np.zeros((1, length), np.int64)
@@ -299,7 +327,7 @@ def test_padding_at_the_onnx_step_does_not_matter(server: triton.Server) -> None
     assert vectors.cosine(found, found[:1].repeat(4, 0)).min() >= 0.99999
 
 
-def test_client_errors_are_typed(server: triton.Server) -> None:
+def test_client_errors_are_typed(server: triton.Server, steps_server: triton.Server) -> None:
     """The client raises the class that says what to do, over both protocols."""
     for url in (server.grpc_address, f"http://{server.http_address}"):
         with Embedder(url) as embedder:
@@ -315,9 +343,9 @@ def test_client_errors_are_typed(server: triton.Server) -> None:
                 embedder.embed("a" * (4 * 2**20 + 1))
         with Embedder(url, "no-such-model") as embedder, pytest.raises(ModelNotFound):
             embedder.embed("a")
-        with Embedder(url, f"{MODEL}-onnx") as embedder:
-            with pytest.raises(ModelNotFound, match="ask for the model itself"):
-                embedder.embed("a")
+    with Embedder(steps_server.grpc_address, f"{MODEL}-onnx") as embedder:
+        with pytest.raises(ModelNotFound, match="ask for the model itself"):
+            embedder.embed("a")
     with pytest.raises(InvalidInput, match="host:port"):
         Embedder("ftp://127.0.0.1:1")
 
@@ -347,11 +375,15 @@ def test_server_that_dies_mid_request(settings: Settings, tmp_path, scheme: str)
             assert time.monotonic() - began < 20
 
 
-def test_full_queue_is_rejected_at_once_and_the_server_goes_on(server: triton.Server) -> None:
+@pytest.mark.parametrize("served", ["server", "steps_server"])
+def test_full_queue_is_rejected_at_once_and_the_server_goes_on(
+    served: str, request_fixture: Any
+) -> None:
     """Far more requests than the queues hold: each is answered, by a vector or ServerOverloaded."""
+    server: triton.Server = request_fixture(served)
     outcomes: list[Any] = []
     done = threading.Event()
-    count = 6000
+    count = 4000
     with grpcclient.InferenceServerClient(server.grpc_address) as client:
 
         def answered(result: Any, error: Any) -> None:
@@ -390,6 +422,36 @@ def test_health_metrics_and_config_are_triton_s_own(server: triton.Server) -> No
     assert f'nv_inference_count{{model="{MODEL}"' in metrics
     parameters = httpx.get(f"{http}/v2/models/{MODEL}/config").json()["parameters"]
     assert parameters["dims"]["string_value"] == "384"
+
+
+def test_stopping_under_load_answers_what_waits(settings: Settings, tmp_path) -> None:
+    """SIGTERM while requests wait: each ends in its own vector or an error that may pass."""
+    texts = [f"text {index} " + "word " * (index % 60) for index in range(200)]
+    options = free_options(models=(MODEL,))
+    outcomes: dict[int, Any] = {}
+    with triton.serve(settings.repository, settings.python_backend, tmp_path, options) as server:
+        with Embedder(server.grpc_address) as embedder:
+            expected = embedder.embed(texts).vectors
+        with grpcclient.InferenceServerClient(server.grpc_address) as client:
+            for index, text in enumerate(texts):
+                client.async_infer(
+                    MODEL,
+                    request(grpcclient, [text.encode()]),
+                    lambda result, error, index=index: outcomes.__setitem__(index, error or result),
+                )
+            time.sleep(0.1)
+            server.process.terminate()
+            server.process.wait(60)
+            deadline = time.monotonic() + 20
+            while len(outcomes) < len(texts) and time.monotonic() < deadline:
+                time.sleep(0.05)
+    assert len(outcomes) == len(texts)
+    answered = {index: got for index, got in outcomes.items() if not isinstance(got, Exception)}
+    assert answered
+    for index, got in answered.items():
+        assert np.dot(got.as_numpy("EMBEDDING")[0], expected[index]) >= 0.99999
+    failed = [error for error in outcomes.values() if isinstance(error, Exception)]
+    assert {error.status() for error in failed} <= {"StatusCode.UNAVAILABLE"}
 
 
 def test_ten_thousand_mixed_and_bad_requests(

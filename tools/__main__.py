@@ -111,6 +111,9 @@ def serve(
         bool,
         typer.Option("--exec", help="Become Triton, for containers: build nothing, log to stdout."),
     ] = False,
+    steps: Annotated[
+        bool, typer.Option("--steps", help="On the wheel: each ensemble's steps, not one process.")
+    ] = False,
 ) -> None:
     """Serve the repository with Triton, building first what is missing."""
     from tools.triton import Options, become, lay_out
@@ -126,6 +129,7 @@ def serve(
         tls_key=tls_key,
         tls_client_ca=tls_client_ca,
         control_key_file=control_key_file,
+        steps=steps,
     )
     settings = Settings()
     if replace:
@@ -146,6 +150,18 @@ def perf(
 ) -> None:
     """Measure the server under load against the engine alone; write the report."""
     from tools.perf import perf as measure
+
+    measure(Settings(), model, _names(precisions), rounds)
+
+
+@app.command()
+def designs(
+    model: Annotated[str, typer.Option()] = catalogue.DEFAULT,
+    precisions: Annotated[str, typer.Option(help="Separated by commas.")] = "fp32,int8",
+    rounds: Annotated[int, typer.Option(help="Engine and designs in turn, this often.")] = 3,
+) -> None:
+    """Measure four ways to serve the ensemble's contract; write the report."""
+    from tools.designs import designs as measure
 
     measure(Settings(), model, _names(precisions), rounds)
 

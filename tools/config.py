@@ -172,14 +172,6 @@ def ensemble(
     `steps` names the composing models, each with the version that this one is made of; `missed`
     is what an accepted precision misses of its bar.
     """
-    parameters = {
-        "space": spec.space,
-        "precision": precision,
-        "dims": str(spec.dims),
-        "max_tokens": str(spec.max_tokens),
-    }
-    if missed:
-        parameters["below_bar"] = "; ".join(missed)
     outputs = ["EMBEDDING", *[entry.name for entry in _head_outputs(spec)]]
     heads = {head: head for head in spec.heads}
     tokens = {"input_ids": "ids", "attention_mask": "mask"}
@@ -188,7 +180,7 @@ def ensemble(
         platform="ensemble",
         max_batch_size=MAX_BATCH_SIZE,
         input=[_text(), _input_type(), _dimensions()],
-        output=[_embedding(), _output("TOKENS", pb.TYPE_INT32, 1), *_head_outputs(spec)],
+        output=_embedded(spec),
         ensemble_scheduling=pb.ModelEnsembling(
             step=[
                 _step(
@@ -208,8 +200,73 @@ def ensemble(
                 ),
             ]
         ),
-        parameters=_parameters(parameters),
+        parameters=_facts(spec, precision, missed),
     )
+
+
+def one_process(
+    name: str,
+    spec: ModelSpec,
+    precision: str,
+    steps: Mapping[str, Pin],
+    device: str,
+    missed: Sequence[str] = (),
+) -> pb.ModelConfig:
+    """What the ensemble of the same `steps` gives, from one process that opens their files."""
+    files = {step: f"{steps[step].model}/{steps[step].version}" for step in ("tokenizer", "onnx")}
+    return pb.ModelConfig(
+        name=name,
+        backend="embedder",
+        max_batch_size=MAX_BATCH_SIZE,
+        input=[_text(), _input_type(), _dimensions()],
+        output=_embedded(spec),
+        instance_group=[_instances(device)],
+        dynamic_batching=_batching(),
+        optimization=pb.ModelOptimizationPolicy(
+            execution_accelerators=_accelerators(spec, precision, device)
+        ),
+        model_warmup=[
+            pb.ModelWarmup(
+                name=f"{rows} x {length} tokens",
+                batch_size=rows,
+                inputs={
+                    "TEXT": _warm(pb.TYPE_STRING, 1, input_data_file=warm_text(length)),
+                    "INPUT_TYPE": _warm(pb.TYPE_STRING, 1, input_data_file="input_type"),
+                    "DIMENSIONS": _warm(pb.TYPE_INT32, 1, input_data_file="dimensions"),
+                },
+            )
+            for length in warm_lengths(spec)
+            for rows in (1, 8)
+        ],
+        parameters=_facts(spec, precision, missed) | _parameters(files),
+    )
+
+
+def without_pooler(ensemble: pb.ModelConfig) -> pb.ModelConfig:
+    """An ensemble that gives the ONNX step's pooled vectors as they are: without DIMENSIONS."""
+    made = pb.ModelConfig()
+    made.CopyFrom(ensemble)
+    made.input.remove(_dimensions())
+    del made.ensemble_scheduling.step[2:]
+    made.ensemble_scheduling.step[1].output_map[POOLED] = "EMBEDDING"
+    return made
+
+
+def shell(ensemble: pb.ModelConfig, pin: Pin) -> pb.ModelConfig:
+    """An ensemble of the same inputs and outputs whose one step is `pin`."""
+    made = pb.ModelConfig()
+    made.CopyFrom(ensemble)
+    inputs, outputs = (
+        {entry.name: entry.name for entry in end} for end in (made.input, made.output)
+    )
+    del made.ensemble_scheduling.step[:]
+    made.ensemble_scheduling.step.append(_step(pin, inputs, outputs))
+    return made
+
+
+def warm_text(length: int) -> str:
+    """Name of the file with a warm-up text of about so many tokens."""
+    return f"text_{length}"
 
 
 def check_device(device: str) -> None:
@@ -249,6 +306,10 @@ def _embedding() -> pb.ModelOutput:
     return _output("EMBEDDING", pb.TYPE_FP32, -1)
 
 
+def _embedded(spec: ModelSpec) -> list[pb.ModelOutput]:
+    return [_embedding(), _output("TOKENS", pb.TYPE_INT32, 1), *_head_outputs(spec)]
+
+
 def _head_outputs(spec: ModelSpec) -> list[pb.ModelOutput]:
     outputs = []
     for head, width in spec.heads.items():
@@ -268,6 +329,17 @@ def _input(name: str, data_type: int, *dims: int, optional: bool = False) -> pb.
 
 def _output(name: str, data_type: int, *dims: int) -> pb.ModelOutput:
     return pb.ModelOutput(name=name, data_type=data_type, dims=dims)
+
+
+def _facts(spec: ModelSpec, precision: str, missed: Sequence[str]) -> dict[str, pb.ModelParameter]:
+    """What a client must know of a model."""
+    facts = {
+        "space": spec.space,
+        "precision": precision,
+        "dims": str(spec.dims),
+        "max_tokens": str(spec.max_tokens),
+    }
+    return _parameters(facts | ({"below_bar": "; ".join(missed)} if missed else {}))
 
 
 def _parameters(values: Mapping[str, str]) -> dict[str, pb.ModelParameter]:

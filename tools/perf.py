@@ -80,7 +80,7 @@ def _measure(
     with triton.serve(settings.repository, settings.python_backend, run, options) as server:
         analyzer.run(name, server.grpc_address)  # warm: not counted
         for _ in range(rounds):
-            alone, some = _engine_alone(settings, name, model)
+            alone, some = engine_alone(settings, name, model)
             engine.append(alone)
             in_hand.append(some)
             load = analyzer.run(name, server.grpc_address)
@@ -100,7 +100,7 @@ def _measure(
     )
 
 
-def _engine_alone(settings: Settings, name: str, model: str) -> tuple[float, float]:
+def engine_alone(settings: Settings, name: str, model: str) -> tuple[float, float]:
     """Texts/s of a process of its own: all texts at once, and CONCURRENCY at a time."""
     steps = pins.read(settings.repository, name).steps
     onnx, tokenizer = steps[f"{name}-onnx"] / FILE_NAME, steps[f"{model}-tokenizer"]

@@ -33,6 +33,8 @@ SUFFIXES = {"fp32": "", "fp16": "-fp16", "int8": "-int8"}
 FIRST_NUMBER = 10**11
 """Numbers have twelve digits: never those of an order, exact in JSON, short enough to read."""
 WARMUP_TEXT = "The first request of a server should be as fast as the second."
+SPECIAL_TOKENS = 2
+"""Tokens that most tokenizers put around a text: so much shorter are the warm-up texts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +144,7 @@ def switch(built: Built, repository: Path) -> None:
     for precision, name in zip(built.models, built.names, strict=True):
         missed = built.quality[precision].get("missed", ())
         written = config.ensemble(name, built.spec, precision, built.steps(precision), missed)
+        _write_one_process(built, precision, repository / name)
         _write_config(written, [built.version(precision)], repository / name)
 
 
@@ -212,6 +215,24 @@ def _write_pooler(built: Built, pin: Pin, repository: Path) -> None:
     _write_text(built.spec.to_json(), folder / str(pin.version) / spec.FILE_NAME)
     _write_bytes(struct.pack("<i", built.spec.dims), folder / "warmup" / "dimensions")
     _add_version(config.pooler(pin.model, built.spec), pin, repository)
+
+
+def _write_one_process(built: Built, precision: str, folder: Path) -> None:
+    for length in config.warm_lengths(built.spec):
+        words = " ".join(["a"] * (length - SPECIAL_TOKENS))
+        _write_bytes(_bytes_tensor(words), folder / "warmup" / config.warm_text(length))
+    _write_bytes(_bytes_tensor("query"), folder / "warmup" / "input_type")
+    _write_bytes(struct.pack("<i", built.spec.dims), folder / "warmup" / "dimensions")
+    written = config.one_process(
+        folder.name,
+        built.spec,
+        precision,
+        built.steps(precision),
+        built.device,
+        built.quality[precision].get("missed", ()),
+    )
+    serving = config.serving(written, [built.version(precision)])
+    _write_text(config.to_text(serving), folder / "configs" / f"{pins.ONE_PROCESS}.pbtxt")
 
 
 def _add_version(written: Any, pin: Pin, repository: Path) -> None:

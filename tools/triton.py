@@ -64,6 +64,9 @@ class Options(BaseModel):
     """error, warning, info or verbose."""
     models: tuple[str, ...] = ()
     """Models to serve, without their composing models; empty: all of the repository."""
+    steps: bool = False
+    """Whether the wheel serves each ensemble's steps, as NVIDIA's container does, instead of one
+    process that does what they do."""
     tls_cert: Path | None = None
     """PEM certificate of the server: gRPC speaks TLS, and HTTP, which cannot, stays on loopback."""
     tls_key: Path | None = None
@@ -248,19 +251,28 @@ def _start(repository: Path, python_backend: Path, run: Path, options: Options) 
 
 def _command(repository: Path, backends: Path, options: Options) -> list[str]:
     wheel = _wheel()
+    whole = options.model_copy(update={"models": options.models or no_steps(repository)})
     return [
         str(wheel / "bin" / "tritonserver"),
         f"--model-repository={repository.resolve()}",
         f"--backend-directory={backends.resolve()}",
         f"--cache-directory={wheel / 'caches'}",
         f"--backend-config=python,shm-region-prefix-name={_shared_memory(options)}",
-        *options.arguments(),
+        *whole.arguments(),
+        *([] if options.steps else [f"--model-config-name={pins.ONE_PROCESS}"]),
     ]
 
 
 def _shared_memory(options: Options) -> str:
     """Prefix of the regions of a server that this process starts."""
     return f"halimede-{os.getpid()}-{options.grpc_port}-"
+
+
+def no_steps(repository: Path) -> tuple[str, ...]:
+    """Names of the models that are no step of another: an ensemble loads its steps itself."""
+    configs = {path.parent.name: path.read_text() for path in repository.glob(f"*/{pins.CONFIG}")}
+    steps = {step for config in configs.values() for step in pins.steps(config)}
+    return tuple(sorted(configs.keys() - steps))
 
 
 def _wheel() -> Path:

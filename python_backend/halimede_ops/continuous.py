@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from halimede_ops import batch
+from halimede_ops.errors import RequestCancelled
 from halimede_ops.session import Row
 
 WAITING_ROWS = 128
 """Rows that may wait before `wait_for_room` holds the caller back: enough to choose full
 micro-batches from, few enough to plan anew for each of them (0.2 ms)."""
+
+LONG_WAIT_S = 0.5
+"""Callers are asked whether they have gone only after this long: asking takes time too."""
 
 Outcome = Sequence[Any] | Exception
 """One result a row, in order, or what running them raised."""
@@ -39,9 +44,18 @@ class ContinuousBatches:
         for thread in (*self._running, self._answering):
             thread.start()
 
-    def submit(self, rows: Sequence[Row], answer: Callable[[Outcome], None]) -> None:
-        """Queue the rows of one request; `answer` gets its outcome, once, from another thread."""
-        request = _Request(rows, answer)
+    def submit(
+        self,
+        rows: Sequence[Row],
+        answer: Callable[[Outcome], None],
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Queue the rows of one request; `answer` gets its outcome, once, from another thread.
+
+        Rows whose turn comes late are not run when `is_cancelled`: the outcome is
+        RequestCancelled.
+        """
+        request = _Request(rows, answer, is_cancelled)
         with self._changed:
             self._waiting += [_Waiting(request, place) for place in range(len(rows))]
             self._changed.notify_all()
@@ -63,11 +77,19 @@ class ContinuousBatches:
 
     def _run_all(self) -> None:
         while part := self._take():
-            outcome = self._outcome(part)
-            if self._waiting:
-                self._done.put((part, outcome))
-            else:
-                _answer(part, outcome)
+            gone = {waiting.request for waiting in part if waiting.request.is_cancelled()}
+            wanted = [waiting for waiting in part if waiting.request not in gone]
+            if gone:
+                dropped = [waiting for waiting in part if waiting.request in gone]
+                self._give(dropped, RequestCancelled("the request was cancelled; it was not run."))
+            if wanted:
+                self._give(wanted, self._outcome(wanted))
+
+    def _give(self, part: list[_Waiting], outcome: Outcome) -> None:
+        if self._waiting:
+            self._done.put((part, outcome))
+        else:
+            _answer(part, outcome)
 
     def _outcome(self, part: list[_Waiting]) -> Outcome:
         try:
@@ -105,13 +127,24 @@ def _answer(part: list[_Waiting], outcome: Outcome) -> None:
 class _Request:
     """Rows that are answered together."""
 
-    def __init__(self, rows: Sequence[Row], answer: Callable[[Outcome], None]) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        answer: Callable[[Outcome], None],
+        is_cancelled: Callable[[], bool],
+    ) -> None:
         self.rows = rows
         self._answer = answer
+        self._is_cancelled = is_cancelled
+        self._since = time.monotonic()
         self._results: list[Any] = [None] * len(rows)
         self._error: Exception | None = None
         self._missing = len(rows)
         self._lock = threading.Lock()
+
+    def is_cancelled(self) -> bool:
+        """Whether it waited long and its caller has gone."""
+        return time.monotonic() - self._since > LONG_WAIT_S and self._is_cancelled()
 
     def put(self, place: int, result: Any) -> None:
         """Keep the result of the row at `place`."""

@@ -18,6 +18,7 @@ HalimedeError                  INTERNAL
 │   ├── OutOfMemory            fewer texts at once may fit
 │   └── ModelChanged           another model now has this name
 ├── UnsupportedInput           INVALID_ARG   a model embeds texts, not images, or the reverse
+├── RequestCancelled           CANCELLED     the caller went away before its turn came
 ├── AccessDenied               INTERNAL      a provider refuses the key
 ├── SpaceRefused               INTERNAL      no provider of the wanted space could answer
 ├── MissingExtra               INTERNAL      an optional package is not installed
@@ -124,6 +125,12 @@ class UnsupportedInput(HalimedeError):
     """A model embeds items of another kind, such as texts and not images."""
 
     code = "INVALID_ARG"
+
+
+class RequestCancelled(HalimedeError):
+    """The caller cancelled the request before its turn came: it was not run."""
+
+    code = "CANCELLED"
 
 
 class AccessDenied(HalimedeError):

@@ -6,12 +6,33 @@ a text has the id more than once; the first token has no vector among the multi-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from halimede_ops.spec import MULTI_VECTOR, SPARSE, TOKEN_EMBEDDINGS, ModelSpec
+
 NO_TOKEN = -1
 """Id that fills a row of sparse ids up to the longest."""
+
+
+def outputs(
+    rows: Mapping[str, np.ndarray], ids: np.ndarray, mask: np.ndarray, spec: ModelSpec
+) -> dict[str, np.ndarray]:
+    """A model's further outputs as its users get them: name → array, one row a text.
+
+    `rows` holds each head of the model, `[batch, tokens, width]` float32; `ids` and `mask` are
+    `[batch, tokens]` int64.
+    """
+    found: dict[str, np.ndarray] = {}
+    if SPARSE in rows:
+        weights = rows[SPARSE][:, :, 0]
+        found["SPARSE_IDS"], found["SPARSE_WEIGHTS"] = sparse(ids, weights, mask, spec.special_ids)
+    if MULTI_VECTOR in rows:
+        found["MULTI_VECTORS"] = per_token(rows[MULTI_VECTOR], mask, first=1)
+    if TOKEN_EMBEDDINGS in rows:
+        found["TOKEN_EMBEDDINGS"] = per_token(rows[TOKEN_EMBEDDINGS], mask)
+    return found
 
 
 def sparse(

@@ -12,6 +12,9 @@ from typing import NamedTuple
 from halimede_ops.errors import ModelNotFound
 
 CONFIG = "config.pbtxt"
+ONE_PROCESS = "one_process"
+"""Name of the second config of an ensemble's folder: Triton takes `configs/one_process.pbtxt`
+instead of config.pbtxt when it is started with `--model-config-name=one_process`."""
 _POLICY = re.compile(r"\bversion_policy\s*:?\s*\{\s*specific\s*:?\s*\{([^}]*)\}")
 _STEP = re.compile(r'\bmodel_name:\s*"([^"]+)"\s*model_version:\s*(-?\d+)')
 

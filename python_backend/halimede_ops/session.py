@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -111,6 +111,20 @@ class Session:
             "input_ids": batch.pad([row.ids for row in rows], length),
             "attention_mask": batch.pad([row.mask for row in rows], length),
         }
+
+
+def joined(rows: Sequence[Any]) -> dict[str, np.ndarray]:
+    """Outputs by name of rows that ran in any micro-batches: POOLED `[len(rows), dims]` float32,
+    and each head `[len(rows), tokens of the longest, width]`, zeros behind the others.
+
+    Each row is what `run_together` or `run_with_heads` gave for it.
+    """
+    if not isinstance(rows[0], dict):
+        return {POOLED: np.stack(rows)}
+    return {
+        name: np.stack(values) if name == POOLED else batch.pad_heads(values)
+        for name, values in ((name, [row[name] for row in rows]) for name in rows[0])
+    }
 
 
 def open_session(

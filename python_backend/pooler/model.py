@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 import triton_adapter as triton
 
 from halimede_ops import heads, spec, vectors
-from halimede_ops.errors import HalimedeError, InvalidDimensions
+from halimede_ops.errors import HalimedeError
 
 
 class Pooled(NamedTuple):
@@ -43,18 +43,7 @@ class TritonPythonModel:
 
     def _read(self, request: Any) -> Pooled:
         pooled = triton.tensor(request, spec.POOLED)
-        return Pooled(pooled, self._dimensions(request), self._heads(request))
-
-    def _dimensions(self, request: Any) -> int | None:
-        given = triton.optional_tensor(request, "DIMENSIONS")
-        if given is None:
-            return None
-        values = np.unique(given)
-        if len(values) > 1:
-            raise InvalidDimensions(
-                "DIMENSIONS differs between the rows of one request; send one request for each"
-            )
-        return vectors.check_dimensions(int(values[0]), self.spec)
+        return Pooled(pooled, triton.dimensions(request, self.spec), self._heads(request))
 
     def _heads(self, request: Any) -> dict[str, np.ndarray]:
         if not self.spec.heads:
@@ -62,7 +51,7 @@ class TritonPythonModel:
         rows = {name: triton.tensor(request, name) for name in self.spec.heads}
         tokens = min(values.shape[1] for values in rows.values())
         ids, mask = (triton.tensor(request, name) for name in ("input_ids", "attention_mask"))
-        return _outputs(rows, ids[:, :tokens], mask[:, :tokens], self.spec)
+        return heads.outputs(rows, ids[:, :tokens], mask[:, :tokens], self.spec)
 
     def _embed(self, requests: list[Pooled]) -> list[dict[str, np.ndarray] | HalimedeError]:
         return [
@@ -72,22 +61,6 @@ class TritonPythonModel:
             }
             for request in requests
         ]
-
-
-def _outputs(
-    rows: dict[str, np.ndarray], ids: np.ndarray, mask: np.ndarray, model: spec.ModelSpec
-) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {}
-    if spec.SPARSE in rows:
-        weights = rows[spec.SPARSE][:, :, 0]
-        found["SPARSE_IDS"], found["SPARSE_WEIGHTS"] = heads.sparse(
-            ids, weights, mask, model.special_ids
-        )
-    if spec.MULTI_VECTOR in rows:
-        found["MULTI_VECTORS"] = heads.per_token(rows[spec.MULTI_VECTOR], mask, first=1)
-    if spec.TOKEN_EMBEDDINGS in rows:
-        found["TOKEN_EMBEDDINGS"] = heads.per_token(rows[spec.TOKEN_EMBEDDINGS], mask)
-    return found
 
 
 def _write(outputs: dict[str, np.ndarray]) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -25,13 +25,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A text takes 50 µs; waking more threads for a few of them takes the cores from the model.
 
 
-class Texts(NamedTuple):
-    """One request."""
-
-    texts: list[str]
-    input_types: list[str | None]
-
-
 class TritonPythonModel:
     """One instance of a tokenizer model."""
 
@@ -45,21 +38,10 @@ class TritonPythonModel:
         """Tokenize all texts of all requests in one call."""
         return triton.answer(requests, self._read, self._tokenize, self._write)
 
-    def _read(self, request: Any) -> Texts:
-        values = triton.tensor(request, "TEXT").reshape(-1)
-        texts = [text.decode(value, row, self.spec) for row, value in enumerate(values)]
-        given = triton.optional_tensor(request, "INPUT_TYPE")
-        if given is None:
-            return Texts(texts, [None] * len(texts))
-        input_types = [
-            text.decode(value, row, self.spec) or None
-            for row, value in enumerate(given.reshape(-1))
-        ]
-        for input_type in set(input_types):
-            self.spec.prompt(input_type)  # an unknown one fails this request alone
-        return Texts(texts, input_types)
+    def _read(self, request: Any) -> triton.Texts:
+        return triton.texts(request, self.spec)
 
-    def _tokenize(self, requests: list[Texts]) -> list[list[text.Tokens] | HalimedeError]:
+    def _tokenize(self, requests: list[triton.Texts]) -> list[list[text.Tokens] | HalimedeError]:
         tokens = iter(
             self.tokenizer.encode(
                 [text for request in requests for text in request.texts],

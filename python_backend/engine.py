@@ -1,0 +1,50 @@
+"""An ONNX model as its config.pbtxt asks for it: `optimization.execution_accelerators`,
+`instance_group` and the parameters `intra_op_thread_count` and `max_tokens`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import triton_adapter as triton
+
+from halimede_ops import session
+from halimede_ops.continuous import ContinuousBatches
+
+STREAMS = 2
+"""Micro-batches that one instance runs at the same time, each on its share of the threads."""
+
+
+def open_batches(config: triton.ModelConfig, path: Path, kind: str) -> ContinuousBatches:
+    """Continuous batches through the model.onnx at `path`; `kind` is the instance's, CPU or GPU."""
+    accelerators = _accelerators(config, kind)
+    threads = _threads(config)
+    streams = min(STREAMS, threads)
+    max_tokens = int(config.parameter("max_tokens", "0")) or None
+    opened, missing = triton.load(
+        lambda: session.open_session(path, accelerators, threads, streams, max_tokens)
+    )
+    for name in missing:
+        triton.warn(
+            f"{config.name}: this onnxruntime has no {name}; the CPU provider serves instead"
+        )
+    return ContinuousBatches(
+        opened.run_with_heads if opened.heads else opened.run_together, streams
+    )
+
+
+def _accelerators(config: triton.ModelConfig, kind: str) -> list[session.Accelerator]:
+    asked = config.fields.get("optimization", {}).get("execution_accelerators", {})
+    gpu = asked.get("gpu_execution_accelerator", []) if kind == "GPU" else []
+    return [
+        session.Accelerator(entry["name"], entry.get("parameters", {}))
+        for entry in [*gpu, *asked.get("cpu_execution_accelerator", [])]
+    ] + ([session.Accelerator("cuda")] if kind == "GPU" and not gpu else [])
+
+
+def _threads(config: triton.ModelConfig) -> int:
+    """CPU threads of this instance: what the config says, else its share of the cores."""
+    asked = int(config.parameter("intra_op_thread_count", "0"))
+    instances = sum(group.get("count", 1) for group in config.fields.get("instance_group", []))
+    return asked or max(1, len(os.sched_getaffinity(0)) // max(1, instances))
