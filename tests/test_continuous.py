@@ -116,7 +116,7 @@ def test_a_failed_run_fails_its_requests_alone() -> None:
 
 def test_a_request_whose_caller_has_gone_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its outcome is RequestCancelled; those that waited beside it are run."""
-    monkeypatch.setattr(continuous, "LONG_WAIT_S", 0.0)
+    monkeypatch.setattr(continuous, "LONG_WAIT_RUNS", 0)
     gate, gone, stays = Gate(), Answer(), Answer()
     with closing(ContinuousBatches(gate.run, threads=1)) as batches:
         batches.submit([row(16)], Answer())

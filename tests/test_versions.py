@@ -254,6 +254,7 @@ def unpinned(built: repository.Built, folder: Path) -> None:
     repository.write(built, folder)
     for name in repository.family(built):
         version_folder(folder / name).rename(folder / name / "1")
+        shutil.rmtree(folder / name / "configs", ignore_errors=True)
         written = config.read(folder / name / "config.pbtxt")
         written.ClearField("version_policy")
         for step in written.ensemble_scheduling.step:

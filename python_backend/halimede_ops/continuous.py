@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -16,8 +15,8 @@ WAITING_ROWS = 128
 """Rows that may wait before `wait_for_room` holds the caller back: enough to choose full
 micro-batches from, few enough to plan anew for each of them (0.2 ms)."""
 
-LONG_WAIT_S = 0.5
-"""Callers are asked whether they have gone only after this long: asking takes time too."""
+LONG_WAIT_RUNS = 16
+"""Callers are asked whether they have gone only after so many runs: asking takes time too."""
 
 Outcome = Sequence[Any] | Exception
 """One result a row, in order, or what running them raised."""
@@ -37,6 +36,8 @@ class ContinuousBatches:
         self._changed = threading.Condition()
         """Guards `_waiting` and `_closed`."""
         self._closed = False
+        self._taken = 0
+        """Micro-batches until now."""
         self._done: SimpleQueue[tuple[list[_Waiting], Outcome] | None] = SimpleQueue()
         self._running = [threading.Thread(target=self._run_all) for _ in range(threads)]
         # Under load another thread answers, so that those that run lose no time.
@@ -55,8 +56,8 @@ class ContinuousBatches:
         Rows whose turn comes late are not run when `is_cancelled`: the outcome is
         RequestCancelled.
         """
-        request = _Request(rows, answer, is_cancelled)
         with self._changed:
+            request = _Request(rows, answer, is_cancelled, self._taken)
             self._waiting += [_Waiting(request, place) for place in range(len(rows))]
             self._changed.notify_all()
 
@@ -77,13 +78,18 @@ class ContinuousBatches:
 
     def _run_all(self) -> None:
         while part := self._take():
-            gone = {waiting.request for waiting in part if waiting.request.is_cancelled()}
+            gone = self._gone({waiting.request for waiting in part})
             wanted = [waiting for waiting in part if waiting.request not in gone]
             if gone:
                 dropped = [waiting for waiting in part if waiting.request in gone]
                 self._give(dropped, RequestCancelled("the request was cancelled; it was not run."))
             if wanted:
                 self._give(wanted, self._outcome(wanted))
+
+    def _gone(self, requests: set[_Request]) -> set[_Request]:
+        """Those that waited long and whose callers have gone."""
+        early = self._taken - LONG_WAIT_RUNS
+        return {one for one in requests if one.since < early and one.is_cancelled()}
 
     def _give(self, part: list[_Waiting], outcome: Outcome) -> None:
         if self._waiting:
@@ -108,6 +114,7 @@ class ContinuousBatches:
             part = [self._waiting[index] for index in chosen]
             for index in sorted(chosen, reverse=True):
                 del self._waiting[index]
+            self._taken += 1
             self._changed.notify_all()
             return part
 
@@ -132,19 +139,17 @@ class _Request:
         rows: Sequence[Row],
         answer: Callable[[Outcome], None],
         is_cancelled: Callable[[], bool],
+        since: int,
     ) -> None:
         self.rows = rows
+        self.is_cancelled = is_cancelled
+        self.since = since
+        """Micro-batches before it came."""
         self._answer = answer
-        self._is_cancelled = is_cancelled
-        self._since = time.monotonic()
         self._results: list[Any] = [None] * len(rows)
         self._error: Exception | None = None
         self._missing = len(rows)
         self._lock = threading.Lock()
-
-    def is_cancelled(self) -> bool:
-        """Whether it waited long and its caller has gone."""
-        return time.monotonic() - self._since > LONG_WAIT_S and self._is_cancelled()
 
     def put(self, place: int, result: Any) -> None:
         """Keep the result of the row at `place`."""
