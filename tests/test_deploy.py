@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tools import container
 from tools.triton import Server
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
@@ -91,6 +93,15 @@ def test_the_gpu_overlay_patches_what_is_there() -> None:
         [c["name"] for c in d["spec"]["template"]["spec"]["containers"]] for d in (patch, base)
     ]
     assert names[0] == names[1]
+
+
+def test_the_gpu_image_is_the_container_that_serve_starts() -> None:
+    """Same base, same package, same backends."""
+    dockerfile = (DEPLOY / "gpu.Dockerfile").read_text()
+    assert f"FROM {container.IMAGE}\n" in dockerfile
+    assert f"tokenizers=={importlib.metadata.version('tokenizers')}" in dockerfile
+    copied = re.findall(r"^COPY python_backend/(\S+)", dockerfile, re.MULTILINE)
+    assert set(copied) == set(container.OURS)
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
