@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import NAMES, ROOT, free_options
+from PIL import Image
 
 from halimede import Embedder
 from tools import triton
@@ -49,6 +50,9 @@ def folder(server: triton.Server, tmp_path: Path) -> Path:
     """A folder with the README's configuration in it, on this server's address."""
     for name, text in re.findall(r"`(\S+\.yaml)`:\n\n```yaml\n(.*?)```", README, re.DOTALL):
         (tmp_path / name).write_text(text.replace("127.0.0.1:8001", server.grpc_address))
+    (tmp_path / "photos").mkdir()
+    for name, colour in (("cat.jpg", "grey"), ("bicycle.png", "red")):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / "photos" / name)
     for name in ("model_repository", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path

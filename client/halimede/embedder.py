@@ -277,8 +277,8 @@ class Embedder(_Opened):
         """Embeddings of a stream of images of any length, such as those of a folder or an archive
         (`find_images`), part by part, in its order.
 
-        As `embed_iter`: images are read as their parts have their turn, 16 of each part at a time,
-        so memory stays bounded. `indices` and `errors` of each part count from the stream's first
+        As `embed_iter`: images are read when their turn comes, 16 at a time, so memory stays
+        bounded. `indices` and `errors` of each part count from the stream's first
         image.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import math
@@ -81,6 +82,7 @@ class Flow:
         self.cache = cache
         self.model_check_s = model_check_s
         self.fetch = fetch
+        self._room = asyncio.Semaphore(requests.IMAGES_IN_FLIGHT)
         self._is_closed = False
 
     async def embed(self, call: Call) -> Embeddings:
@@ -191,7 +193,8 @@ class Flow:
             asked = link.options.dimensions if call.dimensions is None else call.dimensions
             reader = Reader(model.max_image_bytes, self.fetch)
             dims = check_dimensions(asked, model)
-            job = _Job(link, model, call, reader, asked, dims, deadline, cache)
+            room = contextlib.nullcontext() if call.kind == "text" else self._room
+            job = _Job(link, model, call, reader, room, asked, dims, deadline, cache)
             try:
                 return await job.result()
             except ModelChanged:
@@ -210,6 +213,8 @@ class _Job:
     model: ServedModel
     call: Call
     reader: Reader
+    room: contextlib.AbstractAsyncContextManager[None]
+    """Entered for each window."""
     dimensions: int | None
     """As asked of the provider."""
     dims: int
@@ -236,8 +241,9 @@ class _Job:
             vectors=quantise(floats, self.call.output_type, self.call.ranges),
             tokens=_joined([part.tokens for part in entries], (0,), np.int32),
             cached=_joined([part.cached for part in parts], (0,), np.bool_),
-            indices=_joined(
-                [np.array(part.rows) + self.call.first for part in parts], (0,), np.int64
+            indices=self.call.first
+            + _joined(
+                [np.arange(part.rows.start, part.rows.stop) for part in parts], (0,), np.int64
             ),
             images=() if self.call.kind == "text" else _images(entries),
             errors={
@@ -256,7 +262,8 @@ class _Job:
     async def _settled(self, rows: range) -> _Part | HalimedeError:
         """The entries of some rows of the call, or what is wrong with the only one."""
         try:
-            return await self._window(rows)
+            async with self.room:
+                return await self._window(rows)
         except OF_ONE_ITEM as error:
             if self.call.kind == "text":
                 raise
@@ -268,7 +275,8 @@ class _Job:
 
     async def _window(self, rows: range) -> _Part:
         """The entries of some rows of the call."""
-        items = [await self._read(self.call.items[row]) for row in rows]
+        given = self.call.items[rows.start : rows.stop]
+        items = [one if isinstance(one, bytes) else await one.read(self.reader) for one in given]
 
         async def compute(missing: Sequence[int]) -> Entries:
             return await self._compute([items[row] for row in missing])
@@ -287,10 +295,6 @@ class _Job:
         entries, cached = await self.cache.get_or_compute(keys, compute, expect)
         self._advance(int(cached.sum()))
         return _Part(rows, entries, cached)
-
-    async def _read(self, given: Given) -> Item:
-        """An item that is in memory, or that its source gives."""
-        return given if isinstance(given, bytes) else await given.read(self.reader)
 
     async def _compute(self, items: Sequence[Item]) -> Entries:
         """The entries of the items, asked of the provider in requests."""

@@ -15,6 +15,8 @@ REQUESTS_IN_FLIGHT = 4
 """Requests of one window that are on their way at once: the server's steps overlap."""
 WINDOWS_IN_FLIGHT = 2
 """Windows of one stream that are on their way at once."""
+IMAGES_IN_FLIGHT = 16
+"""Images that an embedder has read and not yet got the answer of: each may have 10 MB."""
 
 
 class Windowing(NamedTuple):
@@ -28,8 +30,8 @@ class Windowing(NamedTuple):
 WINDOWING: Mapping[Kind, Windowing] = {
     "text": Windowing(4096, WINDOWS_IN_FLIGHT),  # sorted by length together
     # Alone, each has an answer or an error of its own; the server batches across requests.
-    "image": Windowing(1, 16),
-    "pair": Windowing(1, 16),
+    "image": Windowing(1, IMAGES_IN_FLIGHT),
+    "pair": Windowing(1, IMAGES_IN_FLIGHT),
 }
 REQUEST_BYTES = 8 * 1024 * 1024
 """Most bytes of text in one request."""

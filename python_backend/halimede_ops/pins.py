@@ -64,6 +64,12 @@ def steps(config: str) -> dict[str, int]:
     return {name: int(version) for name, version in _STEP.findall(config)}
 
 
+def parameter(config: str, name: str) -> str:
+    """The string value of one of a config's parameters; empty where it has none of this name."""
+    found = re.search(rf'\bkey:\s*"{name}"\s*value\s*:?\s*{{\s*string_value:\s*"([^"]*)"', config)
+    return found[1] if found else ""
+
+
 def present(model: Path) -> list[int]:
     """Version folders that a model has, ascending."""
     return sorted(int(path.name) for path in model.glob("[0-9]*") if path.name.isdecimal())

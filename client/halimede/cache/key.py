@@ -33,8 +33,7 @@ def keys(
 
     def key(item: Item) -> bytes:
         digest = seed.copy()
-        for part in parts(item):
-            digest.update(part)
+        digest.update(item if isinstance(item, bytes) else b"".join(parts(item)))
         return digest.digest()
 
     return [key(item) for item in items]

@@ -34,6 +34,8 @@ METHODS: Mapping[Kind, str] = {
     "pair": "embed_multimodal",
 }
 """What an embedder's method for items of a kind is called."""
+KINDS_BY_INPUT: Mapping[str, Kind] = {"text": "text", "image": "image", "multimodal": "pair"}
+"""Kind of the items of a built model by its config's parameter `input`."""
 PROBES: Mapping[Kind, Item] = {
     "text": b"health",
     "image": PIXEL,

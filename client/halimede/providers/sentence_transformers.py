@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import itertools
 import json
 import sys
@@ -18,11 +19,11 @@ from typing import Any
 import numpy as np
 from pydantic import PositiveFloat
 
-from halimede.items import Kind
+from halimede.items import Kind, parts
 from halimede.providers import base
 from halimede.providers.base import Answer, Request
 from halimede.providers.base import Options as BaseOptions
-from halimede.results import ServedModel
+from halimede.results import IMAGE, ServedModel
 from halimede_ops import errors
 
 WORKER = "halimede.providers.sentence_transformers_worker"
@@ -65,8 +66,11 @@ class SentenceTransformers:
 
     async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
         """The model that the process has loaded."""
+        model = (await self._running()).model
+        if kind == "image" and model.image_model:
+            return dataclasses.replace(model, input="image", max_tokens=0)
         base.check_texts(kind, self.name)
-        return (await self._running()).model
+        return model
 
     async def health(self, timeout_s: float) -> None:
         """Nothing when a probe text is embedded."""
@@ -74,20 +78,26 @@ class SentenceTransformers:
 
     async def embed(self, request: Request, timeout_s: float) -> Answer:
         """The answer of the process."""
-        texts = base.texts(request, self.name)
         worker = await self._running()
-        prompted = {"texts": [text.decode() for text in texts], "input_type": request.input_type}
+        if request.kind == "image" and worker.model.image_model:
+            images = [b"".join(parts(image)) for image in request.items]
+            asked: dict[str, Any] = {"images": [base64.b64encode(one).decode() for one in images]}
+        else:
+            texts = base.texts(request, self.name)
+            asked = {"texts": [text.decode() for text in texts], "input_type": request.input_type}
         try:
-            told = await asyncio.wait_for(worker.ask(prompted), timeout_s)
+            told = await asyncio.wait_for(worker.ask(asked), timeout_s)
         except asyncio.TimeoutError:
             if worker.is_stuck(timeout_s):
                 await self.close()
             raise base.too_late(self.name, timeout_s) from None
-        vectors = np.frombuffer(base64.b64decode(told["vectors"]), "<f4").reshape(len(texts), -1)
+        count = len(request.items)
+        vectors = np.frombuffer(base64.b64decode(told["vectors"]), "<f4").reshape(count, -1)
         return Answer(
             base.cut(np.array(vectors), request.dimensions),
-            np.array(told["tokens"], np.int32),
+            np.array(told["tokens"], np.int32) if "tokens" in told else base.unknown_tokens(count),
             worker.model,
+            _images(told["images"]) if "images" in told else None,
         )
 
     async def _running(self) -> _Worker:
@@ -135,7 +145,12 @@ class SentenceTransformers:
             max_tokens=facts["max_tokens"],
             max_batch_size=MAX_BATCH_SIZE,
             provider="sentence_transformers",
+            image_model=self._options.model_id if facts["images"] else "",
         )
+
+
+def _images(told: list[tuple[int, int, str]]) -> np.ndarray:
+    return np.array([(width, height, name.encode()) for width, height, name in told], IMAGE)
 
 
 class _Worker:

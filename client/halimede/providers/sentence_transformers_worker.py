@@ -1,14 +1,16 @@
 """The process behind the provider sentence_transformers: JSON lines in, JSON lines out.
 
 The first line opens a model: `{"id": 0, "model": …, "device": …}`; each other line embeds:
-`{"id": n, "texts": […], "input_type": …}`. Answers carry the same id; an error is
-`{"id": n, "error": class of halimede_ops.errors, "message": …}`. It ends with its stdin.
+`{"id": n, "texts": […], "input_type": …}` or `{"id": n, "images": [base64 of a file, …]}`. Answers
+carry the same id; an error is `{"id": n, "error": class of halimede_ops.errors, "message": …}`. It
+ends with its stdin.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import os
 import sys
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -32,11 +35,12 @@ def main() -> None:
                 model = _open(request["model"], request["device"])
                 answer = _facts(model)
             else:
-                answer = _embed(model, request["texts"], request["input_type"])
+                embed = _embed_images if "images" in request else _embed
+                answer = embed(model, request)
         except MemoryError:
             answer = {"error": "OutOfMemory", "message": "no memory for this many texts."}
         except _Refused as refused:
-            answer = {"error": "UnknownInputType", "message": str(refused)}
+            answer = {"error": refused.error, "message": str(refused)}
         except Exception as error:  # its words may hold a text or a path
             name = "ServerError" if model is not None else "InvalidModel"
             answer = {"error": name, "message": f"the model failed ({type(error).__name__})."}
@@ -45,7 +49,12 @@ def main() -> None:
 
 
 class _Refused(Exception):
-    """The model has no such prompt."""
+    """What the caller gave is wrong."""
+
+    def __init__(self, error: str, message: str) -> None:
+        super().__init__(message)
+        self.error = error
+        """Class of halimede_ops.errors."""
 
 
 def _open(name: str, device: str) -> Any:
@@ -61,6 +70,7 @@ def _facts(model: Any) -> dict[str, Any]:
         "precision": PRECISIONS.get(dtype, dtype),
         "dims": model.get_sentence_embedding_dimension(),
         "max_tokens": int(model.max_seq_length or model.tokenizer.model_max_length),
+        "images": "image" in getattr(model, "modalities", ()),
     }
 
 
@@ -76,14 +86,41 @@ def _fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _embed(model: Any, texts: list[str], input_type: str | None) -> dict[str, Any]:
-    prompt = _prompt(model, input_type)
+def _embed(model: Any, request: dict[str, Any]) -> dict[str, Any]:
+    prompt, texts = _prompt(model, request["input_type"]), request["texts"]
     vectors = model.encode(texts, prompt=prompt, show_progress_bar=False)
     encoded = model.tokenizer([prompt + text for text in texts], truncation=False, verbose=False)
+    return {"vectors": _packed(vectors), "tokens": [len(ids) for ids in encoded["input_ids"]]}
+
+
+def _embed_images(model: Any, request: dict[str, Any]) -> dict[str, Any]:
+    opened = [_picture(base64.b64decode(data), row) for row, data in enumerate(request["images"])]
+    vectors = model.encode([picture for picture, _ in opened], show_progress_bar=False)
     return {
-        "vectors": base64.b64encode(np.ascontiguousarray(vectors, "<f4").tobytes()).decode(),
-        "tokens": [len(ids) for ids in encoded["input_ids"]],
+        "vectors": _packed(vectors),
+        "images": [[*picture.size, name] for picture, name in opened],
     }
+
+
+def _picture(data: bytes, row: int) -> tuple[Any, str]:
+    """The picture as built models see it, and the name of its format."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            name = "JPEG" if image.format == "MPO" else str(image.format)
+            return ImageOps.exif_transpose(image).convert("RGB"), name
+    except Image.DecompressionBombError:
+        raise _Refused("ImageTooLarge", f"image {row} has too many pixels.") from None
+    except Exception as error:  # damaged files make Pillow raise nearly anything
+        raise _Refused(
+            "InvalidImage",
+            f"image {row} is none of {', '.join(FORMATS)}, or damaged ({type(error).__name__}).",
+        ) from None
+
+
+def _packed(vectors: Any) -> str:
+    return base64.b64encode(np.ascontiguousarray(vectors, "<f4").tobytes()).decode()
 
 
 def _prompt(model: Any, input_type: str | None) -> str:
@@ -92,8 +129,9 @@ def _prompt(model: Any, input_type: str | None) -> str:
         return str(known.get(model.default_prompt_name, ""))
     if input_type not in known:
         raise _Refused(
+            "UnknownInputType",
             f"the input type given is not one of the model's: {', '.join(sorted(known))}. "
-            "Omit it for none."
+            "Omit it for none.",
         )
     return str(known[input_type])
 

@@ -28,7 +28,14 @@ from tritonclient.utils import InferenceServerException
 from halimede.breaker import Breaker
 from halimede.items import Item, Kind, Pair
 from halimede.latest import Latest
-from halimede.providers.base import PROBES, Answer, Request, unknown_tokens, unsupported
+from halimede.providers.base import (
+    KINDS_BY_INPUT,
+    PROBES,
+    Answer,
+    Request,
+    unknown_tokens,
+    unsupported,
+)
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
 from halimede_ops import errors
@@ -54,8 +61,6 @@ OUTPUTS: Mapping[Kind, tuple[str, ...]] = {
     "image": ("EMBEDDING", "WIDTH", "HEIGHT", "FORMAT"),
     "pair": ("EMBEDDING",),
 }
-KIND_OF_INPUT: Mapping[str, Kind] = {"text": "text", "image": "image", "multimodal": "pair"}
-"""Kind of the items of a model by its parameter `input`."""
 OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|failed to allocate", re.IGNORECASE)
 NOT_LOADED = re.compile(r"not (?:at )?ready|is unloading|being loaded", re.IGNORECASE)
 SCHEMES = ("grpc", "grpcs", "http", "https")
@@ -395,7 +400,7 @@ def _of_facts(
         max_batch_size=max_batch_size,
         mean_cosine=None if cosine is None else float(cosine),
         version=str(versions[0]) if is_pinned else "",
-        input=KIND_OF_INPUT[parameters.get("input", "text")],
+        input=KINDS_BY_INPUT[parameters.get("input", "text")],
         image_model=parameters.get("image_model", ""),
         max_image_bytes=int(parameters.get("max_image_bytes", MAX_IMAGE_BYTES)),
     )
