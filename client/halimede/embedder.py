@@ -55,6 +55,10 @@ class AskedOfImages(Asked, total=False):
     errors: Literal["raise", "collect"]
 
 
+class AskedOfPairs(AskedOfTexts, AskedOfImages, total=False):
+    """What a caller may ask of the embedding of texts with images."""
+
+
 class _Opened:
     """What both embedders are made of."""
 
@@ -219,7 +223,7 @@ class Embedder(_Opened):
         *,
         deadline_s: float | None = None,
         progress: bool = False,
-        **asked: Unpack[AskedOfImages],
+        **asked: Unpack[AskedOfPairs],
     ) -> Embeddings:
         """Embeddings of texts with the images at the same places, one vector a pair.
 
@@ -228,7 +232,7 @@ class Embedder(_Opened):
             images: the images, as of `embed_images`; None likewise.
             deadline_s: longest time that this call may take.
             progress: show a bar, on a terminal.
-            asked: as of `embed_images`.
+            asked: as of `embed_images`, and `input_type` as of `embed`.
 
         Raises:
             InvalidInput: texts and images are of different number, or a place has neither.
@@ -394,7 +398,7 @@ class AsyncEmbedder(_Opened):
         *,
         deadline_s: float | None = None,
         progress: bool = False,
-        **asked: Unpack[AskedOfImages],
+        **asked: Unpack[AskedOfPairs],
     ) -> Embeddings:
         """As `Embedder.embed_multimodal`."""
         return await self._embed("pair", pairs(texts, images), deadline_s, progress, **asked)

@@ -282,7 +282,7 @@ class _Server:
         """The model that is named, or the one it names for images."""
         named = await self._ensemble(self.model)
         served = named
-        if kind == "image" and named.image_model:
+        if kind == "image" and named.input == "text" and named.image_model:
             served = await self._ensemble(named.image_model)
         if kind not in (None, served.input):
             raise unsupported(kind, f"triton:{self.model}", named.input)
