@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
-from onnx import compose, helper
+from onnx import compose, helper, numpy_helper
 
 from halimede_ops.errors import InvalidModel
 from halimede_ops.session import DATA_SUFFIX, file_bytes
@@ -56,6 +57,59 @@ def optimise(raw: Path, target: Path, large_bytes: int = LARGE_BYTES) -> None:
             "session.optimized_model_external_initializers_file_name", target.name + DATA_SUFFIX
         )
     onnxruntime.InferenceSession(str(raw), options, providers=["CPUExecutionProvider"])
+
+
+def dequantise_what_is_looked_up(model: onnx.ModelProto) -> None:
+    """Let every lookup in a quantised table dequantise its rows, not the table: an engine that
+    folds constants would hold the table in float32 again, four times its size. A row's values stay
+    the same to the bit.
+    """
+    graph: Any = model.graph
+    constants = {entry.name: entry for entry in graph.initializer}
+    made_by = {name: node for node in graph.node for name in node.output}
+    for lookup in [node for node in graph.node if node.op_type == "Gather"]:
+        table = made_by.get(lookup.input[0])
+        if table is None or table.op_type != "DequantizeLinear":
+            continue
+        if _axis(lookup, 0) != 0 or not set(table.input) <= set(constants):
+            continue
+        values, scale, zero = (numpy_helper.to_array(constants[name]) for name in table.input)
+        by_row = scale.ndim == 0 or (scale.ndim == 1 and _axis(table, 1) == 0)
+        if by_row and not zero.any():
+            _look_up_quantised(graph, lookup, table.input[0], np.broadcast_to(scale, len(values)))
+    _drop_unused(graph, "DequantizeLinear")
+
+
+def _axis(node: onnx.NodeProto, default: int) -> int:
+    return next((entry.i for entry in node.attribute if entry.name == "axis"), default)
+
+
+def _look_up_quantised(graph: Any, lookup: Any, table: str, scale: np.ndarray) -> None:
+    """Put a lookup of int8 rows, times a lookup of the rows' scales, in place of a Gather."""
+    ids, name = lookup.input[1], lookup.output[0]
+    scales = np.ascontiguousarray(scale.reshape(-1, 1), np.float32)
+    graph.initializer.append(numpy_helper.from_array(scales, f"{name}/scales"))
+    graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), f"{name}/one"))
+    place = list(graph.node).index(lookup)
+    graph.node.remove(lookup)
+    for node in (
+        helper.make_node("Mul", [f"{name}/float", f"{name}/scale"], [name]),
+        helper.make_node("Gather", [f"{name}/scales", ids], [f"{name}/scale"]),
+        helper.make_node("DequantizeLinear", [f"{name}/int8", f"{name}/one"], [f"{name}/float"]),
+        helper.make_node("Gather", [table, ids], [f"{name}/int8"]),
+    ):
+        graph.node.insert(place, node)
+
+
+def _drop_unused(graph: Any, operator: str) -> None:
+    """Drop the operator's nodes that give nothing that is used, with the constants left over."""
+    used = {name for node in graph.node for name in node.input}
+    for node in [node for node in graph.node if node.op_type == operator]:
+        if not used & set(node.output):
+            graph.node.remove(node)
+    still = {name for node in graph.node for name in node.input}
+    for entry in [entry for entry in graph.initializer if entry.name in used - still]:
+        graph.initializer.remove(entry)
 
 
 def opset(model: onnx.ModelProto) -> int:

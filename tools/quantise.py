@@ -133,6 +133,7 @@ def _quantise(
         subset_size=len(feeds),
         ignored_scope=nncf.IgnoredScope(names=list(kept)),
     )
+    graph.dequantise_what_is_looked_up(quantised)
     for path in (target, target.with_name(target.name + DATA_SUFFIX)):
         path.unlink(missing_ok=True)
     graph.save(quantised, target)
