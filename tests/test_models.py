@@ -364,6 +364,55 @@ def test_int8_leaves_in_fp32_what_suffers_most(copied: Path, tmp_path: Path) -> 
     assert "layer.1/output/dense" in first
 
 
+def test_int8_looks_rows_up_before_they_are_dequantised(source: Path) -> None:
+    """No table of embeddings is dequantised whole, and a row's values are what they were, to the
+    bit: of tables with a scale a row, and with one for all.
+    """
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    from tools import graph
+
+    made = onnx.load(source.parent / "int8" / session.FILE_NAME)
+    tables = {entry.name for entry in made.graph.initializer if "embeddings" in entry.name}
+    whole = [node for node in made.graph.node if node.op_type == "DequantizeLinear"]
+    assert not [node for node in whole if tables & set(node.input[:1])]
+
+    rng = np.random.default_rng(1)
+    ids = np.array([[3, 0], [49, 3]])
+    for scale, axis in ((rng.random(50), {"axis": 0}), (np.array(0.3), {})):
+        constants = {
+            "table": rng.integers(-127, 127, (50, 8)).astype(np.int8),
+            "scale": scale.astype(np.float32),
+            "zero": np.zeros(scale.shape, np.int8),
+        }
+        nodes = [
+            helper.make_node("DequantizeLinear", ["table", "scale", "zero"], ["whole"], **axis),
+            helper.make_node("Gather", ["whole", "ids"], ["rows"]),
+        ]
+        model = helper.make_model(
+            helper.make_graph(
+                nodes,
+                "lookup",
+                [helper.make_tensor_value_info("ids", TensorProto.INT64, [2, 2])],
+                [helper.make_tensor_value_info("rows", TensorProto.FLOAT, [2, 2, 8])],
+                [numpy_helper.from_array(value, name) for name, value in constants.items()],
+            ),
+            opset_imports=[helper.make_opsetid("", 17)],
+            ir_version=10,
+        )
+        got = []
+        for _ in range(2):
+            opened = onnxruntime.InferenceSession(
+                model.SerializeToString(), providers=["CPUExecutionProvider"]
+            )
+            got.append(opened.run(None, {"ids": ids})[0])
+            graph.dequantise_what_is_looked_up(model)
+        assert model.graph.node[-1].op_type == "Mul"
+        assert got[0].tobytes() == got[1].tobytes()
+
+
 def test_precision_below_its_bar_needs_consent(
     copied: Path, home: Settings, capfd: pytest.CaptureFixture
 ) -> None:

@@ -40,7 +40,9 @@ def file_bytes(path: Path) -> int:
 
 
 class Accelerator(NamedTuple):
-    """An execution accelerator by its name in config.pbtxt, with its parameters."""
+    """An execution accelerator by its name in config.pbtxt, with its parameters: OpenVINO's are
+    properties of its CPU device.
+    """
 
     name: str
     parameters: Mapping[str, str] = {}
@@ -196,7 +198,7 @@ def _provider(accelerator: Accelerator, threads: int, streams: int) -> tuple[str
         # ACCURACY keeps float32 float32 on CPUs where OpenVINO would choose bfloat16.
         options = {
             "device_type": "CPU",
-            "load_config": json.dumps({"CPU": OPENVINO_PROPERTIES}),
+            "load_config": json.dumps({"CPU": OPENVINO_PROPERTIES | parameters}),
             "precision": "ACCURACY",
             "num_of_threads": str(threads),
             "num_streams": str(streams),
