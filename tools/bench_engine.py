@@ -10,16 +10,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from tools import corpus, machine
+from tools import machine
+from tools.bench_worker import COUNTS, REFERENCE
 from tools.repository import served_name
 from tools.settings import ROOT, Settings
 from tools.steps import console
 
-COUNTS = (1, 100, 1000)
-REFERENCE = "sentence-transformers"
 PACKAGES = ("onnxruntime-openvino", "sentence-transformers", "torch")
 
 
@@ -29,7 +28,7 @@ class Process:
     def __init__(self, *arguments: str) -> None:
         began = time.perf_counter()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tools.bench_engine", *arguments],
+            [sys.executable, "-m", "tools.bench_worker", *arguments],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -117,30 +116,3 @@ def _report(
         cells = [f"{figures[name]:.{digits}f} | {base / figures[name]:.1f}" for name in ours]
         lines.append(f"| {title} | {base:.{digits}f} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _serve(embed: Callable[[list[str]], object]) -> None:
-    """Answer each line of stdin, a count of texts, with the seconds they took."""
-    texts = corpus.mixed_texts(max(COUNTS))
-    for line in sys.stdin:
-        began = time.perf_counter()
-        embed(texts[: int(line)])
-        print(time.perf_counter() - began, flush=True)
-
-
-def _main(kind: str, folder: str, model: str = "") -> None:
-    if kind == REFERENCE:
-        from sentence_transformers import SentenceTransformer
-
-        loaded = SentenceTransformer(folder, device="cpu", local_files_only=True)
-        _serve(lambda texts: loaded.encode(texts, show_progress_bar=False))
-        return
-    from halimede import Embedder
-
-    entry = {"provider": "onnx", "model_id": model, "path": folder}
-    with Embedder(config={"models": {"local": entry}}) as embedder:
-        _serve(embedder.embed)
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
