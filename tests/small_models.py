@@ -283,26 +283,32 @@ def clip(folder: Path) -> Path:
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
         projection_dim=32,
     )  # fmt: skip
+    vision = dict(tower, image_size=32, patch_size=16)
+    _clip(folder, tower, vision, projection_dim=32, initializer_factor=5.0)
+    hf.CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    ).save_pretrained(folder)
+    return folder
+
+
+def clip_vit_b32(folder: Path) -> Path:
+    """CLIP whose vision tower is ViT-B/32 in every size; its text tower is small."""
+    text = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+    _clip(folder, text, dict(image_size=224, patch_size=32), projection_dim=512)
+    hf.CLIPImageProcessor().save_pretrained(folder)
+    return folder
+
+
+def _clip(folder: Path, text: dict, vision: dict, **fields: Any) -> None:
     end = clip_bpe().token_to_id("<|endoftext|>")
     start = clip_bpe().token_to_id("<|startoftext|>")
-    text = dict(
-        tower, vocab_size=VOCABULARY, eos_token_id=end, bos_token_id=start, pad_token_id=end
-    )
-    config = hf.CLIPConfig(
-        text_config=text,
-        vision_config=dict(tower, image_size=32, patch_size=16),
-        projection_dim=32,
-        initializer_factor=5.0,
-    )
+    text = dict(text, vocab_size=VOCABULARY, eos_token_id=end, bos_token_id=start, pad_token_id=end)
+    config = hf.CLIPConfig(text_config=text, vision_config=vision, **fields)
     save(
         folder, build(hf.CLIPModel, config), clip_bpe(), 77,
         pad_token="<|endoftext|>", eos_token="<|endoftext|>", bos_token="<|startoftext|>",
         unk_token="<|endoftext|>",
     )  # fmt: skip
-    hf.CLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-    ).save_pretrained(folder)
-    return folder
 
 
 def sentence_transformer(

@@ -29,7 +29,8 @@ from tools.settings import Settings
 @pytest.fixture(scope="module")
 def built(settings: Settings) -> repository.Built:
     """What the default model's build gives."""
-    return make(order(MODEL), settings.models / MODEL, settings)
+    [texts] = make(order(MODEL), settings.models / MODEL, settings)
+    return texts
 
 
 def test_build_writes_exactly_the_committed_configs(
@@ -241,7 +242,7 @@ def test_configs_for_a_gpu(built: repository.Built, tmp_path: Path, device: str)
 
 def test_tensorrt_profile_covers_every_bucket(built: repository.Built) -> None:
     """Shapes go from one row of the shortest bucket to a full batch of the longest."""
-    parameters = config.tensorrt_parameters(built.spec, "int8")
+    parameters = config.tensorrt_parameters(built.spec, "int8", config.text_shapes(built.spec))
     assert parameters["precision_mode"] == "INT8"
     assert parameters["trt_profile_min_shapes"] == "input_ids:1x16,attention_mask:1x16"
     assert parameters["trt_profile_max_shapes"] == "input_ids:128x256,attention_mask:128x256"

@@ -279,6 +279,7 @@ def test_create_mounts(engine: Engine, repository: Path, options: Options) -> No
         "/models": str(repository),
         f"{BACKENDS}/tokenizer": str(PYTHON_BACKEND / "tokenizer"),
         f"{BACKENDS}/pooler": str(PYTHON_BACKEND / "pooler"),
+        f"{BACKENDS}/image": str(PYTHON_BACKEND / "image"),
         f"{BACKENDS}/halimede_ops": str(PYTHON_BACKEND / "halimede_ops"),
         f"{BACKENDS}/triton_adapter.py": str(PYTHON_BACKEND / "triton_adapter.py"),
     }
@@ -305,7 +306,7 @@ def test_host_name_becomes_an_address(engine: Engine, repository: Path, options:
 
 
 def test_create_command(engine: Engine, repository: Path, options: Options) -> None:
-    """A shell installs this environment's tokenizers, then becomes tritonserver.
+    """A shell installs this environment's tokenizers and pillow, then becomes tritonserver.
 
     Its arguments are the options', but it listens on every address of the container.
     """
@@ -313,7 +314,9 @@ def test_create_command(engine: Engine, repository: Path, options: Options) -> N
     assert (shell, flag) == ("bash", "-c")
     install, server = (shlex.split(part) for part in line.split(" && "))
     assert install[:4] == ["python3", "-m", "pip", "install"]
-    assert install[-1] == f"tokenizers=={importlib.metadata.version('tokenizers')}"
+    assert install[-2:] == [
+        f"{name}=={importlib.metadata.version(name)}" for name in ("tokenizers", "pillow")
+    ]
     arguments = options.arguments(inside="0.0.0.0")
     assert server == ["exec", "tritonserver", "--model-repository=/models", *arguments]
     assert "'--load-model=*'" in line, "the shell must not expand it"

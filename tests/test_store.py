@@ -23,7 +23,7 @@ from halimede import Embedder, store
 from halimede_ops import pins, session, spec, vectors
 from halimede_ops.errors import InvalidInput
 from tools import config, steps, triton
-from tools.check import Engine, reference
+from tools.check import Engine, reference, text_rows
 from tools.describe import Reading
 from tools.settings import Settings
 
@@ -137,7 +137,8 @@ def served_vectors(repository: Path) -> np.ndarray:
         tokenizer, onnx = served.steps["m-tokenizer"], served.steps[f"{name}-onnx"]
         assert config.space(repository / name / "config.pbtxt") == facts.space
         assert spec.load(served.folder) == spec.load(tokenizer) == facts
-        found.append(Engine(onnx / session.FILE_NAME, tokenizer, facts).embed(TEXTS))
+        rows = text_rows(tokenizer, facts)
+        found.append(Engine(onnx / session.FILE_NAME, rows, facts).embed(TEXTS))
     assert vectors.cosine(*found).min() > 0.999
     return found[0]
 

@@ -36,7 +36,7 @@ TEXTS = [f"text number {index}, one of many" for index in range(40)]
 @pytest.fixture(scope="module")
 def built(settings: Settings) -> repository.Built:
     """The default model in FP32."""
-    made = make(order(MODEL), settings.models / MODEL, settings)
+    [made] = make(order(MODEL), settings.models / MODEL, settings)
     return dataclasses.replace(made, models={"fp32": made.models["fp32"]})
 
 

@@ -48,6 +48,9 @@ def build(
     calibration: Annotated[
         Path | None, typer.Option(help="Texts to calibrate INT8 on, one a line.")
     ] = None,
+    calibration_images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures to calibrate INT8 of images on.")
+    ] = None,
     sts: Annotated[
         Path | None, typer.Option(help="STS file to score: score, sentence1, sentence2.")
     ] = None,
@@ -62,6 +65,7 @@ def build(
         "accepted_licence": accept_licence,
         "device": device,
         "calibration": calibration,
+        "calibration_images": calibration_images,
         "sts": sts,
         "trust_remote_code": trust_remote_code,
         "max_tokens": max_tokens,

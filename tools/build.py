@@ -7,6 +7,7 @@ build does what is missing and nothing else.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from halimede.store import sha256
 from halimede_ops import session, spec, text
 from halimede_ops.errors import BuildError, InvalidInput, LicenceNotAccepted, QualityError
 from halimede_ops.spec import ModelSpec
-from tools import config, corpus, describe, repository
+from tools import check, config, corpus, describe, pictures, repository
 from tools.check import BARS, TOOLS
 from tools.describe import Reading
 from tools.download import download
@@ -28,6 +29,10 @@ from tools.settings import Settings
 from tools.steps import console, fingerprint, key_of, once
 
 PRECISIONS = tuple(BARS)
+IMAGE_STEP = "image-"
+"""In front of a vision tower's steps' folders."""
+CHECK_PICTURES = 132
+"""Pictures that a vision tower is checked on: every form, thrice, in different sizes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Order:
     device: str = config.CPU
     calibration: Path | None = None
     """File with one text a line to take INT8's ranges from, instead of the built-in texts."""
+    calibration_images: Path | None = None
+    """Folder of pictures to take a vision tower's ranges from, instead of the drawn ones."""
     sts: Path | None = None
     """STS file to score every precision on."""
 
@@ -97,7 +104,9 @@ def build(wanted: Order, settings: Settings) -> list[str]:
             (folder / store.USED).touch()
             console.print(f"[bold]{wanted.name}[/]")
             built = make(wanted, folder, settings)
-            ensembles = repository.write(built, settings.repository)
+            ensembles = [
+                name for one in built for name in repository.write(one, settings.repository)
+            ]
             console.print(f"  [green]✓[/] write: {', '.join(ensembles)}")
     except Timeout:
         raise BuildError(
@@ -126,73 +135,127 @@ def check_licence(wanted: Order) -> None:
     )
 
 
-def make(wanted: Order, folder: Path, settings: Settings) -> repository.Built:
-    """What the steps give, done where they are missing; `folder` is the model's in the store.
+def make(wanted: Order, folder: Path, settings: Settings) -> list[repository.Built]:
+    """What the steps give of the model's texts and of its images, done where they are missing;
+    `folder` is the model's in the store.
 
     Raises:
         BuildError: a step failed.
     """
     source = _source(wanted, folder)
     describe.check_memory(source, wanted.name, settings.memory_limit_bytes)
-    versions = [f"{tool}={importlib.metadata.version(tool)}" for tool in TOOLS]
-    exported = once(
-        folder / "fp32",
+    exported = _exported(wanted, source, folder / "fp32", check.TEXTS)
+    facts = spec.load(exported)
+    _say_where_folder_differs(wanted, facts)
+    tokenizer = exported / text.FILE_NAME
+    texts = _tower(wanted, source, exported, repository.Built(facts, tokenizer), check.TEXTS)
+    if facts.image is None:
+        return [texts]
+    seen = _exported(wanted, source, folder / f"{IMAGE_STEP}fp32", check.IMAGES)
+    images = _tower(wanted, source, seen, repository.Built(facts), check.IMAGES)
+    return [
+        dataclasses.replace(texts, twins=tuple(images.models)),
+        dataclasses.replace(images, twins=tuple(texts.models)),
+    ]
+
+
+def _exported(wanted: Order, source: Path, folder: Path, tower: check.Tower) -> Path:
+    return once(
+        folder,
         key_of(
             _code("describe", "export", "graph"),
             fingerprint(source),
             json.dumps(wanted.reading),
-            *versions,
+            *_versions(),
         ),
-        "export to ONNX, optimise (fp32)",
-        lambda target: _export(source, wanted.reading, target),
+        f"export to ONNX, optimise ({folder.name})",
+        lambda target: _export(source, wanted.reading, tower, target),
     )
-    facts = spec.load(exported)
-    _say_where_folder_differs(wanted, facts)
-    steps = {"fp32": exported}
-    options = {}
+
+
+def _tower(
+    wanted: Order, source: Path, exported: Path, built: repository.Built, tower: check.Tower
+) -> repository.Built:
+    """`built` with every precision of one tower that is wanted and reaches its bar."""
+    facts = built.spec
+    steps, options = {"fp32": exported}, {}
     if "fp16" in wanted.precisions:
-        steps["fp16"] = once(
-            folder / "fp16",
-            key_of(_code("quantise", "graph"), fingerprint(exported), *versions),
-            "quantise (fp16)",
-            lambda target: _to_fp16(exported, target),
-        )
+        steps["fp16"] = _fp16(exported)
     if "int8" in wanted.precisions:
-        calibration = corpus.calibration(wanted.calibration)
+        calibration, names = _calibration(wanted, tower)
         kept = () if isinstance(wanted.source, Path) else wanted.source.int8_kept_fp32
-        options["int8"] = key_of(*calibration, "kept", *kept)
-        steps["int8"] = once(
-            folder / "int8",
-            key_of(
-                _code("quantise", "graph", "corpus"), fingerprint(exported), *calibration, *kept,
-                *versions,
-            ),
-            "quantise (int8)",
-            lambda target: _to_int8(exported, facts, calibration, kept, target),
-        )  # fmt: skip
+        options["int8"] = key_of(*names, "kept", *kept)
+        steps["int8"] = _int8(exported, facts, tower, calibration, kept, options["int8"])
     files = {precision: step / session.FILE_NAME for precision, step in steps.items()}
     checked = once(
-        folder / "checked",
+        _beside(exported, "checked"),
         key_of(
-            _code("check", "corpus", "sts"),
+            _code("check", "corpus", "pictures", "sts"),
             facts.space,
             *(fingerprint(step) for step in steps.values()),
             sha256(wanted.sts) if wanted.sts else "",
-            *versions,
+            *_versions(),
         ),
-        "check against sentence-transformers",
-        lambda target: _check(source, wanted, files, facts, target),
+        f"check {tower.inputs} against the model itself",
+        lambda target: _check(source, wanted, files, facts, tower, target),
     )
     records = {name: json.loads((checked / f"{name}.json").read_text()) for name in files}
-    published = _published(wanted, records)
-    return repository.Built(
-        spec=facts,
-        tokenizer=exported / text.FILE_NAME,
+    published = _published(built.name, wanted, records)
+    return dataclasses.replace(
+        built,
         models={name: files[name] for name in published},
         quality={name: records[name] for name in published},
         device=wanted.device,
         options=options,
     )
+
+
+def _fp16(exported: Path) -> Path:
+    folder = _beside(exported, "fp16")
+    return once(
+        folder,
+        key_of(_code("quantise", "graph"), fingerprint(exported), *_versions()),
+        f"quantise ({folder.name})",
+        lambda target: _to_fp16(exported, target),
+    )
+
+
+def _int8(
+    exported: Path,
+    facts: ModelSpec,
+    tower: check.Tower,
+    calibration: list[Any],
+    kept: tuple[str, ...],
+    options: str,
+) -> Path:
+    folder = _beside(exported, "int8")
+    return once(
+        folder,
+        key_of(
+            _code("quantise", "graph", "corpus", "pictures"), fingerprint(exported), options,
+            *_versions(),
+        ),
+        f"quantise ({folder.name})",
+        lambda target: _to_int8(exported, facts, tower, calibration, kept, target),
+    )  # fmt: skip
+
+
+def _calibration(wanted: Order, tower: check.Tower) -> tuple[list[Any], list[str]]:
+    """What INT8's ranges are taken from, and what tells each from any other."""
+    if tower is check.TEXTS:
+        texts = corpus.calibration(wanted.calibration)
+        return texts, texts
+    files = pictures.calibration(wanted.calibration_images)
+    return files, [hashlib.sha256(file).hexdigest() for file in files]
+
+
+def _beside(exported: Path, step: str) -> Path:
+    """The folder of another step of the same tower."""
+    return exported.with_name(exported.name.removesuffix("fp32") + step)
+
+
+def _versions() -> list[str]:
+    return [f"{tool}={importlib.metadata.version(tool)}" for tool in TOOLS]
 
 
 def _source(wanted: Order, folder: Path) -> Path:
@@ -208,7 +271,7 @@ def _source(wanted: Order, folder: Path) -> Path:
     )
 
 
-def _published(wanted: Order, records: Mapping[str, dict[str, Any]]) -> list[str]:
+def _published(name: str, wanted: Order, records: Mapping[str, dict[str, Any]]) -> list[str]:
     """The wanted precisions that reach their bar or are accepted below it.
 
     Raises:
@@ -221,14 +284,14 @@ def _published(wanted: Order, records: Mapping[str, dict[str, Any]]) -> list[str
             published.append(precision)
             continue
         line = (
-            f"{wanted.name} in {precision} is not published: {missed}. "
+            f"{name} in {precision} is not published: {missed}. "
             f"Publish it all the same with --accept {precision}."
         )
         if precision == "fp32":
             raise QualityError(line)
         console.print(f"  [yellow]! {line}[/]")
     if not published:
-        raise QualityError(f"no precision of {wanted.name} reaches its bar.")
+        raise QualityError(f"no precision of {name} reaches its bar.")
     return published
 
 
@@ -253,10 +316,11 @@ def _code(*modules: str) -> str:
 # The heavy imports (torch, nncf) wait until a step really runs: a second build takes seconds.
 
 
-def _export(source: Path, reading: Reading, target: Path) -> None:
-    from tools.export import export
+def _export(source: Path, reading: Reading, tower: check.Tower, target: Path) -> None:
+    from tools.export import export, export_images
 
-    export(source, reading, target)
+    write = export if tower is check.TEXTS else export_images
+    write(source, reading, target)
 
 
 def _to_fp16(exported: Path, target: Path) -> None:
@@ -268,35 +332,44 @@ def _to_fp16(exported: Path, target: Path) -> None:
 def _to_int8(
     exported: Path,
     facts: ModelSpec,
-    calibration: list[str],
+    tower: check.Tower,
+    calibration: list[Any],
     kept: tuple[str, ...],
     target: Path,
 ) -> None:
     from tools.quantise import to_int8
 
     fp32, int8 = exported / session.FILE_NAME, target / session.FILE_NAME
-    texts = corpus.check_texts()[::3]
-    done = to_int8(fp32, exported, facts, calibration, texts, kept, int8)
+    inputs = _check_inputs(tower)[::3]
+    done = to_int8(fp32, tower, facts, calibration, inputs, kept, int8)
     (target / "quantised.json").write_text(json.dumps(done, indent=2))
 
 
 def _check(
-    source: Path, wanted: Order, files: Mapping[str, Path], facts: ModelSpec, target: Path
+    source: Path,
+    wanted: Order,
+    files: Mapping[str, Path],
+    facts: ModelSpec,
+    tower: check.Tower,
+    target: Path,
 ) -> None:
-    from tools.check import Engine, check, reference
     from tools.sts import spearman
 
-    texts = corpus.check_texts()
-    expected = reference(source, texts, wanted.reading)
+    inputs = _check_inputs(tower)
+    expected = tower.reference(source, inputs, wanted.reading)
     for precision, path in files.items():
-        engine = Engine(path, files["fp32"].parent, facts)
-        record = check(precision, path, files["fp32"], engine, texts, expected)
+        engine = check.Engine(path, tower.rows(files["fp32"].parent, facts), facts)
+        record = check.check(precision, path, files["fp32"], engine, tower, inputs, expected)
         if precision == "int8":
             record |= json.loads((path.parent / "quantised.json").read_text())
-        if wanted.sts is not None:
+        if wanted.sts is not None and tower is check.TEXTS:
             record["sts_spearman"] = round(spearman(wanted.sts, engine.embed), 3)
         console.print(f"    {_summary(record)}")
         (target / f"{precision}.json").write_text(json.dumps(record, indent=2))
+
+
+def _check_inputs(tower: check.Tower) -> list[Any]:
+    return corpus.check_texts() if tower is check.TEXTS else pictures.check_pictures(CHECK_PICTURES)
 
 
 def _summary(record: dict[str, Any]) -> str:

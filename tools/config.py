@@ -10,10 +10,22 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from halimede_ops.errors import InvalidInput
-from halimede_ops.spec import MULTI_VECTOR, POOLED, SPARSE, TOKEN_EMBEDDINGS, ModelSpec
+from halimede_ops.spec import (
+    MULTI_VECTOR,
+    PIXELS,
+    POOLED,
+    SPARSE,
+    TOKEN_EMBEDDINGS,
+    ImageSpec,
+    ModelSpec,
+)
 
 MAX_BATCH_SIZE = 128
 """Most rows in one request, and most that are batched together."""
+MAX_IMAGES = 16
+"""Most images in one request, and most that are decoded together: a request is held in memory."""
+MAX_IMAGE_QUEUE_SIZE = 64
+"""Requests with images that may wait: each may have MAX_IMAGES of 10 MB."""
 MAX_QUEUE_SIZE = 1024
 """Requests that may wait at a step; more are rejected at once with UNAVAILABLE."""
 ONNX_INSTANCES = 1
@@ -27,6 +39,8 @@ TENSORRT_CACHE = "/var/cache/halimede/tensorrt"
 """Folder on the server that keeps TensorRT's engines: the first start builds them."""
 TENSORRT_ROWS = 32
 """Rows in one request that TensorRT's kernels are tuned for."""
+WARM_ROWS = (1, 8)
+"""Rows of the warm-up requests."""
 WARM_TOKENS = 512
 """Longest warm-up request."""
 HEAD_OUTPUTS = {
@@ -36,6 +50,9 @@ HEAD_OUTPUTS = {
 }
 """Outputs of an ensemble for each further head of its model."""
 HEADER = "# Written by the build. Change the build's source (tools/config.py), not this file.\n"
+
+
+Parameters = dict[str, pb.ModelParameter]
 
 
 class Pin(NamedTuple):
@@ -87,34 +104,84 @@ def tokenizer(name: str, spec: ModelSpec) -> pb.ModelConfig:
 
 def onnx(name: str, spec: ModelSpec, precision: str, device: str) -> pb.ModelConfig:
     """input_ids, attention_mask → the pooled vector, and one row a token for each further head."""
+    written = _onnx(name, spec, device, tensorrt_parameters(spec, precision, text_shapes(spec)))
+    written.max_batch_size = MAX_BATCH_SIZE
+    written.input.extend(
+        [_input("input_ids", pb.TYPE_INT64, -1), _input("attention_mask", pb.TYPE_INT64, -1)]
+    )
+    written.output.extend(
+        _output(head, pb.TYPE_FP32, -1, width) for head, width in spec.heads.items()
+    )
+    written.model_warmup.extend(
+        pb.ModelWarmup(
+            name=f"{rows} x {length} tokens",
+            batch_size=rows,
+            inputs={
+                key: _warm(pb.TYPE_INT64, length, input_data_file=key)
+                for key in ("input_ids", "attention_mask")
+            },
+        )
+        for length in warm_lengths(spec)
+        for rows in WARM_ROWS
+    )
+    written.parameters["max_tokens"].string_value = str(spec.max_tokens)
+    return written
+
+
+def vision(name: str, spec: ModelSpec, precision: str, device: str) -> pb.ModelConfig:
+    """Pixels → the projected vector."""
+    image = spec.images()
+    size = (3, image.height, image.width)
+    written = _onnx(name, spec, device, tensorrt_parameters(spec, precision, image_shapes(image)))
+    written.max_batch_size = MAX_IMAGES
+    written.input.append(_input(PIXELS, pb.TYPE_UINT8, *size))
+    written.model_warmup.extend(
+        pb.ModelWarmup(
+            name=f"{rows} images",
+            batch_size=rows,
+            inputs={
+                PIXELS: pb.ModelWarmup.Input(data_type=pb.TYPE_UINT8, dims=size, zero_data=True)
+            },
+        )
+        for rows in WARM_ROWS
+    )
+    written.parameters["max_tokens"].string_value = str(image.positions)
+    return written
+
+
+def _onnx(name: str, spec: ModelSpec, device: str, tensorrt: Mapping[str, str]) -> pb.ModelConfig:
+    """What every ONNX step's config says."""
     return pb.ModelConfig(
         name=name,
         backend="onnxruntime",
         default_model_filename="model.onnx",
-        max_batch_size=MAX_BATCH_SIZE,
-        input=[_input("input_ids", pb.TYPE_INT64, -1), _input("attention_mask", pb.TYPE_INT64, -1)],
-        output=[
-            _output(POOLED, pb.TYPE_FP32, spec.dims),
-            *[_output(head, pb.TYPE_FP32, -1, width) for head, width in spec.heads.items()],
-        ],
+        output=[_output(POOLED, pb.TYPE_FP32, spec.dims)],
         instance_group=[_instances(device)],
         dynamic_batching=_batching(),
         optimization=pb.ModelOptimizationPolicy(
-            execution_accelerators=_accelerators(spec, precision, device)
+            execution_accelerators=_accelerators(device, tensorrt)
         ),
+    )
+
+
+def pixels(name: str, spec: ModelSpec) -> pb.ModelConfig:
+    """IMAGE → pixels, WIDTH, HEIGHT, FORMAT."""
+    image = spec.images()
+    return pb.ModelConfig(
+        name=name,
+        backend="image",
+        max_batch_size=MAX_IMAGES,
+        input=[_input("IMAGE", pb.TYPE_STRING, 1)],
+        output=[_output(PIXELS, pb.TYPE_UINT8, 3, image.height, image.width), *_image_facts()],
+        instance_group=[_on_cpu()],
+        dynamic_batching=_batching(MAX_IMAGE_QUEUE_SIZE),
         model_warmup=[
             pb.ModelWarmup(
-                name=f"{rows} x {length} tokens",
-                batch_size=rows,
-                inputs={
-                    key: _warm(pb.TYPE_INT64, length, input_data_file=key)
-                    for key in ("input_ids", "attention_mask")
-                },
+                name="one image",
+                batch_size=1,
+                inputs={"IMAGE": _warm(pb.TYPE_STRING, 1, input_data_file="image")},
             )
-            for length in warm_lengths(spec)
-            for rows in (1, 8)
         ],
-        parameters=_parameters({"max_tokens": str(spec.max_tokens)}),
     )
 
 
@@ -166,11 +233,12 @@ def ensemble(
     precision: str,
     steps: Mapping[str, Pin],
     missed: Sequence[str] = (),
+    twin: str = "",
 ) -> pb.ModelConfig:
     """TEXT, INPUT_TYPE, DIMENSIONS → EMBEDDING, TOKENS and the heads' outputs.
 
     `steps` names the composing models, each with the version that this one is made of; `missed`
-    is what an accepted precision misses of its bar.
+    is what an accepted precision misses of its bar; `twin` embeds what the model takes besides.
     """
     outputs = ["EMBEDDING", *[entry.name for entry in _head_outputs(spec)]]
     heads = {head: head for head in spec.heads}
@@ -200,7 +268,7 @@ def ensemble(
                 ),
             ]
         ),
-        parameters=_facts(spec, precision, missed),
+        parameters=_text_facts(spec, precision, missed, twin),
     )
 
 
@@ -211,6 +279,7 @@ def one_process(
     steps: Mapping[str, Pin],
     device: str,
     missed: Sequence[str] = (),
+    twin: str = "",
 ) -> pb.ModelConfig:
     """What the ensemble of the same `steps` gives, from one process that opens their files."""
     files = {step: f"{steps[step].model}/{steps[step].version}" for step in ("tokenizer", "onnx")}
@@ -223,7 +292,9 @@ def one_process(
         instance_group=[_instances(device)],
         dynamic_batching=_batching(),
         optimization=pb.ModelOptimizationPolicy(
-            execution_accelerators=_accelerators(spec, precision, device)
+            execution_accelerators=_accelerators(
+                device, tensorrt_parameters(spec, precision, text_shapes(spec))
+            )
         ),
         model_warmup=[
             pb.ModelWarmup(
@@ -236,9 +307,9 @@ def one_process(
                 },
             )
             for length in warm_lengths(spec)
-            for rows in (1, 8)
+            for rows in WARM_ROWS
         ],
-        parameters=_facts(spec, precision, missed) | _parameters(files),
+        parameters=_text_facts(spec, precision, missed, twin) | _parameters(files),
     )
 
 
@@ -267,6 +338,55 @@ def shell(ensemble: pb.ModelConfig, pin: Pin) -> pb.ModelConfig:
 def warm_text(length: int) -> str:
     """Name of the file with a warm-up text of about so many tokens."""
     return f"text_{length}"
+
+
+def image_ensemble(
+    name: str,
+    spec: ModelSpec,
+    precision: str,
+    steps: Mapping[str, Pin],
+    missed: Sequence[str] = (),
+    twin: str = "",
+) -> pb.ModelConfig:
+    """IMAGE, DIMENSIONS → EMBEDDING, WIDTH, HEIGHT, FORMAT; arguments as for `ensemble`."""
+    image = spec.images()
+    parameters = _facts(
+        spec,
+        precision,
+        missed,
+        input="image",
+        text_model=twin,
+        max_image_bytes=str(image.max_image_bytes),
+        max_image_pixels=str(image.max_image_pixels),
+    )
+    facts = {entry.name: entry.name for entry in _image_facts()}
+    return pb.ModelConfig(
+        name=name,
+        platform="ensemble",
+        max_batch_size=MAX_IMAGES,
+        input=[_input("IMAGE", pb.TYPE_STRING, 1), _dimensions()],
+        output=[_embedding(), *_image_facts()],
+        ensemble_scheduling=pb.ModelEnsembling(
+            step=[
+                _step(steps["pixels"], {"IMAGE": "IMAGE"}, {PIXELS: "pixels", **facts}),
+                _step(steps["onnx"], {PIXELS: "pixels"}, {POOLED: "pooled"}),
+                _step(
+                    steps["pooler"],
+                    {POOLED: "pooled", "DIMENSIONS": "DIMENSIONS"},
+                    {"EMBEDDING": "EMBEDDING"},
+                ),
+            ]
+        ),
+        parameters=parameters,
+    )
+
+
+def _image_facts() -> list[pb.ModelOutput]:
+    return [
+        _output("WIDTH", pb.TYPE_INT32, 1),
+        _output("HEIGHT", pb.TYPE_INT32, 1),
+        _output("FORMAT", pb.TYPE_STRING, 1),
+    ]
 
 
 def check_device(device: str) -> None:
@@ -331,18 +451,18 @@ def _output(name: str, data_type: int, *dims: int) -> pb.ModelOutput:
     return pb.ModelOutput(name=name, data_type=data_type, dims=dims)
 
 
-def _facts(spec: ModelSpec, precision: str, missed: Sequence[str]) -> dict[str, pb.ModelParameter]:
-    """What a client must know of a model."""
-    facts = {
-        "space": spec.space,
-        "precision": precision,
-        "dims": str(spec.dims),
-        "max_tokens": str(spec.max_tokens),
-    }
-    return _parameters(facts | ({"below_bar": "; ".join(missed)} if missed else {}))
+def _text_facts(spec: ModelSpec, precision: str, missed: Sequence[str], twin: str) -> Parameters:
+    return _facts(spec, precision, missed, max_tokens=str(spec.max_tokens), image_model=twin)
 
 
-def _parameters(values: Mapping[str, str]) -> dict[str, pb.ModelParameter]:
+def _facts(spec: ModelSpec, precision: str, missed: Sequence[str], **further: str) -> Parameters:
+    """What a client must know of a model; what is empty is left out."""
+    facts = {"space": spec.space, "precision": precision, "dims": str(spec.dims), **further}
+    facts["below_bar"] = "; ".join(missed)
+    return _parameters({key: value for key, value in facts.items() if value})
+
+
+def _parameters(values: Mapping[str, str]) -> Parameters:
     return {key: pb.ModelParameter(string_value=value) for key, value in values.items()}
 
 
@@ -354,24 +474,21 @@ def _instances(device: str) -> pb.ModelInstanceGroup:
 
 
 def _accelerators(
-    spec: ModelSpec, precision: str, device: str
+    device: str, tensorrt: Mapping[str, str]
 ) -> pb.ModelOptimizationPolicy.ExecutionAccelerators:
     policy = pb.ModelOptimizationPolicy.ExecutionAccelerators
     if device == CUDA:
         return policy(gpu_execution_accelerator=[policy.Accelerator(name="cuda")])
     if device == TENSORRT:
-        parameters = tensorrt_parameters(spec, precision)
-        accelerator = policy.Accelerator(name="tensorrt", parameters=parameters)
+        accelerator = policy.Accelerator(name="tensorrt", parameters=tensorrt)
         return policy(gpu_execution_accelerator=[accelerator])
     return policy(
         cpu_execution_accelerator=[policy.Accelerator(name=name) for name in CPU_ACCELERATORS]
     )
 
 
-def tensorrt_parameters(spec: ModelSpec, precision: str) -> dict[str, str]:
-    """Parameters of Triton's TensorRT accelerator: precision, engine cache, and one profile of
-    shapes from one row of the shortest bucket to a full batch of the longest.
-    """
+def text_shapes(spec: ModelSpec) -> dict[str, str]:
+    """One profile of shapes, from one row of the shortest bucket to a full batch of the longest."""
     buckets = spec.length_buckets
     shapes = {
         "min": (1, buckets[0]),
@@ -379,16 +496,32 @@ def tensorrt_parameters(spec: ModelSpec, precision: str) -> dict[str, str]:
         "max": (MAX_BATCH_SIZE, buckets[-1]),
     }
     return {
+        name: f"input_ids:{rows}x{length},attention_mask:{rows}x{length}"
+        for name, (rows, length) in shapes.items()
+    }
+
+
+def image_shapes(image: ImageSpec) -> dict[str, str]:
+    """One profile of shapes, from one image to a full batch."""
+    rows = {"min": 1, "opt": MAX_IMAGES // 2, "max": MAX_IMAGES}
+    return {
+        name: f"{PIXELS}:{count}x3x{image.height}x{image.width}" for name, count in rows.items()
+    }
+
+
+def tensorrt_parameters(
+    spec: ModelSpec, precision: str, shapes: Mapping[str, str]
+) -> dict[str, str]:
+    """Parameters of Triton's TensorRT accelerator: precision, engine cache, and shapes: `min`,
+    `opt` and `max`.
+    """
+    return {
         "precision_mode": precision.upper(),
         "trt_engine_cache_enable": "1",
         "trt_engine_cache_path": f"{TENSORRT_CACHE}/{spec.space}-{precision}",
         "trt_timing_cache_enable": "1",
         "trt_timing_cache_path": TENSORRT_CACHE,
-        **{
-            f"trt_profile_{name}_shapes": f"input_ids:{rows}x{length},"
-            f"attention_mask:{rows}x{length}"
-            for name, (rows, length) in shapes.items()
-        },
+        **{f"trt_profile_{name}_shapes": shape for name, shape in shapes.items()},
     }
 
 
@@ -396,9 +529,9 @@ def _on_cpu() -> pb.ModelInstanceGroup:
     return pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
 
 
-def _batching() -> pb.ModelDynamicBatching:
+def _batching(max_queue_size: int = MAX_QUEUE_SIZE) -> pb.ModelDynamicBatching:
     return pb.ModelDynamicBatching(
-        default_queue_policy=pb.ModelQueuePolicy(max_queue_size=MAX_QUEUE_SIZE)
+        default_queue_policy=pb.ModelQueuePolicy(max_queue_size=max_queue_size)
     )
 
 

@@ -18,9 +18,11 @@ IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
 """The same Triton release as the wheel's."""
 MODELS = "/models"
 BACKENDS = "/opt/tritonserver/backends"
-OURS = ("tokenizer", "pooler", "halimede_ops", "triton_adapter.py")
+OURS = ("tokenizer", "pooler", "image", "halimede_ops", "triton_adapter.py")
 """What of python_backend/ goes beside Triton's own backends. Not our `onnxruntime`: it would take
 the place of the C++ one."""
+PACKAGES = ("tokenizers", "pillow")
+"""What they need that NVIDIA's image does not have."""
 ENVIRONMENT = {
     # The tokenizer's own threads would compete with the engine's for the same cores.
     "TOKENIZERS_PARALLELISM": "false",
@@ -96,11 +98,12 @@ def mounts(repository: Path, python_backend: Path) -> dict[str, Path]:
 
 
 def command(options: triton.Options) -> list[str]:
-    """What the container runs: add the one package our backends need, then become Triton."""
-    tokenizers = f"tokenizers=={importlib.metadata.version('tokenizers')}"
-    # Its dependencies only download models; pip's notice of a new pip would hide why it failed.
+    """What the container runs: add the packages our backends need, then become Triton."""
+    packages = [f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES]
+    # tokenizers' dependencies only download models; pip's notice of a new pip would hide why
+    # it failed.
     install = ["python3", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    install += ["--no-deps", tokenizers]
+    install += ["--no-deps", *packages]
     server = ["tritonserver", f"--model-repository={MODELS}", *options.arguments(inside=EVERYWHERE)]
     return ["bash", "-c", f"{shlex.join(install)} && exec {shlex.join(server)}"]
 

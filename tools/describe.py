@@ -8,6 +8,7 @@ sentence-transformers says it is: a sentence-transformers folder, a plain transf
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 from halimede.store import sha256
 from halimede_ops import text
 from halimede_ops.errors import BuildError, InvalidModel, UntrustedCode
-from halimede_ops.spec import MULTI_VECTOR, SPARSE, TOKEN_EMBEDDINGS, ModelSpec
+from halimede_ops.spec import MULTI_VECTOR, SPARSE, TOKEN_EMBEDDINGS, ImageSpec, ModelSpec
 from tools.steps import key_of
 
 KNOWN_MODULES = (
@@ -30,6 +31,11 @@ OWN_MODULES = "sentence_transformers."
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 PASSING_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 """Keys of a config that say nothing of the vectors."""
+PREPROCESSING = "preprocessor_config.json"
+IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor")
+"""Classes that a PREPROCESSING file may name: one and the same preprocessing."""
+IMAGE_LIMITS = ("max_image_bytes", "max_image_pixels")
+"""Fields of ImageSpec that say nothing of the vectors."""
 SPARSE_FILE, MULTI_VECTOR_FILE = "sparse_linear.pt", "colbert_linear.pt"
 MAX_TOKENS = 8192
 """Most tokens a model is served with unless more are asked for: attention's memory grows with
@@ -94,15 +100,18 @@ def describe(model: Any, folder: Path, reading: Reading) -> ModelSpec:
     fields: dict[str, Any] = {
         "dims": int(model.get_embedding_dimension()),
         "max_tokens": int(model.max_seq_length),
-        "normalised": type(modules[-1]).__name__ == "Normalize",
+        # CLIP compares its vectors by cosine: CLIPModel itself normalises both towers'.
+        "normalised": is_clip(model) or type(modules[-1]).__name__ == "Normalize",
         "prompts": prompts,
         "default_input_type": model.default_prompt_name,
         "heads": heads(model, folder, reading),
         "layer_norm_before_cut": reading.layer_norm_before_cut,
     }
+    image = image_spec(model, folder, reading.name)
     return ModelSpec(
         name=reading.name,
-        space=_space(model, folder, fields),
+        space=_space(model, folder, fields, image),
+        image=image,
         special_ids=_special_ids(model.tokenizer) if fields["heads"] else (),
         matryoshka=reading.matryoshka,
         length_buckets=length_buckets(fields["max_tokens"]),
@@ -191,6 +200,73 @@ def head_weights(path: Path) -> dict[str, Any]:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         raise InvalidModel(f"{path.name} of the model cannot be read; fetch it again") from error
+
+
+def is_clip(model: Any) -> bool:
+    """Whether a loaded model is a CLIP with both towers."""
+    return getattr(model[0].auto_model.config, "model_type", "") == "clip"
+
+
+def image_spec(model: Any, folder: Path, name: str) -> ImageSpec | None:
+    """What the model's vision tower takes; None where it has none, or no preprocessing is given.
+
+    Raises:
+        InvalidModel: the preprocessing is another than CLIP's, or does not fit the tower.
+    """
+    if not is_clip(model) or not list(folder.rglob(PREPROCESSING)):
+        return None
+    processor = image_processor(folder, name)
+    vision = model[0].auto_model.config.vision_config
+    height, width = _given_size(processor)
+    if (height, width) != (vision.image_size, vision.image_size):
+        raise InvalidModel(
+            f"{name}: {PREPROCESSING} gives {width} x {height} pixels; the vision tower takes "
+            f"{vision.image_size} x {vision.image_size}."
+        )
+    return ImageSpec(
+        height=height,
+        width=width,
+        resize=_resize(processor),
+        resample=int(processor.resample),
+        scale=float(processor.rescale_factor) if processor.do_rescale else 1.0,
+        mean=tuple(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0),
+        std=tuple(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0),
+        positions=(vision.image_size // vision.patch_size) ** 2 + 1,
+    )
+
+
+def image_processor(folder: Path, name: str) -> Any:
+    """The CLIPImageProcessor, the one that runs Pillow, of a folder with PREPROCESSING.
+
+    Raises:
+        InvalidModel: the preprocessing is another than CLIP's.
+    """
+    from transformers import CLIPImageProcessor
+
+    path = min(folder.rglob(PREPROCESSING))
+    fields = read_json(path)
+    kind = fields.get("image_processor_type") or fields.get("feature_extractor_type")
+    if kind not in IMAGE_PROCESSORS:
+        raise InvalidModel(
+            f"{name}: {PREPROCESSING} names {kind}; supported are {', '.join(IMAGE_PROCESSORS)}."
+        )
+    # The library reads what older releases wrote, and fills in what they left out.
+    return CLIPImageProcessor.from_pretrained(path.parent)
+
+
+def _given_size(processor: Any) -> tuple[int, int]:
+    """Height and width of the pixels that a CLIPImageProcessor gives."""
+    size = processor.crop_size if processor.do_center_crop else processor.size
+    return int(size.get("height", 0)), int(size.get("width", 0))
+
+
+def _resize(processor: Any) -> tuple[int, ...]:
+    if not processor.do_resize:
+        return ()
+    size = processor.size
+    if "shortest_edge" in size:
+        return (int(size["shortest_edge"]),)
+    return int(size["height"]), int(size["width"])
 
 
 def input_types(prompts: Mapping[str, str], default: str | None) -> dict[str, str]:
@@ -291,7 +367,7 @@ def position_limit(model: Any) -> int:
     return table
 
 
-def _space(model: Any, folder: Path, fields: dict[str, Any]) -> str:
+def _space(model: Any, folder: Path, fields: dict[str, Any], image: ImageSpec | None) -> str:
     """Fingerprint of all that decides a vector: equal spaces give comparable vectors.
 
     Taken from the folder's own files, so that it stays the same under other versions of the tools.
@@ -310,6 +386,12 @@ def _space(model: Any, folder: Path, fields: dict[str, Any]) -> str:
         "configs": configs,
         **{key: value for key, value in fields.items() if key != "heads"},
     }
+    if image is not None:
+        decides["image"] = {
+            key: value
+            for key, value in dataclasses.asdict(image).items()
+            if key not in IMAGE_LIMITS
+        }
     return key_of(json.dumps(decides, sort_keys=True))
 
 

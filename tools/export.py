@@ -1,12 +1,15 @@
 """Export: a model's folder to `model.onnx`, `tokenizer.json` and `spec.json`.
 
 The graph goes from tokens to the pooled vector: pooling and the modules after it are part of
-it, as sentence-transformers runs them, and so are further heads.
+it, as sentence-transformers runs them, and so are further heads. A vision tower's graph goes from
+pixels to the projected vector; scaling them is part of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from optimum.exporters.onnx.model_patcher import ModelPatcher
 
 from halimede_ops import session, spec, text
 from halimede_ops.errors import BuildError
-from halimede_ops.spec import POOLED, ModelSpec
+from halimede_ops.spec import PIXELS, POOLED, ImageSpec, ModelSpec
 from tools import describe, graph
 from tools.describe import Reading
 
@@ -33,24 +36,54 @@ def export(source: Path, reading: Reading, folder: Path) -> None:
     model = describe.load(source, reading)
     facts = describe.describe(model, source, reading)
     _add_heads(model, source, facts)
+    with _exported(facts, output_widths(facts), folder) as path:
+        if describe.weights(source):
+            _from_torch(model, facts, path)
+        else:
+            _from_onnx(model, describe.onnx_file(source), facts, path)
+    (folder / text.FILE_NAME).write_text(describe.tokenizer_json(model), "utf-8")
+    (folder / spec.FILE_NAME).write_text(facts.to_json(), "utf-8")
+
+
+def export_images(source: Path, reading: Reading, folder: Path) -> None:
+    """Write the `model.onnx` (FP32, standard ONNX operators only) of a CLIP's vision tower.
+
+    Raises:
+        InvalidModel: the folder is not a CLIP that is supported.
+        BuildError: the tower could not be exported.
+    """
+    model = describe.load(source, reading)
+    facts = describe.describe(model, source, reading)
+    image = facts.images()
+    with _exported(facts, {POOLED: facts.dims}, folder) as path:
+        torch.onnx.export(
+            _Vision(model[0].auto_model, image).eval(),
+            (torch.zeros(2, 3, image.height, image.width, dtype=torch.uint8),),
+            str(path),
+            input_names=[PIXELS],
+            output_names=[POOLED],
+            dynamic_axes={PIXELS: {0: "batch_size"}, POOLED: {0: "batch_size"}},
+            opset_version=_Config.DEFAULT_ONNX_OPSET,
+            dynamo=False,
+        )
+
+
+@contextlib.contextmanager
+def _exported(facts: ModelSpec, outputs: Mapping[str, int], folder: Path) -> Iterator[Path]:
+    """A path to write the raw graph to, which is then optimised into `folder`."""
     with tempfile.TemporaryDirectory(dir=folder) as raw:
         path = Path(raw) / session.FILE_NAME
         try:
             with describe.quiet(), torch.no_grad():
-                if describe.weights(source):
-                    _from_torch(model, facts, path)
-                else:
-                    _from_onnx(model, describe.onnx_file(source), facts, path)
+                yield path
         except OSError:
             raise
         except Exception as error:  # torch, optimum and onnx each raise their own
             raise BuildError(
                 f"{facts.name} could not be exported to ONNX ({type(error).__name__}): {error}"
             ) from error
-        graph.keep_outputs(path, output_widths(facts))
+        graph.keep_outputs(path, outputs)
         graph.optimise(path, folder / session.FILE_NAME)
-    (folder / text.FILE_NAME).write_text(describe.tokenizer_json(model), "utf-8")
-    (folder / spec.FILE_NAME).write_text(facts.to_json(), "utf-8")
 
 
 def output_widths(facts: ModelSpec) -> dict[str, int]:
@@ -97,6 +130,22 @@ class _Config(SentenceTransformersTransformerOnnxConfig):  # type: ignore[misc]
     def outputs(self) -> dict[str, dict[int, str]]:
         """Dynamic axes of each output, in order."""
         return {name: _axes(name) for name in self._outputs}
+
+
+class _Vision(torch.nn.Module):
+    """CLIP's vision tower with its projection, from pixels as bytes: `get_image_features`."""
+
+    def __init__(self, clip: Any, image: ImageSpec) -> None:
+        super().__init__()
+        self.clip = clip
+        std = torch.tensor(image.std)[:, None, None]
+        self.scale = image.scale / std
+        self.shift = torch.tensor(image.mean)[:, None, None] / std
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        hidden = self.clip.vision_model(pixels.float() * self.scale - self.shift)
+        projected: torch.Tensor = self.clip.visual_projection(hidden.pooler_output)
+        return projected
 
 
 def _from_onnx(model: Any, ready: Path, facts: ModelSpec, path: Path) -> None:

@@ -113,9 +113,10 @@ def engine_alone(settings: Settings, name: str, model: str) -> tuple[float, floa
 def engine_texts_per_s(onnx: Path, tokenizer: Path) -> tuple[float, float]:
     """This process's texts/s, warm: all texts at once, and CONCURRENCY at a time."""
     from halimede_ops import spec
-    from tools.check import Engine
+    from tools.check import Engine, text_rows
 
-    engine = Engine(onnx, tokenizer, spec.load(tokenizer))
+    facts = spec.load(tokenizer)
+    engine = Engine(onnx, text_rows(tokenizer, facts), facts)
     texts = corpus.mixed_texts(TEXTS)
     parts = [texts[start : start + CONCURRENCY] for start in range(0, TEXTS, CONCURRENCY)]
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping
 from itertools import cycle, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from halimede_ops.errors import InvalidInput
 
 SIZES = (
     (320, 240), (240, 320), (224, 224), (500, 333), (97, 61), (64, 200), (640, 360), (225, 223),
@@ -115,6 +118,20 @@ def in_mode(picture: Image.Image, mode: str) -> Image.Image:
 def check_pictures(count: int = 264) -> list[bytes]:
     """Files to compare pixels and vectors on: every form, over all sizes in turn."""
     return list(islice(_files(seed=2), count))
+
+
+def calibration(folder: Path | None) -> list[bytes]:
+    """The files of the user's folder, in order of name, else the built-in calibration pictures.
+
+    Raises:
+        InvalidInput: it is no folder, or has no file.
+    """
+    if folder is None:
+        return calibration_pictures()
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    if not files:
+        raise InvalidInput("the folder of calibration images has no file; give pictures alone.")
+    return [path.read_bytes() for path in files]
 
 
 def calibration_pictures(count: int = 100) -> list[bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import onnx
 import onnxruntime
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from halimede_ops import text, vectors
-from halimede_ops.session import DATA_SUFFIX
-from halimede_ops.spec import ModelSpec
+from halimede_ops import vectors
+from halimede_ops.session import DATA_SUFFIX, Pixels, Row
+from halimede_ops.spec import PIXELS, ModelSpec
 from tools import graph
-from tools.check import BARS, Engine
+from tools.check import Engine, Tower
 from tools.steps import console
 
 KEPT_FP32 = (
@@ -43,25 +43,26 @@ def to_fp16(fp32: Path, target: Path) -> None:
 
 def to_int8(
     fp32: Path,
-    tokenizer_folder: Path,
+    tower: Tower,
     spec: ModelSpec,
-    calibration: Sequence[str],
-    texts: Sequence[str],
+    calibration: Sequence[Any],
+    inputs: Sequence[Any],
     kept_first: Sequence[str],
     target: Path,
 ) -> dict[str, Any]:
-    """Write `target`: static QDQ INT8, activation ranges calibrated on the texts given.
+    """Write `target`: static QDQ INT8, activation ranges calibrated on the inputs given.
 
-    Static, because dynamic quantisation takes its ranges from the whole batch, so that a
-    text's vector would depend on its neighbours. Where plain INT8 misses its bar on `texts`, the
+    Static, because dynamic quantisation takes its ranges from the whole batch, so that an
+    input's vector would depend on its neighbours. Where plain INT8 misses its bar on `inputs`, the
     MatMuls whose inputs suffer most are left in FP32, a few more in each attempt; nodes whose
     name contains one of `kept_first` are left from the start.
 
     Returns:
         What was left in FP32, and each attempt's mean cosine to FP32.
     """
-    expected = Engine(fp32, tokenizer_folder, spec).embed(texts)
-    feeds = list(_feeds(text.load(tokenizer_folder, spec), calibration))
+    rows = tower.rows(fp32.parent, spec)
+    expected = Engine(fp32, rows, spec).embed(inputs)
+    feeds = [feed(row) for row in rows(calibration)]
     named = [node.name for node in onnx.load(fp32, load_external_data=False).graph.node]
     first = [name for name in named if any(part in name for part in kept_first)]
     attempts: list[dict[str, Any]] = []
@@ -71,11 +72,11 @@ def to_int8(
             ranked = [name for name in suffering(fp32, feeds[:RANKING_TEXTS]) if name not in first]
         kept = [*first, *ranked[:count]]
         _quantise(fp32, feeds, kept, target)
-        got = Engine(target, tokenizer_folder, spec).embed(texts)
+        got = Engine(target, rows, spec).embed(inputs)
         cosine = float(vectors.cosine(got, expected).mean())
         attempts.append({"kept_fp32": kept, "mean_cosine": round(cosine, 6)})
         console.print(f"    {len(kept)} MatMuls left in FP32: mean cosine {cosine:.6f}")
-        if cosine >= BARS["int8"].mean_cosine + MARGIN:
+        if cosine >= tower.bars["int8"].mean_cosine + MARGIN:
             break
     return {"kept_fp32": kept, "attempts": attempts}
 
@@ -139,7 +140,8 @@ def _quantise(
     graph.save(quantised, target)
 
 
-def _feeds(tokenizer: text.TextTokenizer, texts: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-    for tokens in tokenizer.encode(texts, [None] * len(texts)):
-        ids = np.array([tokens.ids], np.int64)
-        yield {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+def feed(row: Row | Pixels) -> dict[str, np.ndarray]:
+    """The graph's inputs for one row alone, without padding."""
+    if isinstance(row, Pixels):
+        return {PIXELS: row.values[None]}
+    return {"input_ids": row.ids[None], "attention_mask": row.mask[None]}

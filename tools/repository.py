@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from halimede_ops import pins, session, spec, text
 from halimede_ops.spec import ModelSpec
-from tools import config
+from tools import config, pictures
 from tools.config import Pin
 
 RECIPE = 1
@@ -32,31 +33,48 @@ RECIPE = 1
 SUFFIXES = {"fp32": "", "fp16": "-fp16", "int8": "-int8"}
 FIRST_NUMBER = 10**11
 """Numbers have twelve digits: never those of an order, exact in JSON, short enough to read."""
-WARMUP_TEXT = "The first request of a server should be as fast as the second."
+WARMUP_TEXT = b"The first request of a server should be as fast as the second."
 SPECIAL_TOKENS = 2
 """Tokens that most tokenizers put around a text: so much shorter are the warm-up texts."""
+WARMUP_IMAGE = pictures.encoded(Image.new("RGB", (1, 1)), pictures.Form("BMP", "RGB"))
+IMAGE_SUFFIX = "-image"
+"""Of what embeds a model's images, in front of the precision's."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What the build of one model gives."""
+    """What the build gives of one model's texts, or of its images."""
 
     spec: ModelSpec
-    tokenizer: Path
-    """`tokenizer.json`."""
-    models: Mapping[str, Path]
+    tokenizer: Path | None = None
+    """`tokenizer.json`; None: this is what embeds the model's images."""
+    models: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     """Precision → model.onnx."""
-    quality: Mapping[str, dict[str, Any]]
+    quality: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """Precision → quality record."""
     device: str = config.CPU
     """What the ONNX step's config asks for."""
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Precision → digest of all that its vectors depend on besides spec, precision and RECIPE."""
+    twins: tuple[str, ...] = ()
+    """Precisions in which the model's other inputs are embedded: a text's are images."""
+
+    @property
+    def name(self) -> str:
+        """Name that FP32 is served under."""
+        return self.spec.name + (IMAGE_SUFFIX if self.tokenizer is None else "")
 
     @property
     def names(self) -> list[str]:
         """Names of its ensembles."""
-        return [served_name(self.spec.name, precision) for precision in self.models]
+        return [served_name(self.name, precision) for precision in self.models]
+
+    def twin(self, precision: str) -> str:
+        """Name of the ensemble that embeds the model's other inputs; empty where there is none."""
+        if not self.twins:
+            return ""
+        name = self.spec.name + (IMAGE_SUFFIX if self.tokenizer else "")
+        return served_name(name, precision if precision in self.twins else self.twins[0])
 
     def version(self, precision: str) -> int:
         """Version of an ensemble: another whenever one of its steps is."""
@@ -66,9 +84,10 @@ class Built:
         """The steps of an ensemble, each with the version that it is made of."""
         facts, options = _facts(self.spec), self.options.get(precision, "")
         shared = number(facts)
-        onnx = f"{served_name(self.spec.name, precision)}-onnx"
+        onnx = f"{served_name(self.name, precision)}-onnx"
+        first = "tokenizer" if self.tokenizer else "pixels"
         return {
-            "tokenizer": Pin(f"{self.spec.name}-tokenizer", shared),
+            first: Pin(f"{self.name}-{first}", shared),
             "onnx": Pin(onnx, number(facts, precision, options)),
             "pooler": Pin(f"{self.spec.name}-pooler", shared),
         }
@@ -130,10 +149,14 @@ def add(built: Built, repository: Path) -> None:
     """Write the new version folders; steps serve them beside those that ensembles pin."""
     for precision, model in built.models.items():
         steps = built.steps(precision)
-        _write_tokenizer(built, steps["tokenizer"], repository)
+        if built.tokenizer is None:
+            _write_pixels(built, steps["pixels"], repository)
+            _write_vision(built, precision, model, steps["onnx"], repository)
+        else:
+            _write_tokenizer(built, built.tokenizer, steps["tokenizer"], repository)
+            _write_onnx(built, precision, model, steps["onnx"], repository)
         _write_pooler(built, steps["pooler"], repository)
-        _write_onnx(built, precision, model, steps["onnx"], repository)
-        ensemble = repository / served_name(built.spec.name, precision)
+        ensemble = repository / served_name(built.name, precision)
         folder = ensemble / str(built.version(precision))
         _write_text(built.spec.to_json(), folder / spec.FILE_NAME)
         _write_text(json.dumps(built.quality[precision], indent=2) + "\n", folder / "quality.json")
@@ -143,8 +166,12 @@ def switch(built: Built, repository: Path) -> None:
     """Write the ensembles' configs: each is the new version from then on."""
     for precision, name in zip(built.models, built.names, strict=True):
         missed = built.quality[precision].get("missed", ())
-        written = config.ensemble(name, built.spec, precision, built.steps(precision), missed)
-        _write_one_process(built, precision, repository / name)
+        steps, twin = built.steps(precision), built.twin(precision)
+        if built.tokenizer is None:
+            written = config.image_ensemble(name, built.spec, precision, steps, missed, twin)
+        else:
+            written = config.ensemble(name, built.spec, precision, steps, missed, twin)
+            _write_one_process(built, precision, repository / name)
         _write_config(written, [built.version(precision)], repository / name)
 
 
@@ -181,7 +208,7 @@ def _unpublish_stale(built: Built, repository: Path) -> None:
     model's names are to be of one space.
     """
     for precision in SUFFIXES:
-        ensemble = repository / served_name(built.spec.name, precision)
+        ensemble = repository / served_name(built.name, precision)
         if precision in built.models or not (ensemble / pins.CONFIG).exists():
             continue
         if config.space(ensemble / pins.CONFIG) != built.spec.space:
@@ -190,24 +217,40 @@ def _unpublish_stale(built: Built, repository: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_tokenizer(built: Built, pin: Pin, repository: Path) -> None:
+def _write_tokenizer(built: Built, tokenizer: Path, pin: Pin, repository: Path) -> None:
     folder = repository / pin.model
-    _copy(built.tokenizer, folder / str(pin.version) / text.FILE_NAME)
+    _copy(tokenizer, folder / str(pin.version) / text.FILE_NAME)
     _write_text(built.spec.to_json(), folder / str(pin.version) / spec.FILE_NAME)
     _write_bytes(_bytes_tensor(WARMUP_TEXT), folder / "warmup" / "text")
-    _write_bytes(_bytes_tensor("query"), folder / "warmup" / "input_type")
+    _write_bytes(_bytes_tensor(b"query"), folder / "warmup" / "input_type")
     _add_version(config.tokenizer(pin.model, built.spec), pin, repository)
 
 
 def _write_onnx(built: Built, precision: str, model: Path, pin: Pin, repository: Path) -> None:
     folder = repository / pin.model
     longest = max(config.warm_lengths(built.spec))
-    for file in session.files(model):
-        _copy(file, folder / str(pin.version) / file.name)
+    _copy_model(model, folder / str(pin.version))
     # Small ids that every vocabulary has; Triton reads as much as each sample's shape takes.
     _write_bytes((np.arange(longest) % 100).astype("<i8").tobytes(), folder / "warmup/input_ids")
     _write_bytes(np.ones(longest, "<i8").tobytes(), folder / "warmup/attention_mask")
     _add_version(config.onnx(pin.model, built.spec, precision, built.device), pin, repository)
+
+
+def _write_pixels(built: Built, pin: Pin, repository: Path) -> None:
+    folder = repository / pin.model
+    _write_text(built.spec.to_json(), folder / str(pin.version) / spec.FILE_NAME)
+    _write_bytes(_bytes_tensor(WARMUP_IMAGE), folder / "warmup" / "image")
+    _add_version(config.pixels(pin.model, built.spec), pin, repository)
+
+
+def _write_vision(built: Built, precision: str, model: Path, pin: Pin, repository: Path) -> None:
+    _copy_model(model, repository / pin.model / str(pin.version))
+    _add_version(config.vision(pin.model, built.spec, precision, built.device), pin, repository)
+
+
+def _copy_model(model: Path, folder: Path) -> None:
+    for file in session.files(model):
+        _copy(file, folder / file.name)
 
 
 def _write_pooler(built: Built, pin: Pin, repository: Path) -> None:
@@ -219,9 +262,9 @@ def _write_pooler(built: Built, pin: Pin, repository: Path) -> None:
 
 def _write_one_process(built: Built, precision: str, folder: Path) -> None:
     for length in config.warm_lengths(built.spec):
-        words = " ".join(["a"] * (length - SPECIAL_TOKENS))
+        words = b" ".join([b"a"] * (length - SPECIAL_TOKENS))
         _write_bytes(_bytes_tensor(words), folder / "warmup" / config.warm_text(length))
-    _write_bytes(_bytes_tensor("query"), folder / "warmup" / "input_type")
+    _write_bytes(_bytes_tensor(b"query"), folder / "warmup" / "input_type")
     _write_bytes(struct.pack("<i", built.spec.dims), folder / "warmup" / "dimensions")
     written = config.one_process(
         folder.name,
@@ -230,6 +273,7 @@ def _write_one_process(built: Built, precision: str, folder: Path) -> None:
         built.steps(precision),
         built.device,
         built.quality[precision].get("missed", ()),
+        built.twin(precision),
     )
     serving = config.serving(written, [built.version(precision)])
     _write_text(config.to_text(serving), folder / "configs" / f"{pins.ONE_PROCESS}.pbtxt")
@@ -245,10 +289,9 @@ def _write_config(written: Any, versions: Iterable[int], folder: Path) -> None:
     _write_text(config.to_text(config.serving(written, versions)), folder / pins.CONFIG)
 
 
-def _bytes_tensor(value: str) -> bytes:
+def _bytes_tensor(value: bytes) -> bytes:
     """One BYTES element as Triton reads it from a file: 4-byte length, then the bytes."""
-    encoded = value.encode()
-    return struct.pack("<I", len(encoded)) + encoded
+    return struct.pack("<I", len(value)) + value
 
 
 def _write_text(content: str, path: Path) -> None:

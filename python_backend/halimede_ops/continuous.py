@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from halimede_ops import batch
 from halimede_ops.errors import RequestCancelled
-from halimede_ops.session import Row
+from halimede_ops.session import Pixels, Row
 
 WAITING_ROWS = 128
 """Rows that may wait before `wait_for_room` holds the caller back: enough to choose full
@@ -29,7 +29,9 @@ class ContinuousBatches:
     it, whichever request they came with, so little is padded.
     """
 
-    def __init__(self, run: Callable[[Sequence[Row]], Sequence[Any]], threads: int) -> None:
+    def __init__(
+        self, run: Callable[[Sequence[Row | Pixels]], Sequence[Any]], threads: int
+    ) -> None:
         self._run = run
         self._waiting: list[_Waiting] = []
         """In order of arrival."""
@@ -47,7 +49,7 @@ class ContinuousBatches:
 
     def submit(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Row | Pixels],
         answer: Callable[[Outcome], None],
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -109,7 +111,7 @@ class ContinuousBatches:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if not self._waiting:
                 return []
-            parts = batch.plan([len(waiting.row.ids) for waiting in self._waiting])
+            parts = batch.plan([waiting.row.length for waiting in self._waiting])
             chosen = next(part for part in parts if 0 in part)
             part = [self._waiting[index] for index in chosen]
             for index in sorted(chosen, reverse=True):
@@ -136,7 +138,7 @@ class _Request:
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Row | Pixels],
         answer: Callable[[Outcome], None],
         is_cancelled: Callable[[], bool],
         since: int,
@@ -178,5 +180,5 @@ class _Waiting(NamedTuple):
     """Of the row in its request."""
 
     @property
-    def row(self) -> Row:
+    def row(self) -> Row | Pixels:
         return self.request.rows[self.place]

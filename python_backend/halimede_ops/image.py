@@ -47,13 +47,13 @@ class Reader:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="halimede-image")
         self._room = _Room(spec.max_image_pixels)
 
-    def read(self, images: Sequence[bytes]) -> list[Picture | HalimedeError]:
-        """Each encoded picture prepared, or what is wrong with it, in order.
+    def read(self, images: Sequence[bytes]) -> Iterator[Picture | HalimedeError]:
+        """Each encoded picture prepared, or what is wrong with it, in order; begun at once.
 
         Pillow decodes and resizes without Python's lock, so pictures are prepared in parallel. No
         more than `max_image_pixels` are held decoded at a time.
         """
-        return list(self._threads.map(self._read, images, range(len(images))))
+        return self._threads.map(self._read, images, range(len(images)))
 
     def close(self) -> None:
         """End the threads."""

@@ -1,4 +1,4 @@
-"""One ONNX model and how to run token rows of any lengths through it."""
+"""One ONNX model and how to run rows through it: texts' tokens of any lengths, or pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import onnxruntime
 
 from halimede_ops import batch
 from halimede_ops.errors import InvalidModel
-from halimede_ops.spec import POOLED
+from halimede_ops.spec import PIXELS, POOLED
 
 FILE_NAME = "model.onnx"
 DATA_SUFFIX = ".data"
@@ -56,11 +56,30 @@ class Row(NamedTuple):
     mask: np.ndarray
     """Attention mask `[tokens]` int64: 1 for a token, 0 for padding."""
 
+    @property
+    def length(self) -> int:
+        """Tokens, padding included."""
+        return len(self.ids)
+
+
+class Pixels(NamedTuple):
+    """One picture as it comes from a request."""
+
+    values: np.ndarray
+    """`[3, height, width]` uint8."""
+    length: int
+    """Positions that the model gives it: what it costs, in tokens of a text."""
+
 
 def rows(texts: Iterable[Sequence[int]]) -> list[Row]:
     """The rows of texts' token ids, none of them padding."""
     arrays = [np.array(ids, np.int64) for ids in texts]
     return [Row(ids, np.ones_like(ids)) for ids in arrays]
+
+
+def pixel_rows(pictures: Iterable[np.ndarray], positions: int) -> list[Pixels]:
+    """The rows of pictures' pixels, for a model that gives each so many positions."""
+    return [Pixels(values, positions) for values in pictures]
 
 
 class Session:
@@ -75,13 +94,13 @@ class Session:
         """Names of the outputs with one row a token."""
         self._streams = ThreadPoolExecutor(streams) if streams > 1 else None
 
-    def run(self, rows: Sequence[Row]) -> np.ndarray:
+    def run(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
         """Pooled vectors `[len(rows), dims]` float32, in the order of `rows`.
 
         Rows are sorted by length and run in micro-batches, so a row's vector does not depend on
         what is asked beside it beyond the last bits of float32.
         """
-        parts = batch.plan([len(row.ids) for row in rows])
+        parts = batch.plan([row.length for row in rows])
         run = map if self._streams is None else self._streams.map
         results = list(run(lambda part: self.run_together([rows[i] for i in part]), parts))
         out = np.empty((len(rows), results[0].shape[1]), np.float32)
@@ -89,29 +108,34 @@ class Session:
             out[part] = vectors
         return out
 
-    def run_together(self, rows: Sequence[Row]) -> np.ndarray:
+    def run_together(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
         """Pooled vectors `[len(rows), dims]` float32 of one run, all rows padded alike."""
-        return np.asarray(self._session.run([POOLED], self._feeds(rows))[0])
+        return np.asarray(self._session.run([POOLED], self.feeds(rows))[0])
 
-    def run_with_heads(self, rows: Sequence[Row]) -> list[dict[str, np.ndarray]]:
+    def run_with_heads(self, rows: Sequence[Row | Pixels]) -> list[dict[str, np.ndarray]]:
         """Every output of one run, by row: POOLED `[dims]` float32, and each of `heads`
         `[tokens of the row, width]` float32.
         """
         names = [POOLED, *self.heads]
-        outputs = self._session.run(names, self._feeds(rows))
+        outputs = self._session.run(names, self.feeds(rows))
         return [
             {
-                name: values[index] if name == POOLED else values[index, : len(row.ids)]
+                name: values[index] if name == POOLED else values[index, : row.length]
                 for name, values in zip(names, outputs, strict=True)
             }
             for index, row in enumerate(rows)
         ]
 
-    def _feeds(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
-        length = batch.padded_length(max(len(row.ids) for row in rows), self._max_tokens)
+    def feeds(self, rows: Sequence[Row | Pixels]) -> dict[str, np.ndarray]:
+        """The model's inputs for rows that run together, texts padded alike."""
+        pictures = [row.values for row in rows if isinstance(row, Pixels)]
+        if pictures:
+            return {PIXELS: np.stack(pictures)}
+        texts = [row for row in rows if isinstance(row, Row)]
+        length = batch.padded_length(max(row.length for row in texts), self._max_tokens)
         return {
-            "input_ids": batch.pad([row.ids for row in rows], length),
-            "attention_mask": batch.pad([row.mask for row in rows], length),
+            "input_ids": batch.pad([row.ids for row in texts], length),
+            "attention_mask": batch.pad([row.mask for row in texts], length),
         }
 
 
@@ -227,8 +251,8 @@ def tensorrt_options(parameters: dict[str, str]) -> dict[str, str]:
 def _check_signature(session: onnxruntime.InferenceSession) -> None:
     inputs = {node.name for node in session.get_inputs()}
     outputs = {node.name for node in session.get_outputs()}
-    if inputs != {"input_ids", "attention_mask"} or POOLED not in outputs:
+    if inputs not in ({"input_ids", "attention_mask"}, {PIXELS}) or POOLED not in outputs:
         raise InvalidModel(
             f"{FILE_NAME} takes {sorted(inputs)} and gives {sorted(outputs)}; it must take "
-            f"input_ids and attention_mask and give {POOLED}. Build the model again."
+            f"input_ids and attention_mask, or {PIXELS}, and give {POOLED}. Build the model again."
         )

@@ -13,6 +13,8 @@ from halimede_ops.errors import InvalidModel, UnknownInputType
 FILE_NAME = "spec.json"
 POOLED = "sentence_embedding"
 """Output of every model.onnx the build writes: pooled vectors `[batch, dims]` float32."""
+PIXELS = "pixels"
+"""Input of a vision tower's model.onnx: `[batch, 3, height, width]` uint8."""
 SPARSE = "sparse_weights"
 """Head of some models: one weight a token, `[batch, tokens, 1]` float32, none below 0."""
 MULTI_VECTOR = "multi_vectors"
@@ -105,9 +107,22 @@ class ModelSpec:
                 f"the input type given is not one of {self.name}'s: {known}. Omit it for none."
             ) from None
 
+    def images(self) -> ImageSpec:
+        """What its images must be.
+
+        Raises:
+            InvalidModel: it takes texts alone.
+        """
+        if self.image is None:
+            raise InvalidModel(f"{self.name} takes no images.")
+        return self.image
+
     def to_json(self) -> str:
         """The text of `spec.json`: indented, keys in field order, ends with a newline."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        fields = dataclasses.asdict(self)
+        if self.image is None:
+            del fields["image"]
+        return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 
 def load(folder: Path) -> ModelSpec:
@@ -120,7 +135,8 @@ def load(folder: Path) -> ModelSpec:
         fields: dict[str, Any] = json.loads((folder / FILE_NAME).read_text("utf-8"))
         for name in ("length_buckets", "special_ids", "matryoshka"):
             fields[name] = tuple(fields[name])
-        fields["image"] = _image(fields.get("image"))
+        if "image" in fields:
+            fields["image"] = _image(fields["image"])
         return ModelSpec(**fields)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InvalidModel(
@@ -128,8 +144,6 @@ def load(folder: Path) -> ModelSpec:
         ) from error
 
 
-def _image(fields: dict[str, Any] | None) -> ImageSpec | None:
-    if fields is None:
-        return None
+def _image(fields: dict[str, Any]) -> ImageSpec:
     lists = {name: tuple(fields[name]) for name in ("resize", "mean", "std")}
     return ImageSpec(**fields | lists)

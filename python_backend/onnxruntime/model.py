@@ -8,6 +8,7 @@ padding is trimmed, and whenever a stream is free it runs rows of like length.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 import engine
 import triton_adapter as triton
 
-from halimede_ops import batch, session
+from halimede_ops import batch, session, spec
 from halimede_ops.errors import InvalidInput
 
 
@@ -28,11 +29,15 @@ class TritonPythonModel:
         path = config.version_folder / (
             config.fields.get("default_model_filename") or session.FILE_NAME
         )
+        self.read = _read
+        if [entry["name"] for entry in config.fields["input"]] == [spec.PIXELS]:
+            positions = int(config.parameter("max_tokens"))
+            self.read = partial(_read_pixels, positions=positions)
         self.batches = engine.open_batches(config, path, args["model_instance_kind"])
 
     def execute(self, requests: list[Any]) -> None:
         """Queue the rows of all requests; each request is answered when its rows have run."""
-        triton.answer_later(requests, _read, self.batches.submit, _write)
+        triton.answer_later(requests, self.read, self.batches.submit, _write)
         self.batches.wait_for_room()
 
     def finalize(self) -> None:
@@ -54,6 +59,10 @@ def _read(request: Any) -> list[session.Row]:
         session.Row(ids[row, :length].copy(), mask[row, :length].copy())
         for row, length in enumerate(lengths)
     ]
+
+
+def _read_pixels(request: Any, positions: int) -> list[session.Pixels]:
+    return session.pixel_rows(triton.tensor(request, spec.PIXELS).copy(), positions)
 
 
 def _write(rows: list[Any]) -> list[Any]:
