@@ -6,19 +6,23 @@ same dynamic batch are answered.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from halimede_ops import text, vectors
+from halimede_ops import errors, text, vectors
 from halimede_ops.errors import HalimedeError, InvalidDimensions, InvalidModel
 from halimede_ops.spec import ModelSpec
 
+NAMED_ERROR = re.compile(r"(?:^|', )([A-Z]\w+): (.*)", re.DOTALL)
+"""An error's class and message, behind the ensembles that Triton names."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -67,6 +71,61 @@ def answer(
         )
         for value in read_results
     ]
+
+
+async def answer_each(
+    requests: Sequence[Any],
+    read: Callable[[Any], T],
+    compute: Callable[[T], Awaitable[R]],
+    write: Callable[[R], list[Any]],
+) -> list[Any]:
+    """One InferenceResponse a request, all computed at a time: `answer` for coroutines."""
+
+    async def one(request: Any) -> Any:
+        value = _try(read, request)
+        if isinstance(value, HalimedeError):
+            return _respond(value, write)
+        try:
+            return _respond(await compute(value), write)
+        except HalimedeError as error:
+            return _respond(error, write)
+        except Exception as error:
+            return _respond(_internal(error), write)
+
+    return list(await asyncio.gather(*[one(request) for request in requests]))
+
+
+async def ask(model: str, version: int, inputs: list[Any], output: str) -> np.ndarray:
+    """One output of another model of this server, in exactly this version.
+
+    Raises:
+        HalimedeError: what the model answered.
+        ModelChanged: it has no such version any more.
+    """
+    request = pb_utils.InferenceRequest(
+        model_name=model, model_version=version, requested_output_names=[output], inputs=inputs
+    )
+    response = await request.async_exec()
+    if response.has_error():
+        raise _translated(response.error().message(), model)
+    return np.asarray(pb_utils.get_output_tensor_by_name(response, output).as_numpy())
+
+
+def _translated(message: str, model: str) -> HalimedeError:
+    """The error that another model answered with, as it was before Triton wrapped it."""
+    named = NAMED_ERROR.search(message)
+    kind = getattr(errors, named[1], None) if named else None
+    if named and isinstance(kind, type) and issubclass(kind, HalimedeError):
+        return kind(named[2])
+    if "maximum queue size" in message:
+        return errors.ServerOverloaded(f"the queue of {model} is full. Send again.")
+    if "not found" in message or "unknown model" in message or "not ready" in message:
+        return errors.ModelChanged(
+            f"{model} is not served in the version that the fusion was made for. Serve it, or "
+            "make the fusion again."
+        )
+    pb_utils.Logger.log_error(f"{model} failed within a fusion")
+    return HalimedeError("internal error; the server's log names its place")
 
 
 def answer_later(
@@ -204,6 +263,12 @@ def dimensions(request: Any, spec: ModelSpec) -> int | None:
             "DIMENSIONS differs between the rows of one request; send one request for each"
         )
     return vectors.check_dimensions(int(values[0]), spec)
+
+
+def given(request: Any, *names: str) -> list[Any]:
+    """The named input tensors that a request has, to hand on as they are."""
+    found = (pb_utils.get_input_tensor_by_name(request, name) for name in names)
+    return [one for one in found if one is not None]
 
 
 def tensor(request: Any, name: str) -> np.ndarray:

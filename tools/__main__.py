@@ -198,6 +198,38 @@ def sts(
             print(f"{model}\t{score:.3f}")
 
 
+fusion_app = typer.Typer(no_args_is_help=True, help="One vector for a text and an image.")
+app.add_typer(fusion_app, name="fusion")
+TextModel = Annotated[str, typer.Option("--text", help="Model of the repository for texts.")]
+ImageModel = Annotated[str, typer.Option("--image", help="Model of the repository for images.")]
+
+
+@fusion_app.command()
+def untrained(
+    image: ImageModel,
+    text: TextModel = catalogue.DEFAULT,
+    name: Annotated[str, typer.Option(help="Name to serve it under.")] = "multimodal",
+    text_weight: Annotated[float, typer.Option(help="The texts' share of a similarity.")] = 0.5,
+) -> None:
+    """Write an orthonormal projection: it keeps the weighted sum of both similarities."""
+    from tools.fusion import write_untrained
+
+    write_untrained(name, text, image, text_weight, Settings().repository)
+
+
+@fusion_app.command()
+def fit(
+    pairs: Annotated[Path, typer.Argument(help='Lines of {"text": [a, b], "image": [a, b]}.')],
+    image: ImageModel,
+    text: TextModel = catalogue.DEFAULT,
+    name: Annotated[str, typer.Option(help="Name to serve it under.")] = "multimodal",
+) -> None:
+    """Fit the projection to pairs, two views of one thing each; print how well it retrieves."""
+    from tools.fusion import write_fitted
+
+    write_fitted(name, text, image, pairs, Settings().repository)
+
+
 @app.command()
 def bench_cache() -> None:
     """Measure cache hits and hash embeddings against the rates they must reach."""

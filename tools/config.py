@@ -389,6 +389,44 @@ def _image_facts() -> list[pb.ModelOutput]:
     ]
 
 
+def fusion(
+    name: str, spec: ModelSpec, precision: str, models: Mapping[str, Pin], note: str
+) -> pb.ModelConfig:
+    """TEXT, INPUT_TYPE, IMAGE, DIMENSIONS → EMBEDDING; `models` are `text` and `image`, each in the
+    version that the projection was made for.
+    """
+    served = {
+        key: value
+        for kind, pin in models.items()
+        for key, value in ((f"{kind}_model", pin.model), (f"{kind}_version", str(pin.version)))
+    }
+    parameters = _facts(
+        spec,
+        precision,
+        (),
+        input="multimodal",
+        max_tokens=str(spec.max_tokens),
+        max_image_bytes=str(spec.images().max_image_bytes),
+        fusion=note,
+        **served,
+    )
+    return pb.ModelConfig(
+        name=name,
+        backend="fusion",
+        max_batch_size=MAX_IMAGES,
+        input=[
+            _input("TEXT", pb.TYPE_STRING, 1, optional=True),
+            _input_type(),
+            _input("IMAGE", pb.TYPE_STRING, 1, optional=True),
+            _dimensions(),
+        ],
+        output=[_embedding()],
+        instance_group=[_on_cpu()],
+        dynamic_batching=_batching(MAX_IMAGE_QUEUE_SIZE),
+        parameters=parameters,
+    )
+
+
 def check_device(device: str) -> None:
     """Nothing, when `device` is one that a config can ask for.
 

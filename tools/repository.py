@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from halimede_ops import pins, session, spec, text
+from halimede_ops import fusion, pins, session, spec, text
+from halimede_ops.fusion import Fusion
 from halimede_ops.spec import ModelSpec
 from tools import config, pictures
 from tools.config import Pin
@@ -173,6 +174,32 @@ def switch(built: Built, repository: Path) -> None:
             written = config.ensemble(name, built.spec, precision, steps, missed, twin)
             _write_one_process(built, precision, repository / name)
         _write_config(written, [built.version(precision)], repository / name)
+
+
+def write_fusion(
+    made: Fusion, facts: ModelSpec, record: Mapping[str, Any], repository: Path
+) -> None:
+    """Write the folder of a fusion, pinned to the versions of its two models that are served now.
+
+    Raises:
+        ModelNotFound: the repository has not both of them.
+    """
+    names = {"text": made.text_model, "image": made.image_model}
+    models = {
+        kind: Pin(name, int(pins.read(repository, name).folder.name))
+        for kind, name in names.items()
+    }
+    version = number(facts.space, *(str(pin.version) for pin in models.values()))
+    folder = repository / facts.name
+    before = served(folder)
+    target = folder / str(version)
+    target.mkdir(parents=True, exist_ok=True)
+    _write_text(facts.to_json(), target / spec.FILE_NAME)
+    _write_text(json.dumps(record, indent=2) + "\n", target / "quality.json")
+    fusion.save(made, target)
+    precision, note = str(record["precision"]), str(record["fusion"])
+    _write_config(config.fusion(facts.name, facts, precision, models, note), [version], folder)
+    _remove_others(folder, before | {version})
 
 
 def release(built: Built, repository: Path) -> None:

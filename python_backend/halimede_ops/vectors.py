@@ -1,10 +1,11 @@
-"""Pooled vectors to embeddings: truncate, normalise."""
+"""Pooled vectors to embeddings: truncate, normalise; texts' and images' to one: fuse."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from halimede_ops.errors import InvalidDimensions
+from halimede_ops.errors import InvalidDimensions, InvalidInput
+from halimede_ops.fusion import Fusion
 from halimede_ops.spec import ModelSpec
 
 
@@ -52,6 +53,29 @@ def layer_norm(vectors: np.ndarray) -> np.ndarray:
     """Vectors of mean 0 and variance 1, `[batch, dim]` float32; as PyTorch's, without weights."""
     centred = vectors - vectors.mean(axis=1, keepdims=True)
     return centred / np.sqrt(np.square(centred).mean(axis=1, keepdims=True) + np.float32(1e-5))
+
+
+def fuse(text: np.ndarray | None, image: np.ndarray | None, fusion: Fusion) -> np.ndarray:
+    """Fused vectors `[batch, fusion.dims]` float32 of text vectors `[batch, text dims]` and image
+    vectors `[batch, image dims]` float32; either may be None.
+
+    Each vector is normalised, centred and weighted, both are put side by side, what is missing
+    counting nothing, and projected. Late fusion: the models know nothing of each other.
+
+    Raises:
+        InvalidInput: both are None.
+    """
+    parts = [
+        (normalise(vectors) - mean) @ projection
+        for vectors, mean, projection in (
+            (text, fusion.text_mean, fusion.text_projection),
+            (image, fusion.image_mean, fusion.image_projection),
+        )
+        if vectors is not None
+    ]
+    if not parts:
+        raise InvalidInput("neither TEXT nor IMAGE was given; give one of them, or both.")
+    return np.asarray(sum(parts[1:], start=parts[0]), np.float32)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
