@@ -5,6 +5,7 @@ RUN python3 -m pip install --no-cache-dir --no-deps tokenizers==0.22.2 pillow==1
 COPY python_backend/tokenizer /opt/tritonserver/backends/tokenizer
 COPY python_backend/pooler /opt/tritonserver/backends/pooler
 COPY python_backend/image /opt/tritonserver/backends/image
+COPY python_backend/fusion /opt/tritonserver/backends/fusion
 COPY python_backend/halimede_ops /opt/tritonserver/backends/halimede_ops
 COPY python_backend/triton_adapter.py /opt/tritonserver/backends/
 ENV TOKENIZERS_PARALLELISM=false
