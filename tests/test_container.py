@@ -280,6 +280,7 @@ def test_create_mounts(engine: Engine, repository: Path, options: Options) -> No
         f"{BACKENDS}/tokenizer": str(PYTHON_BACKEND / "tokenizer"),
         f"{BACKENDS}/pooler": str(PYTHON_BACKEND / "pooler"),
         f"{BACKENDS}/image": str(PYTHON_BACKEND / "image"),
+        f"{BACKENDS}/fusion": str(PYTHON_BACKEND / "fusion"),
         f"{BACKENDS}/halimede_ops": str(PYTHON_BACKEND / "halimede_ops"),
         f"{BACKENDS}/triton_adapter.py": str(PYTHON_BACKEND / "triton_adapter.py"),
     }
