@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ from halimede.items import Kind
 from halimede.providers import base
 from halimede.providers.base import Answer, Request, optional, too_late
 from halimede.providers.base import Options as BaseOptions
-from halimede.results import ServedModel
+from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
 from halimede.settings import Settings
 from halimede_ops import errors, pins, vectors
 
@@ -72,17 +72,28 @@ class _Stamp(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """A model in memory."""
+    """An ensemble in memory."""
 
     served: ServedModel
     spec: Any
-    tokenizer: Any
+    reader: Any
+    """What makes rows of its items: a TextTokenizer, or the Reader of its images; of pairs the
+    Halves."""
     session: Any
+    """What runs the rows; None for pairs."""
     stamp: _Stamp
 
 
+class _Halves(NamedTuple):
+    """What a fusion is made of."""
+
+    fusion: Any
+    text: _Opened
+    image: _Opened
+
+
 class Onnx:
-    """One model of a repository, in this process."""
+    """One model of a repository, in this process: what embeds its texts, and its images."""
 
     def __init__(self, options: Options) -> None:
         self.name = f"onnx:{options.model_id}"
@@ -91,12 +102,12 @@ class Onnx:
         self._streams = min(options.streams or self._threads, self._threads)
         self._workers = ThreadPoolExecutor(self._streams, thread_name_prefix="halimede-onnx")
         self._opening = asyncio.Lock()
-        self._opened: _Opened | None = None
+        self._opened: dict[Kind, _Opened] = {}
 
     async def close(self) -> None:
         """Forget the model; a second call does nothing."""
         self._workers.shutdown(wait=False, cancel_futures=True)
-        self._opened = None
+        self._opened.clear()
 
     async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
         """The model as its folder is now; opened again when its files changed.
@@ -104,27 +115,44 @@ class Onnx:
         Raises:
             ModelNotFound: the repository has no such model.
             InvalidModel: a file of it cannot be read.
+            UnsupportedInput: it embeds no items of this kind, nor does the model it names.
         """
-        base.check_texts(kind, self.name)
-        return (await self._model(timeout_s, again=True)).served
+        return (await self._model(kind, timeout_s, again=True)).served
 
     async def health(self, timeout_s: float) -> None:
-        """Nothing when a probe text is embedded."""
-        await self.embed(Request([b"health"]), timeout_s)
+        """Nothing when a probe is embedded."""
+        kind = (await self.describe(timeout_s)).input
+        await self.embed(Request([base.PROBES[kind]], kind), timeout_s)
 
     async def embed(self, request: Request, timeout_s: float) -> Answer:
         """The answer of the model in memory."""
-        texts = base.texts(request, self.name)
-        opened = await self._model(timeout_s, again=False)
-        return await self._in_thread(
-            timeout_s, _embed, opened, texts, request.input_type, request.dimensions
-        )
+        opened = await self._model(request.kind, timeout_s, again=False)
+        return await self._in_thread(timeout_s, EMBED[request.kind], opened, request)
 
-    async def _model(self, timeout_s: float, *, again: bool) -> _Opened:
+    async def _model(self, kind: Kind | None, timeout_s: float, *, again: bool) -> _Opened:
         async with self._opening:
-            if self._opened is None or (again and self._opened.stamp != self._stamp()):
-                self._opened = await self._in_thread(timeout_s, self._open)
-            return self._opened
+            opened = self._opened.get(kind) if kind else None
+            if opened is None or again:
+                kind, name = self._ensemble(kind)
+                opened = self._opened.get(kind)
+                if opened is None or opened.stamp != self._stamp(name):
+                    opened = await self._in_thread(timeout_s, self._open, kind, name)
+                    self._opened[kind] = opened
+            return opened
+
+    def _ensemble(self, kind: Kind | None) -> tuple[Kind, str]:
+        """The ensemble that embeds items of this kind: the one that is named, or the one that it
+        names for images.
+        """
+        name = self._options.model_id
+        config = pins.read(self._options.path, name).config
+        own = base.KINDS_BY_INPUT[pins.parameter(config, "input") or "text"]
+        image_model = pins.parameter(config, "image_model")
+        if kind == "image" and own == "text" and image_model:
+            return kind, image_model
+        if kind not in (None, own):
+            raise base.unsupported(kind, self.name, own)
+        return own, name
 
     async def _in_thread(self, timeout_s: float, run: Any, *arguments: Any) -> Any:
         working = asyncio.get_running_loop().run_in_executor(self._workers, run, *arguments)
@@ -133,27 +161,30 @@ class Onnx:
         except asyncio.TimeoutError:
             raise too_late(self.name, timeout_s) from None
 
-    def _open(self) -> _Opened:
-        stamp = self._stamp()
+    def _open(self, kind: Kind, name: str) -> _Opened:
+        stamp = self._stamp(name)
         try:
-            opened = self._read(stamp)
+            opened = self._read(kind, name, stamp)
         except errors.InvalidModel:
-            if self._stamp() == stamp:
+            if self._stamp(name) == stamp:
                 raise
             opened = None
-        if opened is None or self._stamp() != stamp:
+        if opened is None or self._stamp(name) != stamp:
             raise errors.ModelChanged(f"{self.name} was changed while it was opened.")
         return opened
 
-    def _read(self, stamp: _Stamp) -> _Opened:
-        from halimede_ops import session, spec, text
+    def _read(self, kind: Kind, name: str, stamp: _Stamp) -> _Opened:
+        from halimede_ops import session, spec
 
         steps = stamp.pinned.steps
         facts = spec.load(stamp.pinned.folder)
-        tokenizer = text.load(steps[f"{facts.name}-tokenizer"], facts)
+        served = self._served(kind, name, stamp.pinned, facts)
+        if kind == "pair":
+            return _Opened(served, facts, self._halves(stamp.pinned), None, stamp)
+        reader = self._reader(kind, facts, steps)
         opened, missing = session.open_session(
-            steps[f"{self._options.model_id}-onnx"] / session.FILE_NAME,
-            [session.Accelerator(name, PARAMETERS.get(name, {})) for name in self._accelerators()],
+            steps[f"{name}-onnx"] / session.FILE_NAME,
+            [session.Accelerator(one, PARAMETERS.get(one, {})) for one in self._accelerators()],
             self._threads,
             self._streams,
             facts.max_tokens,
@@ -163,35 +194,63 @@ class Onnx:
                 f"this onnxruntime cannot run on {', '.join(missing)}. Install "
                 f"{_package(missing[0])}, or set device to cpu."
             )
-        return _Opened(self._served(stamp.pinned, facts), facts, tokenizer, opened, stamp)
+        return _Opened(served, facts, reader, opened, stamp)
 
-    def _served(self, pinned: pins.Served, facts: Any) -> ServedModel:
+    def _halves(self, pinned: pins.Served) -> _Halves:
+        """The fusion, with the two models that it was made for."""
+        from halimede_ops import fusion
+
+        made = fusion.load(pinned.folder)
+        text, image = self._open("text", made.text_model), self._open("image", made.image_model)
+        for half in (text, image):
+            wanted = pins.parameter(pinned.config, f"{half.served.input}_version")
+            if half.stamp.pinned.folder.name != wanted:
+                raise errors.InvalidModel(
+                    f"{half.served.name} is not of the version that the fusion was made for; make "
+                    "the fusion again."
+                )
+        return _Halves(made, text, image)
+
+    def _reader(self, kind: Kind, facts: Any, steps: Mapping[str, Path]) -> Any:
+        if kind == "image":
+            optional("PIL", "images")
+            from halimede_ops import image
+
+            return image.Reader(facts.images(), self._threads)
+        from halimede_ops import text
+
+        return text.load(steps[f"{facts.name}-tokenizer"], facts)
+
+    def _served(self, kind: Kind, name: str, pinned: pins.Served, facts: Any) -> ServedModel:
         quality = json.loads((pinned.folder / "quality.json").read_text())
         if quality["space"] != facts.space:
             raise errors.InvalidModel(
-                f"the quality record of {self._options.model_id} is of another space; build the "
-                "model again."
+                f"the quality record of {name} is of another space; build the model again."
             )
+        image = None if kind == "text" else facts.image
         return ServedModel(
-            name=self._options.model_id,
+            name=name,
             space=facts.space,
             precision=quality["precision"],
             dims=facts.dims,
-            max_tokens=facts.max_tokens,
+            max_tokens=0 if kind == "image" else facts.max_tokens,
             max_batch_size=MAX_BATCH_SIZE,
             provider="onnx",
-            mean_cosine=quality["mean_cosine"],
+            mean_cosine=quality.get("mean_cosine"),
             version=pinned.folder.name if pins.versions(pinned.config) else "",
+            input=kind,
+            image_model=pins.parameter(pinned.config, "image_model"),
+            max_image_bytes=MAX_IMAGE_BYTES if image is None else image.max_image_bytes,
         )
 
-    def _stamp(self) -> _Stamp:
-        pinned = pins.read(self._options.path, self._options.model_id)
+    def _stamp(self, name: str) -> _Stamp:
+        pinned = pins.read(self._options.path, name)
         files = [pinned.folder / "spec.json", pinned.folder / "quality.json"]
         files += [step / "model.onnx" for name, step in pinned.steps.items() if "-onnx" in name]
         try:
             return _Stamp(pinned, tuple((s.st_mtime_ns, s.st_size) for s in map(os.stat, files)))
         except OSError:
-            raise pins.not_built(self._options.model_id) from None
+            raise pins.not_built(name) from None
 
     def _accelerators(self) -> Sequence[str]:
         if self._options.device != "auto":
@@ -203,16 +262,71 @@ class Onnx:
         return DEVICES["openvino" if "OpenVINOExecutionProvider" in available else "cpu"]
 
 
-def _embed(
-    opened: _Opened, texts: Sequence[bytes], input_type: str | None, dimensions: int | None
-) -> Answer:
+def _embed_texts(opened: _Opened, request: Request) -> Answer:
     """Tokenize, run, truncate, normalise: what Triton's three steps do."""
     from halimede_ops import session, text
 
+    texts = base.texts(request, opened.served.name)
     decoded = [text.decode(value, row, opened.spec) for row, value in enumerate(texts)]
-    tokens = opened.tokenizer.encode(decoded, [input_type or None] * len(decoded))
+    tokens = opened.reader.encode(decoded, [request.input_type or None] * len(decoded))
+    pooled = _run(opened, session.rows(one.ids for one in tokens))
+    totals = np.array([one.total for one in tokens], np.int32)
+    return Answer(vectors.embed(pooled, opened.spec, request.dimensions), totals, opened.served)
+
+
+def _embed_images(opened: _Opened, request: Request) -> Answer:
+    """Decode, resize, run, truncate, normalise: what Triton's three steps do."""
+    from halimede_ops import session
+
+    pictures = [_good(picture) for picture in opened.reader.read(request.items)]
+    positions = opened.spec.images().positions
+    pooled = _run(opened, session.pixel_rows([one.pixels for one in pictures], positions))
+    facts = [(one.width, one.height, one.format.encode()) for one in pictures]
+    return Answer(
+        vectors.embed(pooled, opened.spec, request.dimensions),
+        base.unknown_tokens(len(pictures)),
+        opened.served,
+        np.array(facts, IMAGE),
+    )
+
+
+def _embed_pairs(opened: _Opened, request: Request) -> Answer:
+    """Embed what each pair has, fuse, truncate, normalise: what Triton's fusion does."""
+    fused = np.concatenate([_fused(opened.reader, pair, request) for pair in request.items])
+    return Answer(
+        vectors.embed(fused, opened.spec, request.dimensions),
+        base.unknown_tokens(len(fused)),
+        opened.served,
+    )
+
+
+def _fused(halves: _Halves, pair: Any, request: Request) -> np.ndarray:
+    """`[1, dims]` of one pair."""
+    text = image = None
+    if pair.text is not None:
+        text = _embed_texts(halves.text, Request([pair.text], "text", request.input_type)).vectors
+    if pair.image is not None:
+        image = _embed_images(halves.image, Request([pair.image], "image")).vectors
+    return vectors.fuse(text, image, halves.fusion)
+
+
+EMBED: Mapping[Kind, Callable[[_Opened, Request], Answer]] = {
+    "text": _embed_texts,
+    "image": _embed_images,
+    "pair": _embed_pairs,
+}
+
+
+def _good(picture: Any) -> Any:
+    """The picture; what is wrong with it is raised."""
+    if isinstance(picture, errors.HalimedeError):
+        raise picture
+    return picture
+
+
+def _run(opened: _Opened, rows: Any) -> np.ndarray:
     try:
-        pooled = opened.session.run(session.rows(one.ids for one in tokens))
+        return np.asarray(opened.session.run(rows))
     except MemoryError:
         raise
     except Exception as error:  # onnxruntime raises its own, undocumented classes
@@ -221,8 +335,6 @@ def _embed(
         raise errors.ServerError(
             f"{opened.served.name} could not be run ({type(error).__name__})."
         ) from None
-    totals = np.array([one.total for one in tokens], np.int32)
-    return Answer(vectors.embed(pooled, opened.spec, dimensions), totals, opened.served)
 
 
 def _package(accelerator: str) -> str:
