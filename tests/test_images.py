@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 from transformers import CLIPImageProcessor
 from transformers.image_utils import load_image
@@ -152,3 +156,34 @@ def test_a_batch_fails_image_by_image() -> None:
     assert "image 7" in str(results[-1])
     for result, data in zip([results[0], *results[2:7]], good):
         assert np.array_equal(result.pixels, image.prepare(data, SPEC).pixels)
+
+
+def test_large_pictures_are_held_one_at_a_time() -> None:
+    """Four threads, six pictures of 64 million pixels: never much more than one turned copy."""
+    code = """
+import io
+import sys
+
+sys.path.insert(0, "tests")
+from PIL import Image
+from halimede_ops import image
+from test_images import SPEC, peak_mb
+exif = Image.Exif()
+exif[0x0112] = 6
+file = io.BytesIO()
+Image.new("L", (8000, 8000)).save(file, "JPEG", exif=exif)
+reader = image.Reader(SPEC, threads=4)
+before = peak_mb()
+assert all(isinstance(read, image.Picture) for read in reader.read([file.getvalue()] * 6))
+reader.close()
+print(peak_mb() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 700
+
+
+def peak_mb() -> float:
+    """Most memory that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

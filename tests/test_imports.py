@@ -37,7 +37,7 @@ def test_operations_import_only_themselves_and_arrays() -> None:
     assert {name for _, name in imported(OPS)} <= allowed
 
 
-@pytest.mark.parametrize("backend", ["tokenizer", "onnxruntime", "pooler"])
+@pytest.mark.parametrize("backend", ["tokenizer", "onnxruntime", "pooler", "image", "fusion"])
 def test_backends_import_operations_alone(backend: str) -> None:
     """A backend needs Triton's adapter and halimede_ops; neither client nor tools."""
     names = {name for _, name in imported(ROOT / "python_backend" / backend)}

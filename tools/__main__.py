@@ -231,6 +231,19 @@ def fit(
 
 
 @app.command()
+def bench_images(
+    folder: Annotated[Path, typer.Argument(help="The CLIP's own folder.")],
+    model: Annotated[str, typer.Option(help="Name it was built under.")],
+    precisions: Annotated[str, typer.Option(help="Separated by commas.")] = "fp32,int8",
+    rounds: Annotated[int, typer.Option(help="Each in turn, this often.")] = 3,
+) -> None:
+    """Measure a CLIP's images under load against transformers; write the report."""
+    from tools.bench_images import bench_images as measure
+
+    measure(Settings(), folder, model, _names(precisions), rounds)
+
+
+@app.command()
 def bench_cache() -> None:
     """Measure cache hits and hash embeddings against the rates they must reach."""
     from tools.bench_cache import bench_cache as measure

@@ -12,12 +12,13 @@ import io
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from halimede_ops import memory
 from halimede_ops.errors import HalimedeError, ImageTooLarge, InvalidImage, OutOfMemory
 from halimede_ops.spec import ImageSpec
 
@@ -25,6 +26,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is decoded, by Pillow's names; its other decoders are never tried."""
 NAMES = {"MPO": "JPEG"}
 """Pillow's names of what users know by another: a phone's JPEG with a second picture inside."""
+
+
+LARGE_PIXELS = 4_000_000
+"""Pictures above this are freed at once: giving memory back takes a fraction of their decoding."""
 
 
 class Picture(NamedTuple):
@@ -61,11 +66,10 @@ class Reader:
 
     def _read(self, data: bytes, row: int) -> Picture | HalimedeError:
         try:
-            with (
-                opened(data, self._spec, row) as image,
-                self._room.taken(decoded(image, self._spec)),
-            ):
-                return prepared(image, self._spec, row)
+            with opened(data, self._spec, row) as image:
+                pixels = decoded(image, self._spec)
+                with self._room.taken(pixels), _freed(pixels), closing(image):
+                    return prepared(image, self._spec, row)
         except HalimedeError as error:
             return error
 
@@ -112,7 +116,7 @@ def prepared(image: Image.Image, spec: ImageSpec, row: int) -> Picture:
     name = str(image.format)
     with _errors_named(spec, row):
         ImageOps.exif_transpose(image, in_place=True)
-        seen = image.convert("RGB")
+        seen = image if image.mode == "RGB" else image.convert("RGB")
         return Picture(_pixels(seen, spec), seen.width, seen.height, NAMES.get(name, name))
 
 
@@ -177,6 +181,16 @@ def _errors_named(spec: ImageSpec, row: int) -> Iterator[None]:
         raise InvalidImage(
             f"image {row} is damaged ({type(error).__name__}). Send the whole file, undamaged."
         ) from None
+
+
+@contextmanager
+def _freed(pixels: int) -> Iterator[None]:
+    """Leave no memory of a large picture behind."""
+    try:
+        yield
+    finally:
+        if pixels > LARGE_PIXELS:
+            memory.give_back()
 
 
 class _Room:
