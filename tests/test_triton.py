@@ -404,7 +404,7 @@ def test_full_queue_is_rejected_at_once_and_the_server_goes_on(
 
 def test_overload_is_a_typed_error() -> None:
     """Triton's word for a full queue becomes ServerOverloaded, which can be retried."""
-    from halimede.providers.triton import _Translated
+    from halimede.connection import _Translated
 
     with pytest.raises(ServerOverloaded, match="Back off") as raised:
         with _Translated("host:1", 1.0):

@@ -12,20 +12,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import importlib
 import itertools
-import json
-import re
-import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, FilePath, field_validator, model_validator
-from tritonclient.utils import InferenceServerException
+from pydantic import Field, field_validator
 
 from halimede.breaker import Breaker
+from halimede.connection import Connection, Tls, parse
 from halimede.items import Item, Kind, Pair
 from halimede.latest import Latest
 from halimede.providers.base import (
@@ -42,78 +37,12 @@ from halimede_ops import errors
 
 T = TypeVar("T")
 
-CODES = {
-    "INVALID_ARGUMENT": errors.InvalidInput,
-    "400": errors.InvalidInput,
-    "NOT_FOUND": errors.ModelNotFound,
-    "404": errors.ModelNotFound,
-    "UNAVAILABLE": errors.ServerUnreachable,
-    "CANCELLED": errors.ServerUnreachable,
-    "503": errors.ServerUnreachable,
-    "DEADLINE_EXCEEDED": errors.DeadlineExceeded,
-    "499": errors.DeadlineExceeded,
-    "RESOURCE_EXHAUSTED": errors.OutOfMemory,
-}
-"""Error class of a gRPC status name or an HTTP status code."""
 INPUTS: Mapping[Kind, str] = {"text": "TEXT", "image": "IMAGE"}
 OUTPUTS: Mapping[Kind, tuple[str, ...]] = {
     "text": ("EMBEDDING", "TOKENS"),
     "image": ("EMBEDDING", "WIDTH", "HEIGHT", "FORMAT"),
     "pair": ("EMBEDDING",),
 }
-OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|failed to allocate", re.IGNORECASE)
-NOT_LOADED = re.compile(r"not (?:at )?ready|is unloading|being loaded", re.IGNORECASE)
-SCHEMES = ("grpc", "grpcs", "http", "https")
-LARGEST_MESSAGE_BYTES = 2**31 - 1
-CHANNEL_OPTIONS = [
-    ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
-    # gRPC waits up to two minutes between connections: a server's return would be noticed late.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    # A connection may die unnoticed behind a balancer: while a call waits, gRPC asks twice at most
-    # (its max_pings_without_data), which servers' default limit of ping strikes takes.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 0),
-    # A name of several servers, such as a headless service's: requests go to each in turn.
-    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
-    # A channel of its own: a dead connection must not be shared with another embedder.
-    ("grpc.use_local_subchannel_pool", 1),
-]
-
-
-class Tls(BaseModel):
-    """Certificates for `grpcs://` and `https://`, each a PEM file."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    ca_file: FilePath | None = None
-    """Certificates that sign servers; None: those that this machine trusts."""
-    cert_file: FilePath | None = None
-    """Certificate of this client, for servers that ask for one."""
-    key_file: FilePath | None = None
-    """Key of the certificate."""
-
-    @model_validator(mode="after")
-    def _is_whole(self) -> Tls:
-        if (self.cert_file is None) != (self.key_file is None):
-            raise ValueError("cert_file and key_file belong together; give both")
-        return self
-
-    def for_grpc(self) -> dict[str, Any]:
-        """Arguments of tritonclient's gRPC client."""
-        named = {"root_certificates": self.ca_file, "certificate_chain": self.cert_file}
-        named["private_key"] = self.key_file
-        return {name: str(path) for name, path in named.items() if path is not None}
-
-    def for_http(self) -> ssl.SSLContext:
-        """Context of an HTTP client."""
-        context = ssl.create_default_context(cafile=self.ca_file)
-        if self.cert_file is not None:
-            context.load_cert_chain(self.cert_file, self.key_file)
-        return context
 
 
 class Options(BaseOptions):
@@ -136,7 +65,7 @@ class Options(BaseOptions):
         if not value:
             raise ValueError("is empty; give at least one address")
         for url in value:
-            _parse(url)
+            parse(url)
         return value
 
 
@@ -207,14 +136,10 @@ class _Server:
     """One address: its connection, its breaker, and what its config last said."""
 
     def __init__(self, url: str, model: str, tls: Tls) -> None:
-        scheme, self.address = _parse(url)
-        self.is_grpc = scheme.startswith("grpc")
-        self.tls = tls if scheme.endswith("s") else None
         self.model = model
         self.in_flight = 0
         self.breaker = Breaker(self.probe)
-        self._api: Any = importlib.import_module(f"tritonclient.{scheme.rstrip('s')}.aio")
-        self._client: Any = None
+        self._triton = Connection(url, tls)
         self._described: dict[Kind, ServedModel] = {}
         self._readings: dict[Kind | None, Latest[ServedModel]] = {}
         self._timeout_s = 30.0
@@ -235,9 +160,7 @@ class _Server:
 
     async def close(self) -> None:
         await self.breaker.close()
-        if self._client is not None:
-            client, self._client = self._client, None
-            await client.close()
+        await self._triton.close()
 
     async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
         self._timeout_s = timeout_s
@@ -260,7 +183,7 @@ class _Server:
         if not after:
             self._described.clear()
             raise errors.ModelChanged(
-                f"{self.model} on {self.address} was changed while it was asked. Send again."
+                f"{self.model} at {self._triton.address} changed while it was asked. Send again."
             )
         # A copy: an array over the response's own buffer would keep all of it alive.
         vectors = np.array(result.as_numpy("EMBEDDING"))
@@ -270,9 +193,9 @@ class _Server:
         return Answer(vectors, unknown_tokens(len(vectors)), before, images)
 
     async def models(self, timeout_s: float) -> list[ServedModel]:
-        index = await self._call("get_model_repository_index", timeout_s=timeout_s)
+        index = await self._triton.call("get_model_repository_index", timeout_s=timeout_s)
         listed = index
-        if self.is_grpc:
+        if self._triton.is_grpc:
             listed = [{"name": entry.name, "state": entry.state} for entry in index.models]
         names = sorted(entry["name"] for entry in listed if entry["state"] == "READY")
         served = [await self._served(name, timeout_s) for name in names]
@@ -297,8 +220,8 @@ class _Server:
 
     async def _served(self, model: str, timeout_s: float) -> ServedModel | None:
         """The model as its config tells; None for a step of a model."""
-        answer = await self._call("get_model_config", model, timeout_s=timeout_s)
-        return _of_message(answer.config) if self.is_grpc else _of_json(answer)
+        answer = await self._triton.call("get_model_config", model, timeout_s=timeout_s)
+        return _of_message(answer.config) if self._triton.is_grpc else _of_json(answer)
 
     async def _infer(self, model: str, request: Request, timeout_s: float) -> Any:
         rows = len(request.items)
@@ -312,38 +235,17 @@ class _Server:
         if request.dimensions is not None:
             value = np.full((rows, 1), request.dimensions, np.int32)
             inputs.append(self._input("DIMENSIONS", "INT32", value))
-        outputs = [self._api.InferRequestedOutput(name) for name in OUTPUTS[request.kind]]
-        return await self._call("infer", model, inputs, outputs=outputs, timeout_s=timeout_s)
-
-    async def _call(self, method: str, *arguments: Any, timeout_s: float, **options: Any) -> Any:
-        """What tritonclient returns, alike for both protocols; its errors become ours."""
-        if self.is_grpc:
-            options["client_timeout"] = timeout_s
-        with _Translated(self.address, timeout_s):
-            answer = getattr(self._connection(), method)(*arguments, **options)
-            return await (answer if self.is_grpc else asyncio.wait_for(answer, timeout_s))
-
-    def _connection(self) -> Any:
-        if self._client is None:
-            self._client = self._api.InferenceServerClient(self.address, **self._secured())
-        return self._client
-
-    def _secured(self) -> dict[str, Any]:
-        """The client's options, those of TLS among them."""
-        if self.is_grpc:
-            certificates = self.tls.for_grpc() if self.tls else {}
-            return {"channel_args": CHANNEL_OPTIONS, "ssl": self.tls is not None, **certificates}
-        context = self.tls.for_http() if self.tls else None
-        return {"conn_timeout": None, "ssl": context is not None, "ssl_context": context}
+        outputs = [self._triton.api.InferRequestedOutput(name) for name in OUTPUTS[request.kind]]
+        return await self._triton.call("infer", model, inputs, outputs=outputs, timeout_s=timeout_s)
 
     def _input(self, name: str, datatype: str, value: np.ndarray) -> Any:
-        tensor = self._api.InferInput(name, list(value.shape), datatype)
+        tensor = self._triton.api.InferInput(name, list(value.shape), datatype)
         tensor.set_data_from_numpy(value)
         return tensor
 
     def _version(self, result: Any) -> str:
         answer = result.get_response()
-        return str(answer.model_version if self.is_grpc else answer["model_version"])
+        return str(answer.model_version if self._triton.is_grpc else answer["model_version"])
 
 
 def _columns(request: Request) -> Mapping[str, Sequence[Item]]:
@@ -404,83 +306,3 @@ def _of_facts(
         image_model=parameters.get("image_model", ""),
         max_image_bytes=int(parameters.get("max_image_bytes", MAX_IMAGE_BYTES)),
     )
-
-
-class _Translated:
-    """Turns what tritonclient raises into the errors of `halimede_ops.errors`."""
-
-    def __init__(self, address: str, timeout_s: float) -> None:
-        self.address = address
-        self.timeout_s = timeout_s
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, errors.HalimedeError) or not isinstance(error, Exception):
-            return
-        if isinstance(error, InferenceServerException):
-            self._from_triton(error)
-        if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
-            raise self._deadline() from None
-        # aiohttp's errors that are no OSError, such as a connection closed mid-answer.
-        if isinstance(error, OSError) or type(error).__module__.startswith("aiohttp"):
-            raise self._unreachable() from None
-        if isinstance(error, MemoryError):
-            raise errors.OutOfMemory("the client has no memory for this request.") from None
-
-    def _from_triton(self, error: InferenceServerException) -> NoReturn:
-        status = str(error.status() or "").removeprefix("StatusCode.")
-        message = re.sub(r"^in ensemble '[^']*', ", "", _plain(error.message()))
-        if "maximum queue size" in message:
-            raise errors.ServerOverloaded(
-                f"the server at {self.address} has a full queue. Back off and send again."
-            ) from None
-        if NOT_LOADED.search(message):
-            raise errors.ServerUnreachable(
-                f"the server at {self.address} is loading the model. Send again."
-            ) from None
-        if OUT_OF_MEMORY.search(message):
-            raise errors.OutOfMemory(f"the server at {self.address} has no memory left.") from None
-        named, _, rest = message.partition(": ")
-        error_class = getattr(errors, named, None)
-        if isinstance(error_class, type) and issubclass(error_class, errors.HalimedeError):
-            raise error_class(rest) from None
-        error_class = CODES.get(status, errors.HalimedeError)
-        if error_class is errors.DeadlineExceeded:
-            raise self._deadline() from None
-        if error_class is errors.ServerUnreachable:
-            raise self._unreachable() from None
-        raise error_class(message) from None
-
-    def _deadline(self) -> errors.DeadlineExceeded:
-        return errors.DeadlineExceeded(
-            f"{self.address} did not answer within {self.timeout_s:g} s. Raise timeout_s, or "
-            "send less at once."
-        )
-
-    def _unreachable(self) -> errors.ServerUnreachable:
-        return errors.ServerUnreachable(
-            f"no Triton answers at {self.address}. Start one with `make serve`, or give its "
-            "address as url."
-        )
-
-
-def _plain(message: str) -> str:
-    """The text of an error: over HTTP tritonclient sometimes gives the JSON around it."""
-    try:
-        return str(json.loads(message)["error"])
-    except (ValueError, KeyError, TypeError):
-        return message
-
-
-def _parse(url: str) -> tuple[str, str]:
-    """Protocol (`grpc`, `grpcs`, `http` or `https`) and `host:port` of a server's url."""
-    parts = urlsplit(url if "://" in url else f"grpc://{url}")
-    if parts.scheme not in SCHEMES or not parts.netloc or "@" in parts.netloc:
-        given = "has a user or password" if "@" in url else f"is {url!r}"
-        raise errors.InvalidInput(
-            f"url {given}; give host:port, grpc://host:port or http://host:port, with TLS "
-            "grpcs:// or https://."
-        )
-    return parts.scheme, parts.netloc

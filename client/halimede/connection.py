@@ -1,0 +1,217 @@
+"""A connection to one Triton server, over gRPC or HTTP, that speaks in halimede's errors."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import re
+import ssl
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, FilePath, model_validator
+from tritonclient.utils import InferenceServerException
+
+from halimede_ops import errors
+
+CODES = {
+    "INVALID_ARGUMENT": errors.InvalidInput,
+    "400": errors.InvalidInput,
+    "NOT_FOUND": errors.ModelNotFound,
+    "404": errors.ModelNotFound,
+    "UNAVAILABLE": errors.ServerUnreachable,
+    "CANCELLED": errors.ServerUnreachable,
+    "503": errors.ServerUnreachable,
+    "DEADLINE_EXCEEDED": errors.DeadlineExceeded,
+    "499": errors.DeadlineExceeded,
+    "RESOURCE_EXHAUSTED": errors.OutOfMemory,
+}
+"""Error class of a gRPC status name or an HTTP status code."""
+OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|failed to allocate", re.IGNORECASE)
+RESTRICTED = re.compile(r"restricted, expecting header", re.IGNORECASE)
+NOT_LOADED = re.compile(r"not (?:at )?ready|is unloading|being loaded", re.IGNORECASE)
+SCHEMES = ("grpc", "grpcs", "http", "https")
+LARGEST_MESSAGE_BYTES = 2**31 - 1
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
+    # gRPC waits up to two minutes between connections: a server's return would be noticed late.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A connection may die unnoticed behind a balancer: while a call waits, gRPC asks twice at most
+    # (its max_pings_without_data), which servers' default limit of ping strikes takes.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    # A name of several servers, such as a headless service's: requests go to each in turn.
+    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
+    # A channel of its own: a dead connection must not be shared with another embedder.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+class Tls(BaseModel):
+    """Certificates for `grpcs://` and `https://`, each a PEM file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ca_file: FilePath | None = None
+    """Certificates that sign servers; None: those that this machine trusts."""
+    cert_file: FilePath | None = None
+    """Certificate of this client, for servers that ask for one."""
+    key_file: FilePath | None = None
+    """Key of the certificate."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Tls:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file belong together; give both")
+        return self
+
+    def for_grpc(self) -> dict[str, Any]:
+        """Arguments of tritonclient's gRPC client."""
+        named = {"root_certificates": self.ca_file, "certificate_chain": self.cert_file}
+        named["private_key"] = self.key_file
+        return {name: str(path) for name, path in named.items() if path is not None}
+
+    def for_http(self) -> ssl.SSLContext:
+        """Context of an HTTP client."""
+        context = ssl.create_default_context(cafile=self.ca_file)
+        if self.cert_file is not None:
+            context.load_cert_chain(self.cert_file, self.key_file)
+        return context
+
+
+class Connection:
+    """One server's address; connected at the first call."""
+
+    def __init__(self, url: str, tls: Tls) -> None:
+        """Nothing is sent yet.
+
+        Raises:
+            InvalidInput: the url is none.
+        """
+        scheme, self.address = parse(url)
+        self.is_grpc = scheme.startswith("grpc")
+        self.api: Any = importlib.import_module(f"tritonclient.{scheme.rstrip('s')}.aio")
+        """tritonclient's module of the protocol."""
+        self._tls = tls if scheme.endswith("s") else None
+        self._client: Any = None
+
+    async def call(self, method: str, *arguments: Any, timeout_s: float, **options: Any) -> Any:
+        """What a method of tritonclient's returns; its errors become ours.
+
+        Raises:
+            HalimedeError: the call failed.
+        """
+        if self.is_grpc:
+            options["client_timeout"] = timeout_s
+        with _Translated(self.address, timeout_s):
+            answer = getattr(self._connected(), method)(*arguments, **options)
+            return await (answer if self.is_grpc else asyncio.wait_for(answer, timeout_s))
+
+    async def close(self) -> None:
+        """Close it; a second call does nothing."""
+        if self._client is not None:
+            client, self._client = self._client, None
+            await client.close()
+
+    def _connected(self) -> Any:
+        if self._client is None:
+            self._client = self.api.InferenceServerClient(self.address, **self._secured())
+        return self._client
+
+    def _secured(self) -> dict[str, Any]:
+        """The client's options, those of TLS among them."""
+        if self.is_grpc:
+            certificates = self._tls.for_grpc() if self._tls else {}
+            return {"channel_args": CHANNEL_OPTIONS, "ssl": self._tls is not None, **certificates}
+        context = self._tls.for_http() if self._tls else None
+        return {"conn_timeout": None, "ssl": context is not None, "ssl_context": context}
+
+
+class _Translated:
+    """Turns what tritonclient raises into the errors of `halimede_ops.errors`."""
+
+    def __init__(self, address: str, timeout_s: float) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, errors.HalimedeError) or not isinstance(error, Exception):
+            return
+        if isinstance(error, InferenceServerException):
+            self._from_triton(error)
+        if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
+            raise self._deadline() from None
+        # aiohttp's errors that are no OSError, such as a connection closed mid-answer.
+        if isinstance(error, OSError) or type(error).__module__.startswith("aiohttp"):
+            raise self._unreachable() from None
+        if isinstance(error, MemoryError):
+            raise errors.OutOfMemory("the client has no memory for this request.") from None
+
+    def _from_triton(self, error: InferenceServerException) -> NoReturn:
+        status = str(error.status() or "").removeprefix("StatusCode.")
+        message = re.sub(r"^in ensemble '[^']*', ", "", _plain(error.message()))
+        if "maximum queue size" in message:
+            raise errors.ServerOverloaded(
+                f"the server at {self.address} has a full queue. Back off and send again."
+            ) from None
+        if RESTRICTED.search(message):
+            raise errors.AccessDenied(
+                f"the server at {self.address} gives this for its control key alone; none was "
+                "given, or a wrong one."
+            ) from None
+        if NOT_LOADED.search(message):
+            raise errors.ServerUnreachable(
+                f"the server at {self.address} is loading the model. Send again."
+            ) from None
+        if OUT_OF_MEMORY.search(message):
+            raise errors.OutOfMemory(f"the server at {self.address} has no memory left.") from None
+        named, _, rest = message.partition(": ")
+        error_class = getattr(errors, named, None)
+        if isinstance(error_class, type) and issubclass(error_class, errors.HalimedeError):
+            raise error_class(rest) from None
+        error_class = CODES.get(status, errors.HalimedeError)
+        if error_class is errors.DeadlineExceeded:
+            raise self._deadline() from None
+        if error_class is errors.ServerUnreachable:
+            raise self._unreachable() from None
+        raise error_class(message) from None
+
+    def _deadline(self) -> errors.DeadlineExceeded:
+        return errors.DeadlineExceeded(
+            f"{self.address} did not answer within {self.timeout_s:g} s. Raise timeout_s, or "
+            "send less at once."
+        )
+
+    def _unreachable(self) -> errors.ServerUnreachable:
+        return errors.ServerUnreachable(
+            f"no Triton answers at {self.address}. Start one with `make serve`, or give its "
+            "address as url."
+        )
+
+
+def _plain(message: str) -> str:
+    """The text of an error: over HTTP tritonclient sometimes gives the JSON around it."""
+    try:
+        return str(json.loads(message)["error"])
+    except (ValueError, KeyError, TypeError):
+        return message
+
+
+def parse(url: str) -> tuple[str, str]:
+    """Protocol (`grpc`, `grpcs`, `http` or `https`) and `host:port` of a server's url."""
+    parts = urlsplit(url if "://" in url else f"grpc://{url}")
+    if parts.scheme not in SCHEMES or not parts.netloc or "@" in parts.netloc:
+        given = "has a user or password" if "@" in url else f"is {url!r}"
+        raise errors.InvalidInput(
+            f"url {given}; give host:port, grpc://host:port or http://host:port, with TLS "
+            "grpcs:// or https://."
+        )
+    return parts.scheme, parts.netloc
