@@ -8,6 +8,7 @@ COPY python_backend/image /opt/tritonserver/backends/image
 COPY python_backend/fusion /opt/tritonserver/backends/fusion
 COPY python_backend/halimede_ops /opt/tritonserver/backends/halimede_ops
 COPY python_backend/triton_adapter.py /opt/tritonserver/backends/
+COPY python_backend/triton_metrics.py /opt/tritonserver/backends/
 ENV TOKENIZERS_PARALLELISM=false
 USER triton-server
 ENTRYPOINT ["tritonserver", "--model-repository=/models", "--model-control-mode=explicit", "--load-model=*", "--disable-auto-complete-config", "--exit-on-error=true", "--strict-readiness=true"]

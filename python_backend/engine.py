@@ -5,19 +5,26 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import triton_adapter as triton
+import triton_metrics
 
-from halimede_ops import session
+from halimede_ops import batch, session
 from halimede_ops.continuous import ContinuousBatches
 
 STREAMS = 2
 """Micro-batches that one instance runs at the same time, each on its share of the threads."""
 
 
-def open_batches(config: triton.ModelConfig, path: Path, kind: str) -> ContinuousBatches:
-    """Continuous batches through the model.onnx at `path`; `kind` is the instance's, CPU or GPU."""
+def open_batches(
+    config: triton.ModelConfig, path: Path, kind: str, metrics: triton_metrics.Metrics
+) -> ContinuousBatches:
+    """Continuous batches through the model.onnx at `path`, counted in `metrics`; `kind` is the
+    instance's, CPU or GPU.
+    """
     accelerators = _accelerators(config, kind)
     threads = _threads(config)
     streams = min(STREAMS, threads)
@@ -30,8 +37,18 @@ def open_batches(config: triton.ModelConfig, path: Path, kind: str) -> Continuou
             f"{config.name}: this onnxruntime has no {name}; the CPU provider serves instead"
         )
     return ContinuousBatches(
-        opened.run_with_heads if opened.heads else opened.run_together, streams
+        opened.run_with_heads if opened.heads else opened.run_together,
+        streams,
+        lambda ran: metrics.ran(ran, _padded_length(ran.rows, max_tokens)),
+        time.monotonic,
     )
+
+
+def _padded_length(rows: Sequence[session.Row | session.Pixels], max_tokens: int | None) -> int:
+    """Tokens of each row of one run; pictures are not padded."""
+    longest = max(row.length for row in rows)
+    is_text = isinstance(rows[0], session.Row)
+    return batch.padded_length(longest, max_tokens) if is_text else longest
 
 
 def _accelerators(config: triton.ModelConfig, kind: str) -> list[session.Accelerator]:

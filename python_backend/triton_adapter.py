@@ -55,11 +55,13 @@ def answer(
     read: Callable[[Any], T],
     compute: Callable[[list[T]], Sequence[R | HalimedeError]],
     write: Callable[[R], list[Any]],
+    failed: Callable[[HalimedeError], None],
 ) -> list[Any]:
     """One InferenceResponse a request: read each, compute all that read well, write each.
 
     `read` may raise HalimedeError for its request; `compute` gives a result or an error for
-    each value it got, in order; `write` turns a result into output tensors.
+    each value it got, in order; `write` turns a result into output tensors; `failed` hears of each
+    error.
     """
     read_results = [_try(read, request) for request in requests]
     values = [value for value in read_results if not isinstance(value, HalimedeError)]
@@ -68,6 +70,7 @@ def answer(
         _respond(
             value if isinstance(value, HalimedeError) else next(computed),
             write,
+            failed,
         )
         for value in read_results
     ]
@@ -78,19 +81,20 @@ async def answer_each(
     read: Callable[[Any], T],
     compute: Callable[[T], Awaitable[R]],
     write: Callable[[R], list[Any]],
+    failed: Callable[[HalimedeError], None],
 ) -> list[Any]:
     """One InferenceResponse a request, all computed at a time: `answer` for coroutines."""
 
     async def one(request: Any) -> Any:
         value = _try(read, request)
         if isinstance(value, HalimedeError):
-            return _respond(value, write)
+            return _respond(value, write, failed)
         try:
-            return _respond(await compute(value), write)
+            return _respond(await compute(value), write, failed)
         except HalimedeError as error:
-            return _respond(error, write)
+            return _respond(error, write, failed)
         except Exception as error:
-            return _respond(_internal(error), write)
+            return _respond(_internal(error), write, failed)
 
     return list(await asyncio.gather(*[one(request) for request in requests]))
 
@@ -133,16 +137,17 @@ def answer_later(
     read: Callable[[Any], T],
     start: Callable[[T, Callable[[R | Exception], None], Callable[[], bool]], None],
     write: Callable[[R], list[Any]],
+    failed: Callable[[HalimedeError], None],
 ) -> None:
     """Read each request and start it; each is answered, from any thread, when its result comes.
 
     `read` may raise HalimedeError for its request; `start` gets what was read, the function to
     call once with the result or with what was raised, and one that says whether the caller has
-    cancelled the request.
+    cancelled the request; `failed` hears of each error.
     """
     for request in requests:
         sender = request.get_response_sender()
-        send = _sending(sender, write)
+        send = _sending(sender, write, failed)
         value = _try(read, request)
         if isinstance(value, HalimedeError):
             send(value)
@@ -162,13 +167,16 @@ def _start(
         send(error)
 
 
-def _sending(sender: Any, write: Callable[[R], list[Any]]) -> Callable[[R | Exception], None]:
+def _sending(
+    sender: Any, write: Callable[[R], list[Any]], failed: Callable[[HalimedeError], None]
+) -> Callable[[R | Exception], None]:
     def send(result: R | Exception) -> None:
         if isinstance(result, Exception) and not isinstance(result, HalimedeError):
             result = _internal(result)
         try:
             sender.send(
-                _respond(result, write), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+                _respond(result, write, failed),
+                flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
             )
         except Exception as error:  # the next requests are answered all the same
             _internal(error)
@@ -196,10 +204,15 @@ def _try(function: Callable[[T], R], value: T) -> R | HalimedeError:
         return _internal(error)
 
 
-def _respond(result: R | HalimedeError, write: Callable[[R], list[Any]]) -> Any:
+def _respond(
+    result: R | HalimedeError,
+    write: Callable[[R], list[Any]],
+    failed: Callable[[HalimedeError], None],
+) -> Any:
     outputs = result if isinstance(result, HalimedeError) else _try(write, result)
     if not isinstance(outputs, HalimedeError):
         return pb_utils.InferenceResponse(output_tensors=outputs)
+    failed(outputs)
     code = getattr(pb_utils.TritonError, outputs.code)
     # The class goes first, so that the client raises the same one.
     message = f"{type(outputs).__name__}: {outputs}"

@@ -283,6 +283,7 @@ def test_create_mounts(engine: Engine, repository: Path, options: Options) -> No
         f"{BACKENDS}/fusion": str(PYTHON_BACKEND / "fusion"),
         f"{BACKENDS}/halimede_ops": str(PYTHON_BACKEND / "halimede_ops"),
         f"{BACKENDS}/triton_adapter.py": str(PYTHON_BACKEND / "triton_adapter.py"),
+        f"{BACKENDS}/triton_metrics.py": str(PYTHON_BACKEND / "triton_metrics.py"),
     }
     assert all(mount["ReadOnly"] and mount["Type"] == "bind" for mount in mounts)
     assert all(Path(mount["Source"]).exists() for mount in mounts)

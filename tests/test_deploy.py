@@ -10,15 +10,17 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import httpx
 import kubernetes_validate
 import pytest
 import yaml
+from scrapes import figures
 
+from halimede import Embedder, UnknownInputType
 from tools import container
 from tools.triton import Server
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
+OPERATIONS = DEPLOY.parent / "docs" / "operations.md"
 BASE = DEPLOY / "kubernetes" / "base"
 KUBERNETES = "1.31"
 
@@ -114,15 +116,20 @@ def test_alerts_fire_when_they_should() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_rules_and_dashboard_ask_for_metrics_that_triton_has(server: Server) -> None:
+def test_rules_dashboard_and_autoscaler_ask_for_metrics_that_triton_has(server: Server) -> None:
     """Every metric they name is on a real server's metrics port; those of GPUs and of the response
     cache need either."""
+    with Embedder(server.grpc_address) as embedder, pytest.raises(UnknownInputType):
+        embedder.embed("an error's metric is there after the first", input_type="none")
     rules = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text())
     asked = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
     dashboard = json.loads((DEPLOY / "grafana" / "dashboards" / "halimede.json").read_text())
     asked += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    [adapter] = re.findall(r"```yaml\n(rules:.*?)```", OPERATIONS.read_text(), re.DOTALL)
+    [rule] = yaml.safe_load(adapter)["rules"]
+    assert rule["name"]["as"] in (BASE / "autoscaling.yaml").read_text()
+    asked.append(rule["metricsQuery"])
     named = set(re.findall(r"\b(?:nv|halimede)_\w+", " ".join(asked)))
-    port = server.options.metrics_port
-    told = httpx.get(f"http://127.0.0.1:{port}/metrics").text
-    missing = {name for name in named if f"\n{name}{{" not in told and f"\n{name} " not in told}
+    told = figures(server, lambda found: found["halimede_errors_total"] > 0)
+    missing = named - told.keys()
     assert {name for name in missing if not name.startswith(("nv_gpu_", "nv_cache_"))} == set()

@@ -18,7 +18,15 @@ IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
 """The same Triton release as the wheel's."""
 MODELS = "/models"
 BACKENDS = "/opt/tritonserver/backends"
-OURS = ("tokenizer", "pooler", "image", "fusion", "halimede_ops", "triton_adapter.py")
+OURS = (
+    "tokenizer",
+    "pooler",
+    "image",
+    "fusion",
+    "halimede_ops",
+    "triton_adapter.py",
+    "triton_metrics.py",
+)
 """What of python_backend/ goes beside Triton's own backends. Not our `onnxruntime`: it would take
 the place of the C++ one."""
 PACKAGES = ("tokenizers", "pillow")

@@ -19,6 +19,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).parent.parent))
 import engine
 import triton_adapter as triton
+import triton_metrics
 
 from halimede_ops import batch, heads, session, spec, text, vectors
 
@@ -52,18 +53,22 @@ class TritonPythonModel:
         tokenizer = config.repository / config.parameter("tokenizer")
         self.spec = triton.load(lambda: spec.load(tokenizer))
         self.tokenizer = triton.load(lambda: text.load(tokenizer, self.spec))
+        self.metrics = triton_metrics.Metrics(
+            config, *triton_metrics.OF_RUNS, triton_metrics.TRUNCATED_TEXTS
+        )
         self.batches = engine.open_batches(
-            config, onnx / session.FILE_NAME, args["model_instance_kind"]
+            config, onnx / session.FILE_NAME, args["model_instance_kind"], self.metrics
         )
 
     def execute(self, requests: list[Any]) -> None:
         """Tokenize and queue each request; it is answered when its rows have run."""
-        triton.answer_later(requests, self._read, self._start, self._write)
+        triton.answer_later(requests, self._read, self._start, self._write, self.metrics.failed)
         self.batches.wait_for_room()
 
     def finalize(self) -> None:
         """Answer what waits."""
         self.batches.close()
+        self.metrics.close()
 
     def _read(self, request: Any) -> Asked:
         return Asked(triton.texts(request, self.spec), triton.dimensions(request, self.spec))
@@ -72,6 +77,7 @@ class TritonPythonModel:
         self, asked: Asked, send: Callable[[Any], None], is_cancelled: Callable[[], bool]
     ) -> None:
         tokens = self.tokenizer.encode(*asked.texts)
+        self.metrics.count_truncated(tokens, self.spec)
 
         def answer(outcome: Any) -> None:
             failed = isinstance(outcome, Exception)

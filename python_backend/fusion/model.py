@@ -16,6 +16,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
 import triton_adapter as triton
+import triton_metrics
 
 from halimede_ops import fusion, spec, vectors
 
@@ -39,10 +40,17 @@ class TritonPythonModel:
         self.fusion = triton.load(lambda: fusion.load(config.version_folder))
         self.text_version = int(config.parameter("text_version"))
         self.image_version = int(config.parameter("image_version"))
+        self.metrics = triton_metrics.Metrics(config)
 
     async def execute(self, requests: list[Any]) -> list[Any]:
         """Ask both models for all requests at a time, then fuse each."""
-        return await triton.answer_each(requests, self._read, self._fuse, _write)
+        return await triton.answer_each(
+            requests, self._read, self._fuse, _write, self.metrics.failed
+        )
+
+    def finalize(self) -> None:
+        """Publish no more figures."""
+        self.metrics.close()
 
     def _read(self, request: Any) -> Asked:
         text = triton.given(request, "TEXT")

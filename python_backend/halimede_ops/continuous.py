@@ -22,6 +22,14 @@ Outcome = Sequence[Any] | Exception
 """One result a row, in order, or what running them raised."""
 
 
+class Ran(NamedTuple):
+    """One micro-batch that was run."""
+
+    rows: Sequence[Row | Pixels]
+    waited_s: float
+    """From `submit` until it was taken, of all rows together."""
+
+
 class ContinuousBatches:
     """Threads that run rows through `run`, each taking a micro-batch as soon as it is free.
 
@@ -30,9 +38,23 @@ class ContinuousBatches:
     """
 
     def __init__(
-        self, run: Callable[[Sequence[Row | Pixels]], Sequence[Any]], threads: int
+        self,
+        run: Callable[[Sequence[Row | Pixels]], Sequence[Any]],
+        threads: int,
+        tell: Callable[[Ran], None] = lambda ran: None,
+        clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
+        """Threads that wait for rows.
+
+        Args:
+            run: gives one result a row.
+            threads: micro-batches that are run at the same time.
+            tell: hears of each one that was run, from the thread that ran it.
+            clock: seconds since any moment; without it, rows are said to have waited 0.
+        """
         self._run = run
+        self._tell = tell
+        self._clock = clock
         self._waiting: list[_Waiting] = []
         """In order of arrival."""
         self._changed = threading.Condition()
@@ -59,7 +81,7 @@ class ContinuousBatches:
         RequestCancelled.
         """
         with self._changed:
-            request = _Request(rows, answer, is_cancelled, self._taken)
+            request = _Request(rows, answer, is_cancelled, self._taken, self._clock())
             self._waiting += [_Waiting(request, place) for place in range(len(rows))]
             self._changed.notify_all()
 
@@ -80,6 +102,7 @@ class ContinuousBatches:
 
     def _run_all(self) -> None:
         while part := self._take():
+            taken_at_s = self._clock()
             gone = self._gone({waiting.request for waiting in part})
             wanted = [waiting for waiting in part if waiting.request not in gone]
             if gone:
@@ -87,6 +110,8 @@ class ContinuousBatches:
                 self._give(dropped, RequestCancelled("the request was cancelled; it was not run."))
             if wanted:
                 self._give(wanted, self._outcome(wanted))
+                waited_s = sum(taken_at_s - waiting.request.came_at_s for waiting in wanted)
+                self._tell(Ran([waiting.row for waiting in wanted], waited_s))
 
     def _gone(self, requests: set[_Request]) -> set[_Request]:
         """Those that waited long and whose callers have gone."""
@@ -142,11 +167,13 @@ class _Request:
         answer: Callable[[Outcome], None],
         is_cancelled: Callable[[], bool],
         since: int,
+        came_at_s: float,
     ) -> None:
         self.rows = rows
         self.is_cancelled = is_cancelled
         self.since = since
         """Micro-batches before it came."""
+        self.came_at_s = came_at_s
         self._answer = answer
         self._results: list[Any] = [None] * len(rows)
         self._error: Exception | None = None

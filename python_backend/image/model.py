@@ -12,6 +12,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
 import triton_adapter as triton
+import triton_metrics
 
 from halimede_ops import image, spec
 from halimede_ops.errors import HalimedeError
@@ -24,17 +25,19 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read what the model's vision tower takes, and start the threads."""
-        folder = triton.ModelConfig(args).version_folder
-        taken = triton.load(lambda: spec.load(folder).images())
+        config = triton.ModelConfig(args)
+        taken = triton.load(lambda: spec.load(config.version_folder).images())
         self.reader = image.Reader(taken, threads=len(os.sched_getaffinity(0)))
+        self.metrics = triton_metrics.Metrics(config)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Prepare the pictures of all requests together."""
-        return triton.answer(requests, _read, self._prepare, _write)
+        return triton.answer(requests, _read, self._prepare, _write, self.metrics.failed)
 
     def finalize(self) -> None:
         """End the threads."""
         self.reader.close()
+        self.metrics.close()
 
     def _prepare(self, requests: list[list[bytes]]) -> list[list[image.Picture] | HalimedeError]:
         begun = [self.reader.read(request) for request in requests]

@@ -15,6 +15,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent.parent))
 import engine
 import triton_adapter as triton
+import triton_metrics
 
 from halimede_ops import batch, session, spec
 from halimede_ops.errors import InvalidInput
@@ -33,16 +34,18 @@ class TritonPythonModel:
         if [entry["name"] for entry in config.fields["input"]] == [spec.PIXELS]:
             positions = int(config.parameter("max_tokens"))
             self.read = partial(_read_pixels, positions=positions)
-        self.batches = engine.open_batches(config, path, args["model_instance_kind"])
+        self.metrics = triton_metrics.Metrics(config, *triton_metrics.OF_RUNS)
+        self.batches = engine.open_batches(config, path, args["model_instance_kind"], self.metrics)
 
     def execute(self, requests: list[Any]) -> None:
         """Queue the rows of all requests; each request is answered when its rows have run."""
-        triton.answer_later(requests, self.read, self.batches.submit, _write)
+        triton.answer_later(requests, self.read, self.batches.submit, _write, self.metrics.failed)
         self.batches.wait_for_room()
 
     def finalize(self) -> None:
         """Answer what waits."""
         self.batches.close()
+        self.metrics.close()
 
 
 def _read(request: Any) -> list[session.Row]:

@@ -15,6 +15,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
 import triton_adapter as triton
+import triton_metrics
 
 from halimede_ops import heads, spec, vectors
 from halimede_ops.errors import HalimedeError
@@ -34,12 +35,17 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read the model's spec."""
-        folder = triton.ModelConfig(args).version_folder
-        self.spec = triton.load(lambda: spec.load(folder))
+        config = triton.ModelConfig(args)
+        self.spec = triton.load(lambda: spec.load(config.version_folder))
+        self.metrics = triton_metrics.Metrics(config)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Truncate and normalise each request's vectors."""
-        return triton.answer(requests, self._read, self._embed, _write)
+        return triton.answer(requests, self._read, self._embed, _write, self.metrics.failed)
+
+    def finalize(self) -> None:
+        """Publish no more figures."""
+        self.metrics.close()
 
     def _read(self, request: Any) -> Pooled:
         pooled = triton.tensor(request, spec.POOLED)

@@ -11,6 +11,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
 import triton_adapter as triton
+import triton_metrics
 
 from halimede_ops import batch, spec, text
 from halimede_ops.errors import HalimedeError
@@ -30,25 +31,30 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the model's tokenizer."""
-        folder = triton.ModelConfig(args).version_folder
-        self.spec = triton.load(lambda: spec.load(folder))
-        self.tokenizer = triton.load(lambda: text.load(folder, self.spec))
+        config = triton.ModelConfig(args)
+        self.spec = triton.load(lambda: spec.load(config.version_folder))
+        self.tokenizer = triton.load(lambda: text.load(config.version_folder, self.spec))
+        self.metrics = triton_metrics.Metrics(config, triton_metrics.TRUNCATED_TEXTS)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Tokenize all texts of all requests in one call."""
-        return triton.answer(requests, self._read, self._tokenize, self._write)
+        return triton.answer(requests, self._read, self._tokenize, self._write, self.metrics.failed)
+
+    def finalize(self) -> None:
+        """Publish no more figures."""
+        self.metrics.close()
 
     def _read(self, request: Any) -> triton.Texts:
         return triton.texts(request, self.spec)
 
     def _tokenize(self, requests: list[triton.Texts]) -> list[list[text.Tokens] | HalimedeError]:
-        tokens = iter(
-            self.tokenizer.encode(
-                [text for request in requests for text in request.texts],
-                [input_type for request in requests for input_type in request.input_types],
-            )
+        tokens = self.tokenizer.encode(
+            [text for request in requests for text in request.texts],
+            [input_type for request in requests for input_type in request.input_types],
         )
-        return [[next(tokens) for _ in request.texts] for request in requests]
+        self.metrics.count_truncated(tokens, self.spec)
+        each = iter(tokens)
+        return [[next(each) for _ in request.texts] for request in requests]
 
     def _write(self, rows: list[text.Tokens]) -> list[Any]:
         lengths = [len(row.ids) for row in rows]
