@@ -128,8 +128,9 @@ def test_a_write_keeps_what_was_served_and_no_more(
 
 def swap(built: repository.Built, folder: Path, control: grpcclient.InferenceServerClient) -> None:
     """Put a model under the name of one that is served, telling the server after each move."""
+    repository.place(built, folder)
     for move in (repository.add, repository.switch, repository.release):
-        move(built, folder)
+        move(built.versions, folder)
         control.load_model(MODEL)
 
 

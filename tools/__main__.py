@@ -10,6 +10,7 @@ import typer
 
 from halimede import catalogue
 from halimede_ops.errors import HalimedeError, InvalidInput
+from tools.deploy_commands import app as deploy_app
 from tools.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -54,6 +55,10 @@ def build(
     sts: Annotated[
         Path | None, typer.Option(help="STS file to score: score, sentence1, sentence2.")
     ] = None,
+    candidate: Annotated[
+        bool,
+        typer.Option("--candidate", help="Beside the model of this name, for `tools deploy`."),
+    ] = False,
 ) -> None:
     """Build a model's folders in the repository, doing only what is missing."""
     from tools.build import build as build_model
@@ -73,7 +78,7 @@ def build(
     }
     if prompt:
         options["prompts"] = _prompts(prompt)
-    build_model(order(model, name, **options), Settings())
+    build_model(order(model, name, **options), Settings(), candidate=candidate)
 
 
 def _names(listed: str) -> tuple[str, ...]:
@@ -198,6 +203,7 @@ def sts(
             print(f"{model}\t{score:.3f}")
 
 
+app.add_typer(deploy_app, name="deploy")
 fusion_app = typer.Typer(no_args_is_help=True, help="One vector for a text and an image.")
 app.add_typer(fusion_app, name="fusion")
 TextModel = Annotated[str, typer.Option("--text", help="Model of the repository for texts.")]

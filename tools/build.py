@@ -14,19 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from halimede import catalogue, store
 from halimede.store import sha256
 from halimede_ops import session, spec, text
-from halimede_ops.errors import BuildError, InvalidInput, LicenceNotAccepted, QualityError
+from halimede_ops.errors import InvalidInput, LicenceNotAccepted, QualityError
 from halimede_ops.spec import ModelSpec
-from tools import check, config, corpus, describe, pictures, repository
+from tools import candidates, check, config, corpus, describe, pictures, repository
 from tools.check import BARS, TOOLS
 from tools.describe import Reading
 from tools.download import download
 from tools.settings import Settings
-from tools.steps import console, fingerprint, key_of, once
+from tools.steps import alone, console, fingerprint, key_of, once
 
 PRECISIONS = tuple(BARS)
 IMAGE_STEP = "image-"
@@ -89,30 +87,23 @@ def order(model: str, name: str | None = None, **options: Any) -> Order:
     return made
 
 
-def build(wanted: Order, settings: Settings) -> list[str]:
-    """Build what is wanted; the names of the ensembles it is served under.
+def build(wanted: Order, settings: Settings, *, candidate: bool = False) -> list[str]:
+    """Build what is wanted; the names of the ensembles it is served under, or of the candidates
+    beside those.
 
     Raises:
         InvalidModel: the folder is not a model that is supported.
         BuildError: a step failed, or another build of the model runs; the repository is as it was.
+        DeployError: it can be no candidate.
     """
     check_licence(wanted)
-    folder = settings.models / wanted.name
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / store.LOCK, timeout=0):
-            (folder / store.USED).touch()
-            console.print(f"[bold]{wanted.name}[/]")
-            built = make(wanted, folder, settings)
-            ensembles = [
-                name for one in built for name in repository.write(one, settings.repository)
-            ]
-            console.print(f"  [green]✓[/] write: {', '.join(ensembles)}")
-    except Timeout:
-        raise BuildError(
-            f"another build of {wanted.name} is running; wait for it, then run the same command "
-            "again"
-        ) from None
+    write = candidates.write if candidate else repository.write
+    with alone(wanted.name, settings) as folder:
+        (folder / store.USED).touch()
+        console.print(f"[bold]{wanted.name}[/]")
+        built = make(wanted, folder, settings)
+        ensembles = [name for one in built for name in write(one, settings.repository)]
+        console.print(f"  [green]✓[/] write: {', '.join(ensembles)}")
     for evicted in store.prune(
         settings.models, settings.repository, settings.store_limit_bytes, keep=wanted.name
     ):

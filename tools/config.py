@@ -9,6 +9,7 @@ from typing import NamedTuple
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+from halimede_ops import pins
 from halimede_ops.errors import InvalidInput
 from halimede_ops.spec import (
     MULTI_VECTOR,
@@ -73,6 +74,14 @@ def serving(config: pb.ModelConfig, versions: Iterable[int]) -> pb.ModelConfig:
     served.CopyFrom(config)
     served.version_policy.specific.versions[:] = sorted(versions)
     return served
+
+
+def taking(config: pb.ModelConfig, share: float) -> pb.ModelConfig:
+    """The config of a candidate that answers this share of its model's requests."""
+    made = pb.ModelConfig()
+    made.CopyFrom(config)
+    made.parameters[pins.SHARE].string_value = f"{share:g}"
+    return made
 
 
 def tokenizer(name: str, spec: ModelSpec) -> pb.ModelConfig:
@@ -445,6 +454,22 @@ def read(path: Path) -> pb.ModelConfig:
 def space(path: Path) -> str:
     """The space that an ensemble's config names."""
     return str(read(path).parameters["space"].string_value)
+
+
+def is_shaped_alike(one: pb.ModelConfig, other: pb.ModelConfig) -> bool:
+    """Whether two ensembles take and give the same tensors."""
+    shapes = [
+        (list(made.input), list(made.output), made.parameters["dims"].string_value)
+        for made in (one, other)
+    ]
+    return shapes[0] == shapes[1]
+
+
+def fused(config: pb.ModelConfig) -> list[str]:
+    """The models that a fusion was made for; of any other config none."""
+    if config.backend != "fusion":
+        return []
+    return [config.parameters[f"{kind}_model"].string_value for kind in ("text", "image")]
 
 
 def _text() -> pb.ModelInput:

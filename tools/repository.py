@@ -2,9 +2,11 @@
 
 A version folder is numbered by what it was built from, an ensemble pins the version of every step,
 and every config names the versions that it serves: the number that an answer carries names the
-content that made it. A new version is written beside the old, then the ensembles go over to it,
-then the steps let go of the old. Every file is renamed into its place: a killed build leaves
-ensembles that are wholly the old or wholly the new, and what is already equal is not touched.
+content that made it. A version folder also keeps the config that it is served with, so any version
+on disk can be served again. A new version is placed beside the old; then three moves: the steps
+serve it as well, the ensembles go over to it, the steps let go of the old. Every file is renamed
+into its place: a killed build leaves ensembles that are wholly the old or wholly the new, and what
+is already equal is not touched.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from halimede_ops import fusion, pins, session, spec, text
+from halimede_ops.errors import InvalidModel
 from halimede_ops.fusion import Fusion
 from halimede_ops.spec import ModelSpec
 from tools import config, pictures
@@ -32,12 +35,16 @@ from tools.config import Pin
 RECIPE = 1
 """To be raised when the build makes other vectors of the same weights, precision and options."""
 SUFFIXES = {"fp32": "", "fp16": "-fp16", "int8": "-int8"}
+ONE_PROCESS = f"{pins.ONE_PROCESS}.pbtxt"
+"""File of an ensemble's second config, in `configs/` and in its version folders."""
 FIRST_NUMBER = 10**11
 """Numbers have twelve digits: never those of an order, exact in JSON, short enough to read."""
 WARMUP_TEXT = b"The first request of a server should be as fast as the second."
 SPECIAL_TOKENS = 2
 """Tokens that most tokenizers put around a text: so much shorter are the warm-up texts."""
 WARMUP_IMAGE = pictures.encoded(Image.new("RGB", (1, 1)), pictures.Form("BMP", "RGB"))
+PREVIOUS = "previous"
+"""File in an ensemble's folder: the version that was served before, to go back to."""
 IMAGE_SUFFIX = "-image"
 """Of what embeds a model's images, in front of the precision's."""
 
@@ -59,23 +66,31 @@ class Built:
     """Precision → digest of all that its vectors depend on besides spec, precision and RECIPE."""
     twins: tuple[str, ...] = ()
     """Precisions in which the model's other inputs are embedded: a text's are images."""
+    suffix: str = ""
+    """Behind the name of each of its folders: `pins.CANDIDATE` where it may follow a model."""
 
     @property
     def name(self) -> str:
-        """Name that FP32 is served under."""
+        """Name that FP32 is served under, without the suffix."""
         return self.spec.name + (IMAGE_SUFFIX if self.tokenizer is None else "")
 
     @property
     def names(self) -> list[str]:
         """Names of its ensembles."""
-        return [served_name(self.name, precision) for precision in self.models]
+        return [served_name(self.name, precision) + self.suffix for precision in self.models]
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Ensemble → its version."""
+        return dict(zip(self.names, map(self.version, self.models), strict=True))
 
     def twin(self, precision: str) -> str:
         """Name of the ensemble that embeds the model's other inputs; empty where there is none."""
         if not self.twins:
             return ""
         name = self.spec.name + (IMAGE_SUFFIX if self.tokenizer else "")
-        return served_name(name, precision if precision in self.twins else self.twins[0])
+        embedded = precision if precision in self.twins else self.twins[0]
+        return served_name(name, embedded) + self.suffix
 
     def version(self, precision: str) -> int:
         """Version of an ensemble: another whenever one of its steps is."""
@@ -88,9 +103,9 @@ class Built:
         onnx = f"{served_name(self.name, precision)}-onnx"
         first = "tokenizer" if self.tokenizer else "pixels"
         return {
-            first: Pin(f"{self.name}-{first}", shared),
-            "onnx": Pin(onnx, number(facts, precision, options)),
-            "pooler": Pin(f"{self.spec.name}-pooler", shared),
+            first: Pin(f"{self.name}-{first}{self.suffix}", shared),
+            "onnx": Pin(onnx + self.suffix, number(facts, precision, options)),
+            "pooler": Pin(f"{self.spec.name}-pooler{self.suffix}", shared),
         }
 
 
@@ -128,15 +143,13 @@ def write(built: Built, repository: Path) -> list[str]:
     Versions that were served until now stay on disk for a server that still runs them, older ones
     go.
     """
-    before = {name: served(repository / name) for name in family(built)}
-    add(built, repository)
-    switch(built, repository)
+    place(built, repository)
+    remember(built.versions, repository)
+    add(built.versions, repository)
+    switch(built.versions, repository)
     _unpublish_stale(built, repository)
-    release(built, repository)
-    for name, versions in before.items():
-        now = served(repository / name)
-        if now != versions:
-            _remove_others(repository / name, versions | now)
+    release(built.versions, repository)
+    prune(built.versions, repository)
     return built.names
 
 
@@ -146,34 +159,82 @@ def family(built: Built) -> list[str]:
     return [*steps, *built.names]
 
 
-def add(built: Built, repository: Path) -> None:
-    """Write the new version folders; steps serve them beside those that ensembles pin."""
+def place(built: Built, repository: Path) -> None:
+    """Write the version folders, each with the config that it is served with; none is served yet
+    that was not before.
+    """
     for precision, model in built.models.items():
         steps = built.steps(precision)
         if built.tokenizer is None:
-            _write_pixels(built, steps["pixels"], repository)
-            _write_vision(built, precision, model, steps["onnx"], repository)
+            _place_pixels(built, steps["pixels"], repository)
+            _place_vision(built, precision, model, steps["onnx"], repository)
         else:
-            _write_tokenizer(built, built.tokenizer, steps["tokenizer"], repository)
-            _write_onnx(built, precision, model, steps["onnx"], repository)
-        _write_pooler(built, steps["pooler"], repository)
-        ensemble = repository / served_name(built.name, precision)
-        folder = ensemble / str(built.version(precision))
-        _write_text(built.spec.to_json(), folder / spec.FILE_NAME)
-        _write_text(json.dumps(built.quality[precision], indent=2) + "\n", folder / "quality.json")
+            _place_tokenizer(built, built.tokenizer, steps["tokenizer"], repository)
+            _place_onnx(built, precision, model, steps["onnx"], repository)
+        _place_pooler(built, steps["pooler"], repository)
+        _place_ensemble(built, precision, repository)
 
 
-def switch(built: Built, repository: Path) -> None:
-    """Write the ensembles' configs: each is the new version from then on."""
-    for precision, name in zip(built.models, built.names, strict=True):
-        missed = built.quality[precision].get("missed", ())
-        steps, twin = built.steps(precision), built.twin(precision)
-        if built.tokenizer is None:
-            written = config.image_ensemble(name, built.spec, precision, steps, missed, twin)
-        else:
-            written = config.ensemble(name, built.spec, precision, steps, missed, twin)
-            _write_one_process(built, precision, repository / name)
-        _write_config(written, [built.version(precision)], repository / name)
+def add(versions: Mapping[str, int], repository: Path) -> None:
+    """First move: the steps of these versions of ensembles serve them, beside what is pinned."""
+    for pin in steps(versions, repository):
+        _serve(pin, {pin.version} | pinned(repository, pin.model), repository)
+
+
+def switch(versions: Mapping[str, int], repository: Path, share: float | None = None) -> None:
+    """Second move: these versions of ensembles are the served ones, of candidates with this share
+    of their model's requests.
+    """
+    for name, version in versions.items():
+        folder = repository / name
+        for kept, path in (
+            (pins.CONFIG, folder / pins.CONFIG),
+            (ONE_PROCESS, folder / "configs" / ONE_PROCESS),
+        ):
+            if (folder / str(version) / kept).exists():
+                written = config.read(folder / str(version) / kept)
+                taking = written if share is None else config.taking(written, share)
+                _write_text(config.to_text(taking), path)
+
+
+def release(versions: Mapping[str, int], repository: Path) -> None:
+    """Third move: the steps of these versions serve what ensembles pin, and nothing else."""
+    for pin in steps(versions, repository):
+        _serve(pin, pinned(repository, pin.model), repository)
+
+
+def steps(versions: Mapping[str, int], repository: Path) -> list[Pin]:
+    """What these versions of ensembles are made of, each once.
+
+    Raises:
+        InvalidModel: a version's folder does not tell.
+    """
+    found: dict[Pin, None] = {}
+    for name, version in versions.items():
+        try:
+            written = (repository / name / str(version) / pins.CONFIG).read_text()
+        except OSError:
+            raise InvalidModel(
+                f"version {version} of {name} is not on disk as it was served. Build it again."
+            ) from None
+        found |= {Pin(*pin): None for pin in pins.steps(written).items()}
+    return list(found)
+
+
+def remember(versions: Mapping[str, int], repository: Path) -> None:
+    """Note of each ensemble which version is served now, before another one is."""
+    for name, version in versions.items():
+        for before in served(repository / name) - {version}:
+            _write_text(f"{before}\n", repository / name / PREVIOUS)
+
+
+def previous(model: Path) -> int | None:
+    """The version that an ensemble served before; None where there is none on disk."""
+    try:
+        version = int((model / PREVIOUS).read_text())
+    except (OSError, ValueError):
+        return None
+    return version if version in pins.present(model) else None
 
 
 def write_fusion(
@@ -190,25 +251,17 @@ def write_fusion(
         for kind, name in names.items()
     }
     version = number(facts.space, *(str(pin.version) for pin in models.values()))
-    folder = repository / facts.name
-    before = served(folder)
-    target = folder / str(version)
+    target = repository / facts.name / str(version)
     target.mkdir(parents=True, exist_ok=True)
     _write_text(facts.to_json(), target / spec.FILE_NAME)
     _write_text(json.dumps(record, indent=2) + "\n", target / "quality.json")
     fusion.save(made, target)
     precision, note = str(record["precision"]), str(record["fusion"])
-    _write_config(config.fusion(facts.name, facts, precision, models, note), [version], folder)
-    _remove_others(folder, before | {version})
-
-
-def release(built: Built, repository: Path) -> None:
-    """Let the steps serve what ensembles pin, and nothing else."""
-    for precision in built.models:
-        for pin in built.steps(precision).values():
-            folder = repository / pin.model
-            written = config.read(folder / pins.CONFIG)
-            _write_config(written, pinned(repository, pin.model), folder)
+    pin = Pin(facts.name, version)
+    _keep(config.fusion(facts.name, facts, precision, models, note), pin, repository)
+    remember({facts.name: version}, repository)
+    switch({facts.name: version}, repository)
+    prune({facts.name: version}, repository)
 
 
 def pinned(repository: Path, step: str) -> set[int]:
@@ -225,9 +278,29 @@ def served(model: Path) -> set[int]:
     return set(named) & set(pins.present(model))
 
 
-def _remove_others(model: Path, keep: Iterable[int]) -> None:
-    for version in set(pins.present(model)) - set(keep):
-        shutil.rmtree(model / str(version), ignore_errors=True)
+def forget(model: Path) -> None:
+    """Drop the note of what an ensemble served before."""
+    (model / PREVIOUS).unlink(missing_ok=True)
+
+
+def prune(versions: Mapping[str, int], repository: Path) -> None:
+    """Remove from the folders of these ensembles and their steps what is neither served, nor was
+    before, nor is to follow.
+    """
+    kept: dict[str, set[int]] = {}
+    for path in repository.glob(f"*/{pins.CONFIG}"):
+        name = path.parent.name
+        for version in served(path.parent) | {previous(path.parent) or 0}:
+            for model, one in {name: version, **_pinned_by(path.parent / str(version))}.items():
+                kept.setdefault(model.removesuffix(pins.CANDIDATE), set()).add(one)
+    for model in {*versions, *(pin.model for pin in steps(versions, repository))}:
+        for version in set(pins.present(repository / model)) - kept.get(model, set()):
+            shutil.rmtree(repository / model / str(version), ignore_errors=True)
+
+
+def _pinned_by(version: Path) -> dict[str, int]:
+    path = version / pins.CONFIG
+    return pins.steps(path.read_text()) if path.exists() else {}
 
 
 def _unpublish_stale(built: Built, repository: Path) -> None:
@@ -244,35 +317,36 @@ def _unpublish_stale(built: Built, repository: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_tokenizer(built: Built, tokenizer: Path, pin: Pin, repository: Path) -> None:
+def _place_tokenizer(built: Built, tokenizer: Path, pin: Pin, repository: Path) -> None:
     folder = repository / pin.model
     _copy(tokenizer, folder / str(pin.version) / text.FILE_NAME)
     _write_text(built.spec.to_json(), folder / str(pin.version) / spec.FILE_NAME)
     _write_bytes(_bytes_tensor(WARMUP_TEXT), folder / "warmup" / "text")
     _write_bytes(_bytes_tensor(b"query"), folder / "warmup" / "input_type")
-    _add_version(config.tokenizer(pin.model, built.spec), pin, repository)
+    _keep(config.tokenizer(pin.model, built.spec), pin, repository)
 
 
-def _write_onnx(built: Built, precision: str, model: Path, pin: Pin, repository: Path) -> None:
+def _place_onnx(built: Built, precision: str, model: Path, pin: Pin, repository: Path) -> None:
     folder = repository / pin.model
-    longest = max(config.warm_lengths(built.spec))
+    longest = config.WARM_TOKENS
     _copy_model(model, folder / str(pin.version))
-    # Small ids that every vocabulary has; Triton reads as much as each sample's shape takes.
+    # Small ids that every vocabulary has; Triton reads as much as each sample's shape takes. The
+    # same for every version: one may be loaded again.
     _write_bytes((np.arange(longest) % 100).astype("<i8").tobytes(), folder / "warmup/input_ids")
     _write_bytes(np.ones(longest, "<i8").tobytes(), folder / "warmup/attention_mask")
-    _add_version(config.onnx(pin.model, built.spec, precision, built.device), pin, repository)
+    _keep(config.onnx(pin.model, built.spec, precision, built.device), pin, repository)
 
 
-def _write_pixels(built: Built, pin: Pin, repository: Path) -> None:
+def _place_pixels(built: Built, pin: Pin, repository: Path) -> None:
     folder = repository / pin.model
     _write_text(built.spec.to_json(), folder / str(pin.version) / spec.FILE_NAME)
     _write_bytes(_bytes_tensor(WARMUP_IMAGE), folder / "warmup" / "image")
-    _add_version(config.pixels(pin.model, built.spec), pin, repository)
+    _keep(config.pixels(pin.model, built.spec), pin, repository)
 
 
-def _write_vision(built: Built, precision: str, model: Path, pin: Pin, repository: Path) -> None:
+def _place_vision(built: Built, precision: str, model: Path, pin: Pin, repository: Path) -> None:
     _copy_model(model, repository / pin.model / str(pin.version))
-    _add_version(config.vision(pin.model, built.spec, precision, built.device), pin, repository)
+    _keep(config.vision(pin.model, built.spec, precision, built.device), pin, repository)
 
 
 def _copy_model(model: Path, folder: Path) -> None:
@@ -280,36 +354,48 @@ def _copy_model(model: Path, folder: Path) -> None:
         _copy(file, folder / file.name)
 
 
-def _write_pooler(built: Built, pin: Pin, repository: Path) -> None:
+def _place_pooler(built: Built, pin: Pin, repository: Path) -> None:
     folder = repository / pin.model
     _write_text(built.spec.to_json(), folder / str(pin.version) / spec.FILE_NAME)
     _write_bytes(struct.pack("<i", built.spec.dims), folder / "warmup" / "dimensions")
-    _add_version(config.pooler(pin.model, built.spec), pin, repository)
+    _keep(config.pooler(pin.model, built.spec), pin, repository)
 
 
-def _write_one_process(built: Built, precision: str, folder: Path) -> None:
-    for length in config.warm_lengths(built.spec):
+def _place_ensemble(built: Built, precision: str, repository: Path) -> None:
+    name = served_name(built.name, precision) + built.suffix
+    version, steps, twin = built.version(precision), built.steps(precision), built.twin(precision)
+    quality = built.quality[precision]
+    folder = repository / name / str(version)
+    _write_text(built.spec.to_json(), folder / spec.FILE_NAME)
+    _write_text(json.dumps(quality, indent=2) + "\n", folder / "quality.json")
+    described = (name, built.spec, precision, steps)
+    missed = quality.get("missed", ())
+    if built.tokenizer is None:
+        _keep(config.image_ensemble(*described, missed, twin), Pin(name, version), repository)
+        return
+    _keep(config.ensemble(*described, missed, twin), Pin(name, version), repository)
+    _write_text_warmup(built.spec, repository / name)
+    alone = config.one_process(*described, built.device, missed, twin)
+    _write_text(config.to_text(config.serving(alone, [version])), folder / ONE_PROCESS)
+
+
+def _write_text_warmup(spec: ModelSpec, folder: Path) -> None:
+    for length in config.warm_lengths(spec):
         words = b" ".join([b"a"] * (length - SPECIAL_TOKENS))
         _write_bytes(_bytes_tensor(words), folder / "warmup" / config.warm_text(length))
     _write_bytes(_bytes_tensor(b"query"), folder / "warmup" / "input_type")
-    _write_bytes(struct.pack("<i", built.spec.dims), folder / "warmup" / "dimensions")
-    written = config.one_process(
-        folder.name,
-        built.spec,
-        precision,
-        built.steps(precision),
-        built.device,
-        built.quality[precision].get("missed", ()),
-        built.twin(precision),
-    )
-    serving = config.serving(written, [built.version(precision)])
-    _write_text(config.to_text(serving), folder / "configs" / f"{pins.ONE_PROCESS}.pbtxt")
+    _write_bytes(struct.pack("<i", spec.dims), folder / "warmup" / "dimensions")
 
 
-def _add_version(written: Any, pin: Pin, repository: Path) -> None:
-    """Write a step's config: it serves this version beside those that ensembles pin."""
-    versions = {pin.version} | pinned(repository, pin.model)
-    _write_config(written, versions, repository / pin.model)
+def _keep(written: Any, pin: Pin, repository: Path) -> None:
+    """Write a config into the version folder that is served with it."""
+    _write_config(written, [pin.version], repository / pin.model / str(pin.version))
+
+
+def _serve(pin: Pin, versions: Iterable[int], repository: Path) -> None:
+    """Write a step's config: this version's own, serving these versions."""
+    folder = repository / pin.model
+    _write_config(config.read(folder / str(pin.version) / pins.CONFIG), versions, folder)
 
 
 def _write_config(written: Any, versions: Iterable[int], folder: Path) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
-from halimede.store import PART, RECORD, damaged, recorded, sha256
+from halimede.store import LOCK, PART, RECORD, damaged, recorded, sha256
 from halimede_ops.errors import BuildError
+from tools.settings import Settings
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -53,6 +56,24 @@ def once(folder: Path, key: str, name: str, make: Callable[[Path], None]) -> Pat
     part.replace(folder)
     console.print(f"  [green]✓[/] {name} [dim]{time.monotonic() - began:.1f} s[/]")
     return folder
+
+
+@contextlib.contextmanager
+def alone(name: str, settings: Settings) -> Iterator[Path]:
+    """The folder of a model in the store, while nothing else builds or deploys the model.
+
+    Raises:
+        BuildError: something does.
+    """
+    folder = settings.models / name
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            yield folder
+    except Timeout:
+        raise BuildError(
+            f"another build of {name} is running; wait for it, then run the same command again"
+        ) from None
 
 
 def key_of_made(folder: Path) -> str | None:

@@ -251,7 +251,7 @@ def _start(repository: Path, python_backend: Path, run: Path, options: Options) 
 
 def _command(repository: Path, backends: Path, options: Options) -> list[str]:
     wheel = _wheel()
-    whole = options.model_copy(update={"models": options.models or no_steps(repository)})
+    whole = options.model_copy(update={"models": to_load(repository, options.models)})
     return [
         str(wheel / "bin" / "tritonserver"),
         f"--model-repository={repository.resolve()}",
@@ -268,11 +268,18 @@ def _shared_memory(options: Options) -> str:
     return f"halimede-{os.getpid()}-{options.grpc_port}-"
 
 
-def no_steps(repository: Path) -> tuple[str, ...]:
-    """Names of the models that are no step of another: an ensemble loads its steps itself."""
+def to_load(repository: Path, models: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The models asked for, without any all that are no step of another: an ensemble loads its
+    steps itself. Of their candidates those that answer a share: what was only published may not
+    even load.
+    """
     configs = {path.parent.name: path.read_text() for path in repository.glob(f"*/{pins.CONFIG}")}
     steps = {step for config in configs.values() for step in pins.steps(config)}
-    return tuple(sorted(configs.keys() - steps))
+    candidates = {name for name in configs if name.endswith(pins.CANDIDATE)}
+    asked = set(models) or configs.keys() - steps - candidates
+    follow = {f"{name}{pins.CANDIDATE}" for name in asked} & candidates
+    taking = {name for name in follow if float(pins.parameter(configs[name], pins.SHARE) or 0)}
+    return tuple(sorted(asked | taking))
 
 
 def _wheel() -> Path:

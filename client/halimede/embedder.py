@@ -41,6 +41,7 @@ class Asked(TypedDict, total=False):
     dimensions: int | None
     output_type: OutputType
     ranges: np.ndarray | None
+    sticky_key: str | None
 
 
 class AskedOfTexts(Asked, total=False):
@@ -106,7 +107,16 @@ class _Opened:
                 "halimede_ops.quantise.measure_ranges(result.vectors)."
             )
         limit_s = self.config.deadline_s if deadline_s is None else deadline_s
+        asked["sticky_key"] = _in_bytes(asked.get("sticky_key"))
         return Call(items, kind, deadline_s=limit_s, **asked)
+
+
+def _in_bytes(sticky_key: str | None) -> bytes | None:
+    if sticky_key is None:
+        return None
+    if not isinstance(sticky_key, str):
+        raise InvalidInput(f"sticky_key is {type(sticky_key).__name__}; give a str.")
+    return sticky_key.encode("utf-8", "surrogatepass")
 
 
 class Embedder(_Opened):
@@ -139,6 +149,7 @@ class Embedder(_Opened):
         dimensions: int | None = None,
         output_type: OutputType = "float32",
         ranges: np.ndarray | None = None,
+        sticky_key: str | None = None,
         deadline_s: float | None = None,
         progress: bool = False,
     ) -> Embeddings:
@@ -156,6 +167,9 @@ class Embedder(_Opened):
             dimensions: keep this many leading components (Matryoshka), normalised again.
             output_type: float32, float16, int8, uint8, binary or ubinary.
             ranges: `[2, dims]` of `halimede_ops.quantise.measure_ranges`, for int8 and uint8.
+            sticky_key: what decides whether a canary of the model answers, such as a user's id:
+                all calls of one key are answered by one version. Default: each text decides for
+                itself.
             deadline_s: longest time that this call may take.
             progress: show a bar, on a terminal.
 
@@ -178,6 +192,7 @@ class Embedder(_Opened):
             dimensions=dimensions,
             output_type=output_type,
             ranges=ranges,
+            sticky_key=sticky_key,
         )
 
     def embed_images(
@@ -201,10 +216,10 @@ class Embedder(_Opened):
             images: the images; one alone is a call of one.
             deadline_s: longest time that this call may take.
             progress: show a bar, on a terminal.
-            asked: `dimensions`, `output_type` and `ranges` as of `embed`. `errors`: "raise", the
-                first image that is wrong ends the call; "collect", it has no row, `errors` of the
-                result has what was wrong with it by its place, and `indices` the places of the
-                others.
+            asked: `dimensions`, `output_type`, `ranges` and `sticky_key` as of `embed`. `errors`:
+                "raise", the first image that is wrong ends the call; "collect", it has no row,
+                `errors` of the result has what was wrong with it by its place, and `indices` the
+                places of the others.
 
         Raises:
             InvalidImage: an image cannot be read or decoded.
@@ -260,7 +275,8 @@ class Embedder(_Opened):
             window: texts in one part.
             progress: show a bar, on a terminal.
             deadline_s: longest time that one part may take.
-            asked: `input_type`, `dimensions`, `output_type` and `ranges` as of `embed`.
+            asked: `input_type`, `dimensions`, `output_type`, `ranges` and `sticky_key` as of
+                `embed`.
 
         Raises:
             SpaceRefused: the model's space changed midway.

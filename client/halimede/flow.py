@@ -63,6 +63,8 @@ class Call:
     """What becomes of an item that is wrong: it ends the call, or is left out and told."""
     first: int = 0
     """Which item of its stream the call begins with."""
+    sticky_key: bytes | None = None
+    """What decides whether a canary answers; None: each item for itself."""
 
 
 class Flow:
@@ -245,6 +247,7 @@ class _Job:
             + _joined(
                 [np.arange(part.rows.start, part.rows.stop) for part in parts], (0,), np.int64
             ),
+            versions=_joined([part.versions for part in parts], (0,), np.int64),
             images=() if self.call.kind == "text" else _images(entries),
             errors={
                 window[0] + self.call.first: failed
@@ -277,12 +280,16 @@ class _Job:
         """The entries of some rows of the call."""
         given = self.call.items[rows.start : rows.stop]
         items = [one if isinstance(one, bytes) else await one.read(self.reader) for one in given]
+        if self.cache is None:
+            entries, versions = await self._compute(items)
+            return _Part(rows, entries, np.zeros(len(rows), np.bool_), versions)
+        made_by: dict[bytes, int] = {}
 
         async def compute(missing: Sequence[int]) -> Entries:
-            return await self._compute([items[row] for row in missing])
+            entries, versions = await self._compute([items[row] for row in missing])
+            made_by.update(zip((keys[row] for row in missing), versions.tolist(), strict=True))
+            return entries
 
-        if self.cache is None:
-            return _Part(rows, await compute(range(len(rows))), np.zeros(len(rows), np.bool_))
         keys = cache_keys(
             items,
             kind=self.call.kind,
@@ -294,22 +301,29 @@ class _Job:
         expect = Expect(self.dims, self.link.options.cache_ttl_s)
         entries, cached = await self.cache.get_or_compute(keys, compute, expect)
         self._advance(int(cached.sum()))
-        return _Part(rows, entries, cached)
+        versions = np.array([made_by.get(key, 0) for key in keys], np.int64)
+        return _Part(rows, entries, cached, versions)
 
-    async def _compute(self, items: Sequence[Item]) -> Entries:
-        """The entries of the items, asked of the provider in requests."""
+    async def _compute(self, items: Sequence[Item]) -> tuple[Entries, np.ndarray]:
+        """The entries of the items, asked of the provider in requests, and their versions."""
+        versions = np.zeros(len(items), np.int64)
         vectors = np.empty((len(items), self.dims), np.float32)
         tokens = np.empty(len(items), np.int32)
         images = np.zeros(len(items), IMAGE)
 
         async def send(rows: list[int]) -> None:
             request = Request(
-                [items[row] for row in rows], self.call.kind, self.call.input_type, self.dimensions
+                [items[row] for row in rows],
+                self.call.kind,
+                self.call.input_type,
+                self.dimensions,
+                self.call.sticky_key,
             )
             answer = await self.link.embed(request, self.deadline)
             _check(answer, self.model, len(rows), self.dims)
             vectors[rows] = answer.vectors
             tokens[rows] = answer.tokens
+            versions[rows] = answer.made_by
             if answer.images is not None:
                 images[rows] = answer.images
             self._advance(len(rows))
@@ -318,7 +332,7 @@ class _Job:
         await requests.together(
             [functools.partial(send, request) for request in plan], requests.REQUESTS_IN_FLIGHT
         )
-        return Entries(vectors, tokens, images)
+        return Entries(vectors, tokens, images), versions
 
     def _advance(self, items: int) -> None:
         if self.call.on_progress is not None:
@@ -332,6 +346,8 @@ class _Part(NamedTuple):
     entries: Entries
     cached: np.ndarray
     """`[rows]` bool."""
+    versions: np.ndarray
+    """`[rows]` int64."""
 
 
 def _check(answer: Answer, model: ServedModel, rows: int, dims: int) -> None:

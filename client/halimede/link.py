@@ -8,12 +8,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import tenacity
 
 from halimede.breaker import Breaker
 from halimede.items import Kind
 from halimede.providers import Answer, Options, Provider, Request, open_provider
+from halimede.providers.base import joined
 from halimede.results import ServedModel
 from halimede.statistics import Statistics
 from halimede_ops.errors import (
@@ -136,7 +136,7 @@ class Link:
             await self.embed(request.part(half), deadline)
             for half in (slice(middle), slice(middle, None))
         ]
-        return _joined(*halves)
+        return _whole(*halves)
 
     async def health(self, timeout_s: float) -> None:
         """Nothing when the provider can embed now."""
@@ -262,10 +262,7 @@ def _is_down(error: HalimedeError) -> bool:
     )
 
 
-def _joined(first: Answer, second: Answer) -> Answer:
+def _whole(first: Answer, second: Answer) -> Answer:
     if not first.model.is_alike(second.model):
         raise ModelChanged("the model was changed between two halves of a request. Send again.")
-    return first._replace(
-        vectors=np.concatenate([first.vectors, second.vectors]),
-        tokens=np.concatenate([first.tokens, second.tokens]),
-    )
+    return joined([first, second])

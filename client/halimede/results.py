@@ -50,6 +50,8 @@ class ServedModel:
     """Name of the model that embeds images into the same space; empty: there is none."""
     max_image_bytes: int = MAX_IMAGE_BYTES
     """Largest encoded image."""
+    share: float = 0.0
+    """Of a candidate: the share of its model's requests that it answers."""
 
     def is_alike(self, other: ServedModel) -> bool:
         """Whether vectors of both may stand in one result: same space and precision."""
@@ -92,6 +94,9 @@ class Embeddings:
     """`[rows]` bool: whether the vector came from a cache."""
     indices: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
     """`[rows]` int64: which item of the call, or of the stream, each row is."""
+    versions: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    """`[rows]` int64: version of the model that gave each vector; 0: not told, as of one from a
+    cache. A canary answers some of a call's items."""
     images: tuple[ImageInfo, ...] = ()
     """What each row's image is; none for texts."""
     errors: Mapping[int, HalimedeError] = dataclasses.field(default_factory=dict)

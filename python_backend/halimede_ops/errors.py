@@ -29,7 +29,9 @@ HalimedeError                  INTERNAL
 │   │   └── ChecksumMismatch   the bytes are not the published ones
 │   ├── LicenceNotAccepted     the model's licence must be accepted by name first
 │   └── QualityError           a precision misses the bar of its own check
-└── ServeError                 INTERNAL      the server could not be started
+├── ServeError                 INTERNAL      the server could not be started
+└── DeployError                INTERNAL      a version was not deployed; the one before serves on
+    └── SpaceChange            its vectors could not be compared with those before
 
 `code` is the name of a Triton error code; `retryable` says whether the same request can
 succeed on a second try. Messages name what was given and what to do; they never hold a
@@ -177,3 +179,11 @@ class QualityError(BuildError):
 
 class ServeError(HalimedeError):
     """The server could not be started."""
+
+
+class DeployError(HalimedeError):
+    """A version of a model could not be deployed; what was served is served on."""
+
+
+class SpaceChange(DeployError):
+    """A version gives vectors of another space, which nobody has accepted."""

@@ -15,6 +15,10 @@ CONFIG = "config.pbtxt"
 ONE_PROCESS = "one_process"
 """Name of the second config of an ensemble's folder: Triton takes `configs/one_process.pbtxt`
 instead of config.pbtxt when it is started with `--model-config-name=one_process`."""
+CANDIDATE = "-candidate"
+"""Behind a model's name: the ensemble that may follow it, served beside it."""
+SHARE = "share"
+"""Parameter of a candidate's config: the share of its model's requests that it answers."""
 _POLICY = re.compile(r"\bversion_policy\s*:?\s*\{\s*specific\s*:?\s*\{([^}]*)\}")
 _STEP = re.compile(r'\bmodel_name:\s*"([^"]+)"\s*model_version:\s*(-?\d+)')
 

@@ -55,10 +55,16 @@ class Request(NamedTuple):
     """Of texts: `query`, `document` or another prompt's name."""
     dimensions: int | None = None
     """Leading components to keep; None: as the model has."""
+    sticky_key: bytes | None = None
+    """What decides which of two versions answers all of it; None: each item for itself."""
 
     def part(self, rows: slice) -> Request:
         """The same of some items."""
         return self._replace(items=self.items[rows])
+
+    def of(self, rows: np.ndarray) -> Request:
+        """The same of the items at these places."""
+        return self._replace(items=[self.items[row] for row in rows])
 
 
 class Answer(NamedTuple):
@@ -71,6 +77,38 @@ class Answer(NamedTuple):
     model: ServedModel
     images: np.ndarray | None = None
     """`[items]` of `results.IMAGE`; None where the provider does not tell, and for texts."""
+    versions: np.ndarray | None = None
+    """`[items]` int64: version that gave each vector; None: `model`'s own, of all."""
+
+    @property
+    def made_by(self) -> np.ndarray:
+        """`[items]` int64: version that gave each vector; 0: not told."""
+        if self.versions is not None:
+            return self.versions
+        version = self.model.version
+        number = int(version) if version.isdecimal() else 0
+        return np.full(len(self.vectors), number, np.int64)
+
+    def of(self, rows: np.ndarray) -> Answer:
+        """The same of the items at these places."""
+        return self._replace(
+            vectors=self.vectors[rows],
+            tokens=self.tokens[rows],
+            images=None if self.images is None else self.images[rows],
+            versions=self.made_by[rows],
+        )
+
+
+def joined(answers: Sequence[Answer]) -> Answer:
+    """One answer of several, in their order, in the name of the last one's model."""
+    told = [answer.images for answer in answers if answer.images is not None]
+    return Answer(
+        np.concatenate([answer.vectors for answer in answers]),
+        np.concatenate([answer.tokens for answer in answers]),
+        answers[-1].model,
+        np.concatenate(told) if told else None,
+        np.concatenate([answer.made_by for answer in answers]),
+    )
 
 
 class Provider(Protocol):

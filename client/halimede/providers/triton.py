@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import Field, field_validator
 
+from halimede import canary
 from halimede.breaker import Breaker
 from halimede.connection import Connection, Tls, parse
 from halimede.items import Item, Kind, Pair
@@ -33,7 +34,7 @@ from halimede.providers.base import (
 )
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
-from halimede_ops import errors
+from halimede_ops import errors, pins
 
 T = TypeVar("T")
 
@@ -53,6 +54,8 @@ class Options(BaseOptions):
     """Servers: `host:port` or `grpc://host:port` for gRPC, `http://host:port` for HTTP; with TLS
     `grpcs://` and `https://`."""
     tls: Tls = Field(default_factory=Tls)
+    follow_canary: bool = True
+    """Whether a candidate that is served beside the model answers the share it is given."""
 
     @field_validator("url", mode="before")
     @classmethod
@@ -71,7 +74,7 @@ class Options(BaseOptions):
 
 def connect(options: Options) -> Triton:
     """The provider for these options."""
-    return Triton(options.model_id, options.url, options.tls)
+    return Triton(options.model_id, options.url, options.tls, options.follow_canary)
 
 
 async def models(options: Options) -> list[ServedModel]:
@@ -86,9 +89,15 @@ async def models(options: Options) -> list[ServedModel]:
 class Triton:
     """One model on one or several Triton servers."""
 
-    def __init__(self, model: str, urls: Sequence[str], tls: Tls | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        urls: Sequence[str],
+        tls: Tls | None = None,
+        follow_canary: bool = True,
+    ) -> None:
         self.name = f"triton:{model}"
-        self._servers = [_Server(url, model, tls or Tls()) for url in urls]
+        self._servers = [_Server(url, model, tls or Tls(), follow_canary) for url in urls]
         self._turn = itertools.count()
 
     async def close(self) -> None:
@@ -135,13 +144,15 @@ class Triton:
 class _Server:
     """One address: its connection, its breaker, and what its config last said."""
 
-    def __init__(self, url: str, model: str, tls: Tls) -> None:
+    def __init__(self, url: str, model: str, tls: Tls, follow_canary: bool) -> None:
         self.model = model
         self.in_flight = 0
         self.breaker = Breaker(self.probe)
         self._triton = Connection(url, tls)
         self._described: dict[Kind, ServedModel] = {}
         self._readings: dict[Kind | None, Latest[ServedModel]] = {}
+        self._follow_canary = follow_canary
+        self._candidates: dict[str, canary.Watch] = {}
         self._timeout_s = 30.0
 
     async def guarded(self, asking: Awaitable[T]) -> T:
@@ -174,23 +185,49 @@ class _Server:
 
     async def embed(self, request: Request, timeout_s: float) -> Answer:
         kind = request.kind
-        before = self._described.get(kind) or await self.describe(timeout_s, kind)
-        result = await self._infer(before.name, request, timeout_s)
-        if before.version:
-            after = self._version(result) == before.version
+        served = self._described.get(kind) or await self.describe(timeout_s, kind)
+        candidate = await self._candidate(served)
+        if candidate is None:
+            return await self._ask(served, timeout_s, request)
+        by_candidate = functools.partial(self._ask, candidate, timeout_s)
+        by_served = functools.partial(self._ask, served, timeout_s)
+        return await canary.split(request, candidate, by_candidate, by_served)
+
+    async def _ask(self, model: ServedModel, timeout_s: float, request: Request) -> Answer:
+        """The answer of this model, and of no other that has come under its name."""
+        kind = request.kind
+        result = await self._infer(model.name, request, timeout_s)
+        if model.version:
+            is_same = self._version(result) == model.version
         else:
-            after = await self.describe(timeout_s, kind) == before
-        if not after:
+            is_same = await self.describe(timeout_s, kind) == model
+        if not is_same:
             self._described.clear()
+            self._candidates.clear()
             raise errors.ModelChanged(
                 f"{self.model} at {self._triton.address} changed while it was asked. Send again."
             )
         # A copy: an array over the response's own buffer would keep all of it alive.
         vectors = np.array(result.as_numpy("EMBEDDING"))
         if kind == "text":
-            return Answer(vectors, np.array(result.as_numpy("TOKENS")).reshape(-1), before)
+            return Answer(vectors, np.array(result.as_numpy("TOKENS")).reshape(-1), model)
         images = _images(result) if kind == "image" else None
-        return Answer(vectors, unknown_tokens(len(vectors)), before, images)
+        return Answer(vectors, unknown_tokens(len(vectors)), model, images)
+
+    async def _candidate(self, served: ServedModel) -> ServedModel | None:
+        """The candidate that answers a share of what this model is asked; None: there is none."""
+        if not self._follow_canary or not served.version or served.name.endswith(pins.CANDIDATE):
+            return None
+        if served.name not in self._candidates:
+            name = served.name + pins.CANDIDATE
+            self._candidates[served.name] = canary.Watch(lambda: self._ready(name))
+        found = await self._candidates[served.name].look()
+        return found if found is not None and canary.may_answer(found, served) else None
+
+    async def _ready(self, model: str) -> ServedModel | None:
+        """The model as its config tells; None when it is not ready."""
+        is_ready = await self._triton.call("is_model_ready", model, timeout_s=self._timeout_s)
+        return await self._served(model, self._timeout_s) if is_ready else None
 
     async def models(self, timeout_s: float) -> list[ServedModel]:
         index = await self._triton.call("get_model_repository_index", timeout_s=timeout_s)
@@ -305,4 +342,5 @@ def _of_facts(
         input=KINDS_BY_INPUT[parameters.get("input", "text")],
         image_model=parameters.get("image_model", ""),
         max_image_bytes=int(parameters.get("max_image_bytes", MAX_IMAGE_BYTES)),
+        share=float(parameters.get(pins.SHARE, 0)),
     )
