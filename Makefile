@@ -14,7 +14,7 @@ export COMPOSE_PROJECT_NAME := halimede
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 OURS := --filter label=com.docker.compose.project=halimede
 
-.PHONY: help env build serve up down test test-containers lint format perf sts bench-cache bench-engine clean
+.PHONY: help env build serve deploy up down test test-containers lint format perf sts bench-cache bench-engine clean
 
 help:  ## List the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ default: env
 
 serve: env  ## Build what is missing and serve; ARGS='--http-port 9000 …'
 	@exec $(BIN)/python -m tools serve $(ARGS)
+
+deploy: env  ## A candidate beside, or in place of, a served model; ARGS='canary NAME --share 0.1'
+	@$(BIN)/python -m tools deploy $(ARGS)
 
 up: default  ## The stack in containers: Triton, Redis, Prometheus, Grafana; PROFILE=gpu
 	$(COMPOSE) --profile $(PROFILE) up --detach --build

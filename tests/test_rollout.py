@@ -178,8 +178,8 @@ def check_swaps(served: Served, versions: list[Built], swaps: int) -> None:
             [before] = repository.served(served.folder / MODEL)
             built = next(one for one in versions[swap % 3 :] + versions if number(one) != before)
             served.publish(built)
-            served.deployment.canary(0.2)
             if swap == 0:
+                served.deployment.canary(0.2)
                 time.sleep(canary.CHECK_S + 0.5)
                 assert number(built) in {result.versions[0] for _, result in outcomes}
             served.deployment.promote()
@@ -376,7 +376,9 @@ def test_a_killed_promotion_is_finished_or_undone(
 
 
 def test_refusals_are_plain(served: Served, versions: list[Built]) -> None:
-    """What cannot be deployed, and whom nobody may tell, is said before anything is touched."""
+    """What cannot be deployed, and who cannot be told, is said; what was served is served on, also
+    by one of two servers.
+    """
     with pytest.raises(DeployError, match="is served in this very version"):
         candidates.write(versions[0], served.folder)
     with pytest.raises(DeployError, match="nothing under the name 'none'"):
@@ -393,6 +395,16 @@ def test_refusals_are_plain(served: Served, versions: list[Built]) -> None:
     with Control(f"127.0.0.1:{free_options().grpc_port}") as nobody:
         with pytest.raises(ServerUnreachable):
             Deployment(MODEL, served.folder, [nobody]).publish()
+        served.deployment.publish()
+        both = Deployment(MODEL, served.folder, [served.control, nobody])
+        for told in (lambda: both.canary(0.5), both.promote):
+            with pytest.raises(ServerUnreachable):
+                told()
+            with served.embedder() as embedder:
+                assert set(embedder.embed(TEXTS).versions) == {number(versions[0])}
+            assert repository.served(served.folder / MODEL) == {number(versions[0])}
+    with pytest.raises(InvalidInput, match="as a candidate's"):
+        order(str(served.folder), "mine-candidate")
     with pytest.raises(InvalidInput, match="share is 2"):
         served.deployment.canary(2)
     assert candidates.found([MODEL], served.folder)  # what is only refused stays

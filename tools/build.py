@@ -16,7 +16,7 @@ from typing import Any
 
 from halimede import catalogue, store
 from halimede.store import sha256
-from halimede_ops import session, spec, text
+from halimede_ops import pins, session, spec, text
 from halimede_ops.errors import InvalidInput, LicenceNotAccepted, QualityError
 from halimede_ops.spec import ModelSpec
 from tools import candidates, check, config, corpus, describe, pictures, repository
@@ -79,6 +79,8 @@ def order(model: str, name: str | None = None, **options: Any) -> Order:
         reading = {fact: getattr(source, fact) for fact in facts} | reading
     if not chosen.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise InvalidInput(f"name is {chosen!r}; use letters, digits, '-', '_' and '.'.")
+    if chosen.endswith(pins.CANDIDATE):
+        raise InvalidInput(f"name is {chosen!r}, as a candidate's; pass --candidate for one.")
     made = Order(Reading(chosen, **reading), source, **options)
     for given in (*made.precisions, *made.accepted):
         if given not in PRECISIONS:

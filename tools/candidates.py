@@ -24,6 +24,7 @@ def write(built: Built, folder: Path) -> list[str]:
     Raises:
         DeployError: nothing of it is served, all of it is served already, or another candidate
             waits.
+        InvalidModel: what is served was written without what it needs to be served again.
     """
     served = {name: repository.served(folder / name) for name in built.names}
     if not any(served.values()):
@@ -39,6 +40,8 @@ def write(built: Built, folder: Path) -> list[str]:
     if not changed:
         raise DeployError(f"{built.name} is served in this very version already.")
     new = dataclasses.replace(built, models=changed)
+    before = {name: version for name in new.names for version in served[name]}
+    repository.steps(before, folder)  # raises where there is no way back
     beside = dataclasses.replace(new, suffix=pins.CANDIDATE)
     for name, version in found(new.names, folder).items():
         if version != new.versions[name]:

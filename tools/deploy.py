@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halimede_ops import pins
+from halimede_ops import pins, spec
 from halimede_ops.errors import DeployError, HalimedeError, InvalidInput, SpaceChange
 from tools import candidates, config, repository
 from tools.control import Control
@@ -28,6 +28,18 @@ class Deployment:
     folder: Path
     """The repository."""
     servers: Sequence[Control]
+    forgiving: bool = False
+    """Whether a server that cannot be told is passed over: on disk it finds what to serve."""
+
+    @property
+    def built_as(self) -> str:
+        """Name of the model without a precision.
+
+        Raises:
+            DeployError: the repository does not serve it.
+        """
+        [(name, version), *_] = self._served(self._names()).items()
+        return spec.load(self.folder / name / str(version)).name
 
     def waiting(self) -> dict[str, int]:
         """Ensemble → version of its candidate.
@@ -70,19 +82,13 @@ class Deployment:
         if not 0 <= share <= 1:
             raise InvalidInput(f"share is {share:g}; give a share of all requests, from 0 to 1.")
         waiting = self.waiting()
-        moved = self._other_space(waiting)
-        if moved:
-            raise SpaceChange(
-                f"the candidate of {moved[0]} is of another space: vectors of both in one index "
-                "could not be compared. Look at it in shadow, then promote it to all at once."
-            )
+        self._check_fit(waiting)
+        self._check_mix(waiting)
         before = {name: candidates.share(name, self.folder) for name in waiting}
         try:
-            candidates.give(waiting, share, self.folder)
-            self._load([candidates.beside(name) for name in waiting])
-        except DeployError:
-            for name, version in waiting.items():
-                candidates.give({name: version}, before[name], self.folder)
+            self._give(waiting, dict.fromkeys(waiting, share))
+        except HalimedeError:
+            self._forgiving()._give(waiting, before)
             raise
         return waiting
 
@@ -103,8 +109,7 @@ class Deployment:
         try:
             self._move(waiting)
         except HalimedeError:
-            with contextlib.suppress(HalimedeError):  # what cannot be told is on disk
-                self._move(before)
+            self._forgiving()._move(before)
             raise
         self._remove(waiting)
         repository.prune(waiting, self.folder)
@@ -125,7 +130,8 @@ class Deployment:
         back = {
             name: version
             for name, version in before.items()
-            if version and (not waiting or waiting.get(name) == served[name])
+            if version not in (None, served[name])
+            and (not waiting or waiting.get(name) == served[name])
         }
         if not waiting and not back:
             raise DeployError(f"{self.model} has no candidate, and no version before this one.")
@@ -164,6 +170,23 @@ class Deployment:
     def _other_space(self, waiting: Iterable[str]) -> list[str]:
         """The ensembles whose candidates are of another space."""
         return [name for name in waiting if len({*map(config.space, self._configs(name))}) > 1]
+
+    def _check_mix(self, waiting: Iterable[str]) -> None:
+        """A share of the requests needs what one result says of all its vectors to be the same."""
+        moved = self._other_space(waiting)
+        if moved:
+            raise SpaceChange(
+                f"the candidate of {moved[0]} is of another space: vectors of both in one index "
+                "could not be compared. Look at it in shadow, then promote it to all at once."
+            )
+        for name in waiting:
+            texts = [path.read_text() for path in self._configs(name)]
+            limits = {pins.parameter(text, "max_tokens") for text in texts}
+            if len(limits) > 1:
+                raise DeployError(
+                    f"the candidate of {name} cuts texts at another length, and results tell one. "
+                    "Look at it in shadow, then promote it to all at once."
+                )
 
     def _check_space(self, waiting: Collection[str], change_space: bool) -> None:
         moved = self._other_space(waiting)
@@ -207,22 +230,29 @@ class Deployment:
         """The three moves of `repository`, each told to every server."""
         steps = {pin.model for pin in repository.steps(versions, self.folder)}
         repository.add(versions, self.folder)
-        self._load_again(steps)
+        self._load(steps=steps)
         repository.switch(versions, self.folder)
         self._load(versions)
         repository.release(versions, self.folder)
-        self._load_again(steps)
+        self._load(steps=steps)
 
-    def _load(self, models: Collection[str]) -> None:
-        for server in self.servers:
-            server.load(models)
+    def _give(self, waiting: Mapping[str, int], shares: Mapping[str, float]) -> None:
+        for name, version in waiting.items():
+            candidates.give({name: version}, shares[name], self.folder)
+        self._load([candidates.beside(name) for name in waiting])
 
-    def _load_again(self, steps: Collection[str]) -> None:
-        """Load the steps anew where they are models: a server may serve each model from one
-        process.
+    def _forgiving(self) -> Deployment:
+        return dataclasses.replace(self, forgiving=True)
+
+    def _load(self, ensembles: Collection[str] = (), steps: Collection[str] = ()) -> None:
+        """Load ensembles, and those of the steps that a server has: it may serve each model from
+        one process.
         """
+        passed_over = (HalimedeError,) if self.forgiving else ()
         for server in self.servers:
-            server.load(sorted(server.loaded() & set(steps)))
+            with contextlib.suppress(*passed_over):
+                again = sorted(server.loaded() & set(steps)) if steps else []
+                server.load([*ensembles, *again])
 
     def _remove(self, waiting: Mapping[str, int]) -> None:
         """Take candidates from the servers and from disk; clients ask the served model again."""

@@ -66,7 +66,7 @@ def _key(file: Path | None) -> str:
 @app.command()
 def publish(context: typer.Context, model: Model) -> None:
     """Load the candidate beside the model: warm, and without a share of its requests."""
-    with _deployment(context, model) as deployment:
+    with _deploying(context, model) as deployment:
         for name, version in deployment.publish().items():
             print(f"{name}: candidate {version} is loaded and warm; it answers nothing yet")
 
@@ -103,7 +103,7 @@ def canary(
     share: Annotated[float, typer.Option(help="Of the keys, from 0 to 1.")],
 ) -> None:
     """Have the candidate answer a share of what halimede's clients ask the model."""
-    with _deployment(context, model) as deployment:
+    with _deploying(context, model) as deployment:
         for name, version in deployment.canary(share).items():
             print(
                 f"{name}: candidate {version} answers {share:.1%}; clients follow in {CHECK_S:g} s"
@@ -119,7 +119,7 @@ def promote(
     ] = False,
 ) -> None:
     """Serve the candidate under the model's name; the version before stays on disk."""
-    with _deployment(context, model) as deployment:
+    with _deploying(context, model) as deployment:
         for name, version in deployment.promote(change_space).items():
             print(f"{name}: version {version} is served")
 
@@ -127,7 +127,7 @@ def promote(
 @app.command()
 def rollback(context: typer.Context, model: Model) -> None:
     """Take the candidate away; without one, serve the version before the promotion again."""
-    with _deployment(context, model) as deployment:
+    with _deploying(context, model) as deployment:
         for name, version in deployment.roll_back().items():
             print(f"{name}: version {version} is served")
 
@@ -140,18 +140,22 @@ def status(context: typer.Context, model: Model, as_json: AsJson = False) -> Non
 
 
 @contextlib.contextmanager
+def _deploying(context: typer.Context, model: str) -> Iterator[Deployment]:
+    """The deployment of a model that nothing else builds or deploys meanwhile."""
+    from tools.steps import alone
+
+    with _deployment(context, model) as deployment:
+        with alone(deployment.built_as, Settings()):
+            yield deployment
+
+
+@contextlib.contextmanager
 def _deployment(context: typer.Context, model: str) -> Iterator[Deployment]:
-    """The deployment of a model, alone with it: no build and no other deploy at the same time."""
     # What reads vectors and models waits until it is needed: `tools` starts without.
     from tools.control import Control
     from tools.deploy import Deployment
-    from tools.steps import alone
 
-    settings, reached = Settings(), context.obj
+    options, key = context.obj
     with contextlib.ExitStack() as stack:
-        stack.enter_context(alone(model, settings))
-        servers = [
-            stack.enter_context(Control(url, reached.options.tls, reached.key))
-            for url in reached.options.url
-        ]
-        yield Deployment(model, settings.repository, servers)
+        servers = [stack.enter_context(Control(url, options.tls, key)) for url in options.url]
+        yield Deployment(model, Settings().repository, servers)

@@ -72,7 +72,8 @@ def alone(name: str, settings: Settings) -> Iterator[Path]:
             yield folder
     except Timeout:
         raise BuildError(
-            f"another build of {name} is running; wait for it, then run the same command again"
+            f"another build or deploy of {name} is running; wait for it, then run the same "
+            "command again"
         ) from None
 
 

@@ -7,8 +7,8 @@ the share grows. Each candidate has points of its own, or the same keys would tr
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import functools
 import hashlib
 import math
 import time
@@ -19,6 +19,7 @@ import numpy as np
 from halimede.items import Item, parts
 from halimede.latest import Latest
 from halimede.providers.base import Answer, Request, joined
+from halimede.requests import together
 from halimede.results import ServedModel
 from halimede_ops.errors import HalimedeError, InvalidInput
 
@@ -46,13 +47,13 @@ class Watch:
 
 
 def may_answer(candidate: ServedModel, served: ServedModel) -> bool:
-    """Whether a candidate answers a share of what the served model is asked: vectors of both must
-    be comparable.
+    """Whether a candidate answers a share of what the served model is asked: what a result says of
+    its vectors must hold for those of both.
     """
     return (
         candidate.share > 0
         and candidate.is_alike(served)
-        and candidate.dims == served.dims
+        and (candidate.dims, candidate.max_tokens) == (served.dims, served.max_tokens)
         and candidate.version not in ("", served.version)
     )
 
@@ -82,12 +83,13 @@ async def split(
             return await by_served(part)
 
     rows = [np.flatnonzero(takes), np.flatnonzero(~takes)]
-    answers = await asyncio.gather(
-        *[
-            ask(request.of(part))
+    answers = await together(
+        [
+            functools.partial(ask, request.of(part))
             for ask, part in zip((candidate_or_served, by_served), rows, strict=True)
             if len(part)
-        ]
+        ],
+        len(rows),
     )
     return joined(answers).of(np.argsort(np.concatenate(rows)))
 
