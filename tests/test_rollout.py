@@ -25,7 +25,7 @@ import tritonclient.http as httpclient
 from conftest import MODEL, ROOT, free_options
 from test_versions import TEXTS, bare_caller, calling
 
-from halimede import Embedder, Embeddings, canary
+from halimede import Config, Embedder, Embeddings, canary
 from halimede_ops import vectors
 from halimede_ops.errors import (
     AccessDenied,
@@ -247,6 +247,10 @@ def test_a_canary_answers_its_share_of_keys(served: Served, versions: list[Built
     assert {version for version, _ in answers} == {str(first)}
     with served.embedder(follow_canary=False) as steady:
         assert set(steady.embed(MANY[:200]).versions) == {first}
+        cached = {"models": steady.config.models, "default_model": "m", "cache": {}}
+    with Embedder(config=Config.model_validate(cached)) as embedder:
+        assert set(embedder.embed(some).versions) == {first}
+        assert set(embedder.embed(some).versions) == {0}  # a cache does not tell
 
 
 def test_a_sticky_key_keeps_to_one_version(served: Served, versions: list[Built]) -> None:
