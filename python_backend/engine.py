@@ -32,15 +32,25 @@ def open_batches(
     opened, missing = triton.load(
         lambda: session.open_session(path, accelerators, threads, streams, max_tokens)
     )
+    # OpenVINO has no more streams than cores: what runs beside them needs a model of its own.
+    small = opened
+    if kind == "CPU":
+        small, _ = triton.load(
+            lambda: session.open_session(path, accelerators, threads // streams, 1, max_tokens)
+        )
     for name in missing:
         triton.warn(
             f"{config.name}: this onnxruntime has no {name}; the CPU provider serves instead"
         )
+    run, run_beside = (
+        one.run_with_heads if one.heads else one.run_together for one in (opened, small)
+    )
     return ContinuousBatches(
-        opened.run_with_heads if opened.heads else opened.run_together,
+        run,
         streams,
         lambda ran: metrics.ran(ran, _padded_length(ran.rows, max_tokens)),
         time.monotonic,
+        run_beside,
     )
 
 

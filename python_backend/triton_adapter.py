@@ -152,15 +152,16 @@ def answer_later(
         if isinstance(value, HalimedeError):
             send(value)
         else:
-            _start(start, value, send, sender.is_cancelled)
+            begin(start, value, send, sender.is_cancelled)
 
 
-def _start(
+def begin(
     start: Callable[[T, Callable[[R | Exception], None], Callable[[], bool]], None],
     value: T,
     send: Callable[[R | Exception], None],
     is_cancelled: Callable[[], bool],
 ) -> None:
+    """Start a request; what is raised before it is queued is its answer."""
     try:
         start(value, send, is_cancelled)
     except Exception as error:  # raised before the request was queued: nobody else answers it

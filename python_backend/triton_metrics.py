@@ -30,6 +30,7 @@ TOKENS = "tokens"
 PADDED_TOKENS = "padded_tokens"
 WAIT_SECONDS = "wait_seconds"
 TRUNCATED_TEXTS = "truncated_texts"
+CACHED_TEXTS = "cached_texts"
 CANCELLED_REQUESTS = "cancelled_requests"
 ERRORS = "errors"
 COUNTERS = {
@@ -39,6 +40,7 @@ COUNTERS = {
     WAIT_SECONDS: "Seconds that rows waited in the process before they were run, of all rows; "
     "Triton's own queue comes before it.",
     TRUNCATED_TEXTS: "Texts that were cut off at the model's limit.",
+    CACHED_TEXTS: "Texts answered from the response cache.",
     CANCELLED_REQUESTS: "Requests that were not run: their callers had gone.",
     ERRORS: "Requests answered with an error, by its class.",
 }
@@ -78,6 +80,11 @@ class Metrics:
         truncated = sum(one.total > spec.max_tokens for one in tokens)
         if truncated:
             self._count(TRUNCATED_TEXTS, truncated)
+
+    def count_cached(self, texts: int) -> None:
+        """Count texts that were not run: they were asked for before."""
+        if texts:
+            self._count(CACHED_TEXTS, texts)
 
     def failed(self, error: HalimedeError) -> None:
         """Count a request that was answered with this error."""

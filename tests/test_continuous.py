@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halimede_ops import continuous
-from halimede_ops.continuous import WAITING_ROWS, ContinuousBatches, Outcome
+from halimede_ops.batch import INTERACTIVE_ROWS
+from halimede_ops.continuous import (
+    WAITING_BULK_ROWS,
+    WAITING_ROWS,
+    ContinuousBatches,
+    Outcome,
+)
 from halimede_ops.errors import RequestCancelled
 from halimede_ops.session import Row
 
@@ -129,22 +135,65 @@ def test_a_request_whose_caller_has_gone_is_not_run(monkeypatch: pytest.MonkeyPa
     assert gate.parts == [[16], [16]]
 
 
-def test_the_caller_is_held_back_until_there_is_room() -> None:
-    """With more than WAITING_ROWS rows waiting, `wait_for_room` returns when runs took some."""
+@pytest.mark.parametrize(
+    ("rows", "room"), [(1, WAITING_ROWS), (WAITING_BULK_ROWS // 8, WAITING_BULK_ROWS)]
+)
+def test_the_caller_is_held_back_until_there_is_room(rows: int, room: int) -> None:
+    """With more rows of a lane waiting than may, `wait_for_room` returns when runs took some."""
     gate = Gate()
     with closing(ContinuousBatches(gate.run, threads=1)) as batches:
         batches.submit([row(16)], Answer())
         assert gate.entered.wait(TIMEOUT_S)
-        batches.submit([row(16)] * WAITING_ROWS, Answer())
-        batches.wait_for_room()
-        batches.submit([row(16)], Answer())
-        caller = threading.Thread(target=batches.wait_for_room)
+        for _ in range(room // rows):
+            batches.submit([row(16)] * rows, Answer())
+        bulk = rows > INTERACTIVE_ROWS
+        batches.wait_for_room(bulk)
+        batches.submit([row(16)] * rows, Answer())
+        caller = threading.Thread(target=batches.wait_for_room, args=(bulk,))
         caller.start()
         caller.join(0.2)
         assert caller.is_alive()
         gate.opened.set()
         caller.join(TIMEOUT_S)
         assert not caller.is_alive()
+
+
+def test_a_single_text_does_not_wait_for_bulk() -> None:
+    """While every thread runs bulk and more of it waits, a small request is run and answered."""
+    gate, quick = Gate(), threading.Event()
+
+    def run(rows: Sequence[Row]) -> list[int]:
+        if rows[0].ids[0] == 7:
+            quick.set()
+            return first_ids(rows)
+        return gate.run(rows)
+
+    with closing(ContinuousBatches(run, threads=1)) as batches:
+        bulk, single = Answer(), Answer()
+        batches.submit([row(16)] * WAITING_ROWS, bulk)
+        assert gate.entered.wait(TIMEOUT_S)
+        batches.submit([row(16, 7)], single)
+        assert single.wait() == [7]
+        gate.opened.set()
+        assert bulk.wait() == [0] * WAITING_ROWS
+    assert quick.is_set()
+
+
+def test_bulk_does_not_starve() -> None:
+    """Beside single texts without end, bulk that came before them is answered."""
+    stop = threading.Event()
+
+    def ask_again(_: Outcome = ()) -> None:
+        if not stop.is_set():
+            batches.submit([row(16)], ask_again)
+
+    with closing(ContinuousBatches(first_ids, threads=1)) as batches:
+        for _ in range(4):
+            ask_again()
+        bulk = Answer()
+        batches.submit([row(16)] * (INTERACTIVE_ROWS + 1), bulk)
+        assert len(bulk.wait()) == INTERACTIVE_ROWS + 1
+        stop.set()
 
 
 def test_closing_answers_what_waits() -> None:

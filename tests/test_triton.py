@@ -454,6 +454,29 @@ def test_stopping_under_load_answers_what_waits(settings: Settings, tmp_path) ->
     assert {error.status() for error in failed} <= {"StatusCode.UNAVAILABLE"}
 
 
+def test_a_single_text_is_answered_before_bulk_that_came_first(server: triton.Server) -> None:
+    """Of 1,024 texts in requests of 128, most wait when a single one comes: it passes them."""
+    order: list[str] = []
+    with grpcclient.InferenceServerClient(server.grpc_address) as client:
+
+        def ask(name: str, texts: list[bytes], priority: int) -> threading.Event:
+            answered = threading.Event()
+
+            def receive(result: Any, error: Any) -> None:
+                order.append(name if error is None else "error")
+                answered.set()
+
+            inputs = request(grpcclient, texts)
+            client.async_infer(NAMES["int8"], inputs, receive, priority=priority)
+            return answered
+
+        bulk = [ask("bulk", [b"word " * 40] * 128, priority=2) for _ in range(8)]
+        waiting = [*bulk, ask("single", [b"hello world"], priority=0)]
+        assert all(answered.wait(60) for answered in waiting)
+    assert "error" not in order
+    assert order.index("single") < 4
+
+
 def test_ten_thousand_mixed_and_bad_requests(
     server: triton.Server, texts: list[str], expected: np.ndarray
 ) -> None:

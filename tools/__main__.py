@@ -123,6 +123,9 @@ def serve(
     steps: Annotated[
         bool, typer.Option("--steps", help="On the wheel: each ensemble's steps, not one process.")
     ] = False,
+    response_cache_mb: Annotated[
+        int, typer.Option(min=0, help="Memory of each model for texts that come again; 0: none.")
+    ] = 0,
 ) -> None:
     """Serve the repository with Triton, building first what is missing."""
     from tools.triton import Options, become, lay_out
@@ -139,6 +142,7 @@ def serve(
         tls_client_ca=tls_client_ca,
         control_key_file=control_key_file,
         steps=steps,
+        response_cache_mb=response_cache_mb,
     )
     settings = Settings()
     if replace:

@@ -29,6 +29,8 @@ MAX_IMAGE_QUEUE_SIZE = 64
 """Requests with images that may wait: each may have MAX_IMAGES of 10 MB."""
 MAX_QUEUE_SIZE = 1024
 """Requests that may wait at a step; more are rejected at once with UNAVAILABLE."""
+PRIORITIES = 2
+"""Levels of requests that wait: 1, and 2 for bulk, which those of 1 pass."""
 ONNX_INSTANCES = 1
 """Instances of the ONNX step: rows that wait together are batched best, so one."""
 CPU_ACCELERATORS = ("openvino",)
@@ -594,7 +596,9 @@ def _on_cpu() -> pb.ModelInstanceGroup:
 
 def _batching(max_queue_size: int = MAX_QUEUE_SIZE) -> pb.ModelDynamicBatching:
     return pb.ModelDynamicBatching(
-        default_queue_policy=pb.ModelQueuePolicy(max_queue_size=max_queue_size)
+        priority_levels=PRIORITIES,
+        default_priority_level=1,
+        default_queue_policy=pb.ModelQueuePolicy(max_queue_size=max_queue_size),
     )
 
 

@@ -47,6 +47,8 @@ def _runtime(
         run = settings.run(options.grpc_port)
         return triton.serve(settings.repository, settings.python_backend, run, options)
     if runtime == "docker":
+        if options.response_cache_mb:
+            raise ServeError("the container serves the steps, which have no response cache.")
         from tools import container
 
         return container.serve(settings.repository, settings.python_backend, options)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 from urllib.request import urlopen
 
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, NonNegativeInt, model_validator
 
 from halimede_ops import pins
 from halimede_ops.errors import ServeError
@@ -49,6 +49,8 @@ CONNECTION_AGE_MS = 300_000
 """Clients connect anew this often, and so find servers that were added behind a name."""
 CONNECTION_GRACE_MS = 60_000
 """Time for the requests of an old connection to end."""
+RESPONSE_CACHE_MB = "HALIMEDE_RESPONSE_CACHE_MB"
+"""Environment variable that the backend `embedder` reads."""
 LOG_LEVELS = ("error", "warning", "info", "verbose")
 
 
@@ -67,6 +69,8 @@ class Options(BaseModel):
     steps: bool = False
     """Whether the wheel serves each ensemble's steps, as NVIDIA's container does, instead of one
     process that does what they do."""
+    response_cache_mb: NonNegativeInt = 0
+    """Memory of each model for what was asked before; 0: none."""
     tls_cert: Path | None = None
     """PEM certificate of the server: gRPC speaks TLS, and HTTP, which cannot, stays on loopback."""
     tls_key: Path | None = None
@@ -76,6 +80,12 @@ class Options(BaseModel):
     control_key_file: Path | None = None
     """File with the key that CONTROL_APIS ask for. Without one they are open on loopback, and
     closed to everybody elsewhere."""
+
+    @model_validator(mode="after")
+    def _cache_has_its_process(self) -> Options:
+        if self.steps and self.response_cache_mb:
+            raise ServeError("the steps have no response cache; leave out --steps or the cache.")
+        return self
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> Options:
@@ -230,7 +240,7 @@ def become(repository: Path, backends: Path, options: Options) -> NoReturn:
     """
     check_models(repository, options)
     command = _command(repository, backends, options)
-    os.execve(command[0], command, _environment())  # noqa: S606
+    os.execve(command[0], command, _environment(options))  # noqa: S606
 
 
 def _start(repository: Path, python_backend: Path, run: Path, options: Options) -> Server:
@@ -240,7 +250,7 @@ def _start(repository: Path, python_backend: Path, run: Path, options: Options) 
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-c", DIE_WITH_PARENT, *command],
-            env=_environment(),
+            env=_environment(options),
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -317,7 +327,7 @@ def lay_out(python_backend: Path, folder: Path) -> Path:
     return folder
 
 
-def _environment() -> dict[str, str]:
+def _environment(options: Options) -> dict[str, str]:
     libraries = [str(wheel_libraries()), str(libpython().parent)]
     bin_folder = str(Path(sys.executable).parent)
     return {
@@ -327,6 +337,7 @@ def _environment() -> dict[str, str]:
         # The tokenizer's own threads would compete with the engine's for the same cores.
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONDONTWRITEBYTECODE": "1",
+        RESPONSE_CACHE_MB: str(options.response_cache_mb),
     }
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,9 +24,16 @@ import triton_adapter as triton
 import triton_metrics
 
 from halimede_ops import batch, heads, session, spec, text, vectors
+from halimede_ops.recent import Embedded, Recent
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A text takes 50 µs; waking more threads for a few of them takes the cores from the model.
+
+CACHE_MB = "HALIMEDE_RESPONSE_CACHE_MB"
+"""Environment variable: memory for what was asked before, of each model without further heads."""
+MB = 1_000_000
+WAITING_BULK = 16
+"""Requests of bulk that wait in this process to be tokenized; more wait in Triton's queue."""
 
 
 class Asked(NamedTuple):
@@ -38,9 +47,10 @@ class Run(NamedTuple):
     """One request whose rows have run."""
 
     asked: Asked
+    embedded: list[Embedded]
+    """One a text. The row of a model with further heads is a dict of all that it gave."""
     tokens: list[text.Tokens]
-    rows: Any
-    """What each row gave."""
+    """Of the texts that were run: all, where there are further heads."""
 
 
 class TritonPythonModel:
@@ -54,19 +64,30 @@ class TritonPythonModel:
         self.spec = triton.load(lambda: spec.load(tokenizer))
         self.tokenizer = triton.load(lambda: text.load(tokenizer, self.spec))
         self.metrics = triton_metrics.Metrics(
-            config, *triton_metrics.OF_RUNS, triton_metrics.TRUNCATED_TEXTS
+            config,
+            *triton_metrics.OF_RUNS,
+            triton_metrics.TRUNCATED_TEXTS,
+            triton_metrics.CACHED_TEXTS,
         )
+        # Rows of further heads are as large as their texts are long: they are not kept.
+        cache_mb = 0 if self.spec.heads else int(os.environ.get(CACHE_MB, "0"))
+        self.recent = Recent(cache_mb * MB)
         self.batches = engine.open_batches(
             config, onnx / session.FILE_NAME, args["model_instance_kind"], self.metrics
         )
 
+        self.bulk = ThreadPoolExecutor(1)
+        """Tokenizes bulk, which would keep small requests in Triton's queue meanwhile."""
+        self.bulk_room = BoundedSemaphore(WAITING_BULK)
+
     def execute(self, requests: list[Any]) -> None:
         """Tokenize and queue each request; it is answered when its rows have run."""
         triton.answer_later(requests, self._read, self._start, self._write, self.metrics.failed)
-        self.batches.wait_for_room()
+        self.batches.wait_for_room(bulk=False)
 
     def finalize(self) -> None:
         """Answer what waits."""
+        self.bulk.shutdown()
         self.batches.close()
         self.metrics.close()
 
@@ -76,19 +97,48 @@ class TritonPythonModel:
     def _start(
         self, asked: Asked, send: Callable[[Any], None], is_cancelled: Callable[[], bool]
     ) -> None:
-        tokens = self.tokenizer.encode(*asked.texts)
+        if len(asked.texts.texts) <= batch.INTERACTIVE_ROWS:
+            self._embed(asked, send, is_cancelled)
+        else:
+            self.bulk_room.acquire()
+            self.bulk.submit(self._embed_bulk, asked, send, is_cancelled)
+
+    def _embed_bulk(
+        self, asked: Asked, send: Callable[[Any], None], is_cancelled: Callable[[], bool]
+    ) -> None:
+        triton.begin(self._embed, asked, send, is_cancelled)
+        self.batches.wait_for_room(bulk=True)
+        self.bulk_room.release()
+
+    def _embed(
+        self, asked: Asked, send: Callable[[Any], None], is_cancelled: Callable[[], bool]
+    ) -> None:
+        prompted = [self.spec.prompt(kind) + one for one, kind in zip(*asked.texts, strict=True)]
+        embedded = self.recent.find(prompted)
+        places = [place for place, one in enumerate(embedded) if one is None]
+        self.metrics.count_cached(len(embedded) - len(places))
+        tokens = self.tokenizer.encode(*([column[p] for p in places] for column in asked.texts))
         self.metrics.count_truncated(tokens, self.spec)
 
         def answer(outcome: Any) -> None:
-            failed = isinstance(outcome, Exception)
-            send(outcome if failed else Run(asked, tokens, outcome))
+            if isinstance(outcome, Exception):
+                send(outcome)
+                return
+            made = [Embedded(row, one.total) for row, one in zip(outcome, tokens, strict=True)]
+            for place, one in zip(places, made, strict=True):
+                embedded[place] = one
+            send(Run(asked, embedded, tokens))
+            self.recent.keep([prompted[place] for place in places], made)
 
-        self.batches.submit(session.rows(one.ids for one in tokens), answer, is_cancelled)
+        if places:
+            self.batches.submit(session.rows(one.ids for one in tokens), answer, is_cancelled)
+        else:
+            answer([])
 
     def _write(self, run: Run) -> list[Any]:
-        outputs = session.joined(run.rows)
+        outputs = session.joined([one.row for one in run.embedded])
         pooled = outputs.pop(spec.POOLED)
-        totals = np.array([[one.total] for one in run.tokens], np.int32)
+        totals = np.array([[one.total] for one in run.embedded], np.int32)
         return [
             triton.output("EMBEDDING", vectors.embed(pooled, self.spec, run.asked.dimensions)),
             triton.output("TOKENS", totals),

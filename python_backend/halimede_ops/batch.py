@@ -8,6 +8,8 @@ import numpy as np
 
 LENGTH_MULTIPLE = 16
 """Rows are padded to a multiple of this: OpenVINO prepares kernels per shape, so few shapes."""
+INTERACTIVE_ROWS = 8
+"""Rows of the largest request of the interactive lane; larger ones are bulk."""
 MICRO_BATCH_TOKENS = 512
 """Most padded tokens in one run. Measured on 2 cores: 256 to 1024 are alike, 2048 is slower."""
 RUN_TOKENS = 48

@@ -12,12 +12,18 @@ from halimede_ops.errors import RequestCancelled
 from halimede_ops.session import Pixels, Row
 
 WAITING_ROWS = 128
-"""Rows that may wait before `wait_for_room` holds the caller back: enough to choose full
-micro-batches from, few enough to plan anew for each of them (0.2 ms)."""
+"""Rows that a micro-batch is chosen from: enough for full ones, few enough to plan anew for each of
+them (0.2 ms). So many of the interactive lane may wait before `wait_for_room` holds the caller
+back."""
+
+WAITING_BULK_ROWS = 256
+"""Rows of bulk that may wait before `wait_for_room` holds back who brings them."""
 
 LONG_WAIT_RUNS = 16
 """Callers are asked whether they have gone only after so many runs: asking takes time too."""
 
+Run = Callable[[Sequence[Row | Pixels]], Sequence[Any]]
+"""What gives one result a row."""
 Outcome = Sequence[Any] | Exception
 """One result a row, in order, or what running them raised."""
 
@@ -34,36 +40,45 @@ class ContinuousBatches:
     """Threads that run rows through `run`, each taking a micro-batch as soon as it is free.
 
     A micro-batch has the row that waited longest, so none starves, and rows of like length beside
-    it, whichever request they came with, so little is padded.
+    it, whichever request they came with, so little is padded. Small requests do not wait for bulk:
+    while it is run, one more thread runs them, and them alone.
     """
 
     def __init__(
         self,
-        run: Callable[[Sequence[Row | Pixels]], Sequence[Any]],
+        run: Run,
         threads: int,
         tell: Callable[[Ran], None] = lambda ran: None,
         clock: Callable[[], float] = lambda: 0.0,
+        run_beside: Run | None = None,
     ) -> None:
         """Threads that wait for rows.
 
         Args:
             run: gives one result a row.
-            threads: micro-batches that are run at the same time.
+            threads: micro-batches that are run at the same time; one more while bulk is.
             tell: hears of each one that was run, from the thread that ran it.
             clock: seconds since any moment; without it, rows are said to have waited 0.
+            run_beside: runs small requests beside bulk; None: `run`.
         """
-        self._run = run
         self._tell = tell
         self._clock = clock
         self._waiting: list[_Waiting] = []
         """In order of arrival."""
-        self._changed = threading.Condition()
-        """Guards `_waiting` and `_closed`."""
+        lock = threading.Lock()
+        """Guards what follows."""
+        self._changed = threading.Condition(lock)
+        self._urgent = threading.Condition(lock)
         self._closed = False
         self._taken = 0
         """Micro-batches until now."""
+        self._bulk_waiting = 0
+        """Rows of bulk among those that wait."""
+        self._bulk_running = 0
+        """Micro-batches with bulk that are run now."""
         self._done: SimpleQueue[tuple[list[_Waiting], Outcome] | None] = SimpleQueue()
-        self._running = [threading.Thread(target=self._run_all) for _ in range(threads)]
+        roles = [(self._take, run)] * threads + [(self._take_interactive, run_beside or run)]
+        self._running = [threading.Thread(target=self._run_all, args=role) for role in roles]
         # Under load another thread answers, so that those that run lose no time.
         self._answering = threading.Thread(target=self._answer_all)
         for thread in (*self._running, self._answering):
@@ -83,25 +98,40 @@ class ContinuousBatches:
         with self._changed:
             request = _Request(rows, answer, is_cancelled, self._taken, self._clock())
             self._waiting += [_Waiting(request, place) for place in range(len(rows))]
-            self._changed.notify_all()
+            self._bulk_waiting += len(rows) * request.is_bulk
+            self._notify()
 
-    def wait_for_room(self) -> None:
-        """Return as soon as no more than WAITING_ROWS rows wait."""
+    def wait_for_room(self, bulk: bool) -> None:
+        """Return as soon as no more rows of this lane wait than may: WAITING_ROWS of the
+        interactive one, or WAITING_BULK_ROWS.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: len(self._waiting) <= WAITING_ROWS)
+            if bulk:
+                self._changed.wait_for(lambda: self._bulk_waiting <= WAITING_BULK_ROWS)
+            else:
+                self._changed.wait_for(lambda: self._interactive_waiting() <= WAITING_ROWS)
 
     def close(self) -> None:
         """Run and answer what waits, then end the threads."""
         with self._changed:
             self._closed = True
-            self._changed.notify_all()
+            self._notify()
         for thread in self._running:
             thread.join()
         self._done.put(None)
         self._answering.join()
 
-    def _run_all(self) -> None:
-        while part := self._take():
+    def _interactive_waiting(self) -> int:
+        return len(self._waiting) - self._bulk_waiting
+
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        if self._closed or (self._bulk_running and self._interactive_waiting()):
+            self._urgent.notify()
+
+    def _run_all(self, take: Callable[[], list[_Waiting]], run: Run) -> None:
+        while part := take():
+            bulk = any(waiting.request.is_bulk for waiting in part)
             taken_at_s = self._clock()
             gone = self._gone({waiting.request for waiting in part})
             wanted = [waiting for waiting in part if waiting.request not in gone]
@@ -109,9 +139,11 @@ class ContinuousBatches:
                 dropped = [waiting for waiting in part if waiting.request in gone]
                 self._give(dropped, RequestCancelled("the request was cancelled; it was not run."))
             if wanted:
-                self._give(wanted, self._outcome(wanted))
+                self._give(wanted, _outcome(wanted, run))
                 waited_s = sum(taken_at_s - waiting.request.came_at_s for waiting in wanted)
                 self._tell(Ran([waiting.row for waiting in wanted], waited_s))
+            with self._changed:
+                self._bulk_running -= bulk
 
     def _gone(self, requests: set[_Request]) -> set[_Request]:
         """Those that waited long and whose callers have gone."""
@@ -124,30 +156,51 @@ class ContinuousBatches:
         else:
             _answer(part, outcome)
 
-    def _outcome(self, part: list[_Waiting]) -> Outcome:
-        try:
-            return self._run([waiting.row for waiting in part])
-        except Exception as error:
-            return error
-
     def _take(self) -> list[_Waiting]:
         """The next micro-batch, which then waits no more; empty when closed and nothing waits."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
-            if not self._waiting:
+            return self._cheapest(range(min(len(self._waiting), WAITING_ROWS)))
+
+    def _take_interactive(self) -> list[_Waiting]:
+        """The next micro-batch of the interactive lane, while bulk is run; empty when closed."""
+        with self._urgent:
+            self._urgent.wait_for(
+                lambda: self._closed or (self._bulk_running and self._interactive_waiting())
+            )
+            if self._closed:  # the other threads run what waits
                 return []
-            parts = batch.plan([waiting.row.length for waiting in self._waiting])
-            chosen = next(part for part in parts if 0 in part)
-            part = [self._waiting[index] for index in chosen]
-            for index in sorted(chosen, reverse=True):
-                del self._waiting[index]
-            self._taken += 1
-            self._changed.notify_all()
-            return part
+            small = [index for index, one in enumerate(self._waiting) if not one.request.is_bulk]
+            return self._cheapest(small[:WAITING_ROWS])
+
+    def _cheapest(self, places: Sequence[int]) -> list[_Waiting]:
+        """The micro-batch with the first of these places among those that wait, and of the others
+        what costs least beside it; empty without places.
+        """
+        if not places:
+            return []
+        parts = batch.plan([self._waiting[place].row.length for place in places])
+        chosen = [places[index] for index in next(part for part in parts if 0 in part)]
+        part = [self._waiting[place] for place in chosen]
+        for place in sorted(chosen, reverse=True):
+            del self._waiting[place]
+        bulk = sum(waiting.request.is_bulk for waiting in part)
+        self._bulk_waiting -= bulk
+        self._bulk_running += bulk > 0
+        self._taken += 1
+        self._notify()
+        return part
 
     def _answer_all(self) -> None:
         while done := self._done.get():
             _answer(*done)
+
+
+def _outcome(part: list[_Waiting], run: Run) -> Outcome:
+    try:
+        return run([waiting.row for waiting in part])
+    except Exception as error:
+        return error
 
 
 def _answer(part: list[_Waiting], outcome: Outcome) -> None:
@@ -170,6 +223,7 @@ class _Request:
         came_at_s: float,
     ) -> None:
         self.rows = rows
+        self.is_bulk = len(rows) > batch.INTERACTIVE_ROWS
         self.is_cancelled = is_cancelled
         self.since = since
         """Micro-batches before it came."""

@@ -40,7 +40,8 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Queue the rows of all requests; each request is answered when its rows have run."""
         triton.answer_later(requests, self.read, self.batches.submit, _write, self.metrics.failed)
-        self.batches.wait_for_room()
+        self.batches.wait_for_room(bulk=False)
+        self.batches.wait_for_room(bulk=True)
 
     def finalize(self) -> None:
         """Answer what waits."""

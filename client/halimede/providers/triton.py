@@ -34,10 +34,12 @@ from halimede.providers.base import (
 )
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
-from halimede_ops import errors, pins
+from halimede_ops import batch, errors, pins
 
 T = TypeVar("T")
 
+BULK_PRIORITY = 2
+"""Of requests beyond the interactive lane: in Triton's queue, those of its default pass them."""
 INPUTS: Mapping[Kind, str] = {"text": "TEXT", "image": "IMAGE"}
 OUTPUTS: Mapping[Kind, tuple[str, ...]] = {
     "text": ("EMBEDDING", "TOKENS"),
@@ -273,7 +275,14 @@ class _Server:
             value = np.full((rows, 1), request.dimensions, np.int32)
             inputs.append(self._input("DIMENSIONS", "INT32", value))
         outputs = [self._triton.api.InferRequestedOutput(name) for name in OUTPUTS[request.kind]]
-        return await self._triton.call("infer", model, inputs, outputs=outputs, timeout_s=timeout_s)
+        return await self._triton.call(
+            "infer",
+            model,
+            inputs,
+            outputs=outputs,
+            priority=0 if rows <= batch.INTERACTIVE_ROWS else BULK_PRIORITY,
+            timeout_s=timeout_s,
+        )
 
     def _input(self, name: str, datatype: str, value: np.ndarray) -> Any:
         tensor = self._triton.api.InferInput(name, list(value.shape), datatype)
