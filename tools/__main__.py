@@ -254,6 +254,24 @@ def bench_images(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Option()] = catalogue.DEFAULT,
+    precisions: Annotated[str, typer.Option(help="Separated by commas.")] = "fp32,fp16,int8",
+    cases: Annotated[
+        str, typer.Option(help="Separated by commas: single, 100, 1000, …; all when empty.")
+    ] = "",
+    rounds: Annotated[int, typer.Option(help="Each engine in turn, this often.")] = 3,
+    append: Annotated[
+        bool, typer.Option("--append", help="Keep the figures of the runs before.")
+    ] = False,
+) -> None:
+    """Measure every engine against its peers; write the report."""
+    from tools.bench import bench as measure
+
+    measure(Settings(), model, _names(precisions), _names(cases), rounds, fresh=not append)
+
+
+@app.command()
 def bench_cache() -> None:
     """Measure cache hits and hash embeddings against the rates they must reach."""
     from tools.bench_cache import bench_cache as measure

@@ -1,0 +1,228 @@
+"""One engine in a process of its own, of its own environment: run as a file, it imports nothing of
+ours but what embeds, so what it imports is the engine's, and counts as its memory.
+
+It reads one JSON command a line from stdin and answers each with one line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+Embed = Callable[[Sequence[str]], Any]
+
+
+def sentence_transformers(folder: str, backend: str, file: str = "") -> Embed:
+    """sentence-transformers with one of its backends; `file` is a quantised model of `folder`."""
+    from sentence_transformers import SentenceTransformer
+
+    options: dict[str, Any] = {"file_name": file} if file else {}
+    if file.endswith("openvino_model.xml"):
+        # Else OpenVINO takes bfloat16 where the CPU has it, and that is not FP32.
+        options["ov_config"] = {"INFERENCE_PRECISION_HINT": "f32"}
+    model = SentenceTransformer(
+        folder, device="cpu", backend=backend, local_files_only=True, model_kwargs=options
+    )
+    return lambda texts: model.encode(list(texts), show_progress_bar=False)
+
+
+def fastembed(folder: str, model_file: str) -> Embed:
+    """The vectors of fastembed, with an ONNX file that pools, on all cores."""
+    from fastembed import TextEmbedding  # type: ignore[import-not-found]
+    from fastembed.common.model_description import (  # type: ignore[import-not-found]
+        ModelSource,
+        PoolingType,
+    )
+
+    TextEmbedding.add_custom_model(
+        model="bench",
+        pooling=PoolingType.DISABLED,
+        normalization=True,
+        sources=ModelSource(hf="bench/bench"),
+        dim=json.loads((Path(folder) / "config.json").read_text())["hidden_size"],
+        model_file=model_file,
+    )
+    model = TextEmbedding("bench", specific_model_path=folder)
+    return lambda texts: list(model.embed(list(texts)))
+
+
+def infinity(folder: str, engine: str) -> Embed:
+    """The vectors of infinity's engine in process: it joins the texts of all callers to batches."""
+    import asyncio
+
+    from infinity_emb import (  # type: ignore[import-not-found]
+        AsyncEmbeddingEngine,
+        EngineArgs,
+    )
+    from infinity_emb.primitives import Dtype  # type: ignore[import-not-found]
+
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    arguments = EngineArgs(
+        model_name_or_path=folder,
+        engine=engine,
+        device="cpu",
+        dtype=Dtype.float32,
+        bettertransformer=False,
+        model_warmup=False,
+    )
+    opened = AsyncEmbeddingEngine.from_args(arguments)
+    asyncio.run_coroutine_threadsafe(opened.astart(), loop).result()
+
+    def embed(texts: Sequence[str]) -> Any:
+        asked = opened.embed(sentences=list(texts))
+        return asyncio.run_coroutine_threadsafe(asked, loop).result()[0]
+
+    return embed
+
+
+def halimede(repository: str, model: str) -> Embed:
+    """The client with the model in this process."""
+    from halimede import Embedder
+
+    entry = {"provider": "onnx", "model_id": model, "path": repository}
+    embedder = Embedder(config={"models": {"local": entry}})
+    return lambda texts: embedder.embed(texts).vectors
+
+
+def triton(address: str, model: str) -> Embed:
+    """The client with the model on a server."""
+    from halimede import Embedder
+
+    embedder = Embedder(address, model, timeout_s=120)
+    return lambda texts: embedder.embed(texts).vectors
+
+
+ENGINES: dict[str, Callable[..., Embed]] = {
+    "sentence-transformers": sentence_transformers,
+    "fastembed": fastembed,
+    "infinity": infinity,
+    "halimede": halimede,
+    "triton": triton,
+}
+
+
+def together(embed: Embed, texts: Sequence[str], _: int) -> dict[str, Any]:
+    """Seconds for all texts in one call."""
+    began = time.perf_counter()
+    embed(texts)
+    return {"seconds": time.perf_counter() - began}
+
+
+def each(embed: Embed, texts: Sequence[str], concurrency: int) -> dict[str, Any]:
+    """Seconds for one call a text, `concurrency` at a time, and those of each call."""
+
+    def one(text: str) -> float:
+        began = time.perf_counter()
+        embed([text])
+        return time.perf_counter() - began
+
+    if concurrency == 1:
+        began = time.perf_counter()
+        latencies = [one(text) for text in texts]
+        return {"seconds": time.perf_counter() - began, "latencies": latencies}
+    with ThreadPoolExecutor(concurrency) as callers:
+        began = time.perf_counter()
+        latencies = list(callers.map(one, texts))
+        return {"seconds": time.perf_counter() - began, "latencies": latencies}
+
+
+def load(
+    embed: Embed, texts: Sequence[str], concurrency: int, address: str, model: str
+) -> dict[str, Any]:
+    """As `each`, over gRPC with messages that are made beforehand, to leave the cores to the
+    server: an answer sends the next text.
+    """
+    import grpc  # type: ignore[import-untyped]
+
+    messages = iter([_message(text, model) for text in texts])
+    latencies: list[float] = []
+    lock, ended = threading.Lock(), threading.Semaphore(0)
+    with grpc.insecure_channel(address) as channel:
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+
+        def send() -> None:
+            with lock:
+                message = next(messages, None)
+            if message is None:
+                ended.release()
+                return
+            began = time.perf_counter()
+            infer.future(message).add_done_callback(lambda answer: receive(answer, began))
+
+        def receive(answer: Any, began: float) -> None:
+            if answer.exception() is None:
+                latencies.append(time.perf_counter() - began)
+            send()
+
+        grpc.channel_ready_future(channel).result()
+        began = time.perf_counter()
+        for _ in range(concurrency):
+            send()
+        for _ in range(concurrency):
+            ended.acquire()
+        seconds = time.perf_counter() - began
+    if len(latencies) != len(texts):
+        raise RuntimeError(f"{len(texts) - len(latencies)} of {len(texts)} requests failed")
+    return {"seconds": seconds, "latencies": latencies}
+
+
+def _message(text: str, model: str) -> bytes:
+    """A request of one text, as it is sent."""
+    from tritonclient.grpc import service_pb2 as pb
+
+    value = text.encode()
+    request = pb.ModelInferRequest(model_name=model)
+    request.inputs.add(name="TEXT", datatype="BYTES", shape=[1, 1])
+    request.raw_input_contents.append(struct.pack("<I", len(value)) + value)
+    return bytes(request.SerializeToString())
+
+
+def save(embed: Embed, texts: Sequence[str], alone: int, file: str) -> dict[str, Any]:
+    """Write two arrays of vectors `[texts, dims]` to a file: `together`, and of the first ones
+    embedded `alone`.
+    """
+    one_by_one = [np.asarray(embed([text]), np.float32)[0] for text in texts[:alone]]
+    np.savez(file, together=np.asarray(embed(texts), np.float32), alone=np.stack(one_by_one))
+    return {}
+
+
+WAYS: dict[str, Callable[..., dict[str, Any]]] = {
+    "together": together,
+    "each": each,
+    "load": load,
+    "save": save,
+}
+
+
+def serve(embed: Embed, out: TextIO) -> None:
+    """Answer each command of stdin, with the CPU seconds that this process took for it."""
+    for line in sys.stdin:
+        asked = json.loads(line)
+        texts = json.loads(Path(asked["texts"]).read_text())[: asked["count"]]
+        before = _cpu_s()
+        figures = WAYS[asked["way"]](embed, texts, *asked["arguments"])
+        answer = figures | {"cpu_s": _cpu_s() - before}
+        print(json.dumps(answer), file=out, flush=True)
+
+
+def _cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+if __name__ == "__main__":
+    answers, sys.stdout = sys.stdout, sys.stderr  # engines print
+    serve(ENGINES[sys.argv[1]](*sys.argv[2:]), answers)
+    os._exit(0)  # some engines leave threads behind that never end
