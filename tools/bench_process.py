@@ -6,6 +6,7 @@ It reads one JSON command a line from stdin and answers each with one line.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -34,7 +35,14 @@ def sentence_transformers(folder: str, backend: str, file: str = "") -> Embed:
     model = SentenceTransformer(
         folder, device="cpu", backend=backend, local_files_only=True, model_kwargs=options
     )
-    return lambda texts: model.encode(list(texts), show_progress_bar=False)
+    # With OpenVINO it fails when two threads call it: each waits for its turn, as its users must.
+    turn = threading.Lock() if backend == "openvino" else contextlib.nullcontext()
+
+    def embed(texts: Sequence[str]) -> Any:
+        with turn:
+            return model.encode(list(texts), show_progress_bar=False)
+
+    return embed
 
 
 def fastembed(folder: str, model_file: str) -> Embed:

@@ -72,7 +72,8 @@ def _text(
         "at a time: of Triton requests over gRPC, whose load generator runs on the same cores, of "
         "the others threads. *memory*: proportional, at the end. *start*: from the start of the "
         "process to the first embedding. × and *cosine*: to sentence-transformers in PyTorch. "
-        "*alone*: lowest cosine of a text alone to the same text in a batch.",
+        "*alone*: lowest cosine of a text alone to the same text in a batch. Our build publishes "
+        "INT8 from a cosine of 0.995, and 0.9999 alone, on.",
         "",
         "![texts a second](peers.svg)",
         "",
