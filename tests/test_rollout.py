@@ -376,7 +376,7 @@ def test_a_killed_promotion_is_finished_or_undone(
         left = number(versions[1] if then == "promote" else versions[0])
         assert set(embedder.embed(TEXTS).versions) == {left}
     assert not list(served.folder.glob("*-candidate"))
-    assert served.control.loaded() & {candidates.beside(MODEL)} == set()
+    assert candidates.beside(MODEL) not in served.control.loaded()
 
 
 def test_refusals_are_plain(served: Served, versions: list[Built]) -> None:
@@ -445,7 +445,8 @@ def test_the_commands(served: Served, versions: list[Built]) -> None:
     assert "cosine mean" in deploy("shadow", MODEL).stdout
     assert f"{second} answers 10.0%" in deploy("canary", MODEL, "--share", "0.1").stdout
     [row] = json.loads(deploy("status", MODEL, "--json").stdout)
-    assert (row["candidate"], row["share"], row["loaded_on"]) == (second, 0.1, 1)
+    assert (row["version"], row["ready_on"]) == (number(versions[0]), 1)
+    assert (row["candidate"], row["candidate_ready_on"], row["share"]) == (second, 1, 0.1)
     assert f"version {second} is served" in deploy("promote", MODEL).stdout
     again = deploy("promote", MODEL)
     assert (again.returncode, again.stderr.count("\n")) == (1, 1)

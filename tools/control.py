@@ -38,17 +38,23 @@ class Control:
         """host:port of the server."""
         return self._triton.address
 
-    def loaded(self) -> set[str]:
-        """Names of the models that are ready.
+    def loaded(self) -> dict[str, set[int]]:
+        """Model → the versions of it that are ready.
 
         Raises:
             ServerUnreachable: nothing answers.
             AccessDenied: the server wants a key, or another one.
         """
         index = self._told("get_model_repository_index", timeout_s=TIMEOUT_S)
-        if not self._triton.is_grpc:
-            return {entry["name"] for entry in index if entry.get("state") == "READY"}
-        return {entry.name for entry in index.models if entry.state == "READY"}
+        if self._triton.is_grpc:
+            told = [(one.name, one.version, one.state) for one in index.models]
+        else:
+            told = [(one["name"], one.get("version"), one.get("state")) for one in index]
+        ready: dict[str, set[int]] = {}
+        for name, version, state in told:
+            if state == "READY":
+                ready.setdefault(name, set()).add(int(version))
+        return ready
 
     def load(self, models: Iterable[str]) -> None:
         """Load each model, or load it anew where it changed: it takes requests once it is warm.

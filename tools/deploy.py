@@ -144,18 +144,20 @@ class Deployment:
         return self._served(names)
 
     def status(self) -> Iterator[dict[str, Any]]:
-        """What is served, waits and was before: a row an ensemble; `loaded_on` counts servers."""
+        """What the repository has served, waiting and from before, one row an ensemble; how many
+        servers have each ready.
+        """
         names = self._names()
         waiting = candidates.found(names, self.folder)
         loaded = [server.loaded() for server in self.servers]
         for name, version in self._served(names).items():
-            row = {"model": name, "version": version}
+            ready = sum(version in one.get(name, ()) for one in loaded)
+            row: dict[str, Any] = {"model": name, "version": version, "ready_on": ready}
             if name in waiting:
-                row |= {
-                    "candidate": waiting[name],
-                    "share": candidates.share(name, self.folder),
-                    "loaded_on": sum(candidates.beside(name) in one for one in loaded),
-                }
+                beside = candidates.beside(name)
+                ready = sum(waiting[name] in one.get(beside, ()) for one in loaded)
+                row |= {"candidate": waiting[name], "candidate_ready_on": ready}
+                row["share"] = candidates.share(name, self.folder)
             yield row | {"before": repository.previous(self.folder / name) or ""}
 
     def _names(self) -> list[str]:
@@ -251,7 +253,7 @@ class Deployment:
         passed_over = (HalimedeError,) if self.forgiving else ()
         for server in self.servers:
             with contextlib.suppress(*passed_over):
-                again = sorted(server.loaded() & set(steps)) if steps else []
+                again = sorted(server.loaded().keys() & set(steps)) if steps else []
                 server.load([*ensembles, *again])
 
     def _remove(self, waiting: Mapping[str, int]) -> None:
@@ -259,6 +261,6 @@ class Deployment:
         candidates.give(waiting, 0, self.folder)  # a server that starts now does not load them
         beside = {candidates.beside(name) for name in waiting}
         for server in self.servers:
-            server.unload(sorted(server.loaded() & beside))
+            server.unload(sorted(server.loaded().keys() & beside))
         candidates.remove(waiting, self.folder)
         repository.prune(waiting, self.folder)

@@ -164,8 +164,8 @@ class _Translated:
             ) from None
         if RESTRICTED.search(message):
             raise errors.AccessDenied(
-                f"the server at {self.address} gives this for its control key alone; none was "
-                "given, or a wrong one."
+                f"the server at {self.address} wants its control key for this, and was given none "
+                "or a wrong one. `tools deploy` takes its file as --control-key-file."
             ) from None
         if NOT_LOADED.search(message):
             raise errors.ServerUnreachable(
