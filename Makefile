@@ -14,7 +14,7 @@ export COMPOSE_PROJECT_NAME := halimede
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 OURS := --filter label=com.docker.compose.project=halimede
 
-.PHONY: help env build serve deploy up down test test-containers lint format perf sts bench bench-cache bench-engine clean
+.PHONY: help env build serve deploy up down test test-containers lint format perf sts bench bench-cache bench-engine clean test-faults security
 
 help:  ## List the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,9 @@ test: env default  ## Lint, then run every test against a real Triton
 test-containers: env default  ## The stack in containers, really run; needs root
 	tests/containers/engine.sh
 	$(BIN)/python -m pytest -m containers $(ARGS)
+
+test-faults: env default  ## What fails around a server, with a minute of overload
+	$(BIN)/python -m pytest tests/test_faults.py -m 'faults or not faults' $(ARGS)
 
 lint: env  ## Linter, formatter and type checker
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -19,11 +20,13 @@ from tools import triton
 from tools.settings import Settings
 
 
-def start(options: triton.Options, *more: str, **environment: str) -> subprocess.Popen[str]:
-    """`tools serve` with these ports and the FP32 model alone."""
+def start(
+    options: triton.Options, *more: str, within: Sequence[str] = (), **environment: str
+) -> subprocess.Popen[str]:
+    """`tools serve` with these ports and the FP32 model alone, run by the command `within`."""
     import os
 
-    command = [sys.executable, "-m", "tools", "serve", "--models", MODEL]
+    command = [*within, sys.executable, "-m", "tools", "serve", "--models", MODEL]
     command += ["--http-port", str(options.http_port), "--grpc-port", str(options.grpc_port)]
     command += ["--metrics-port", str(options.metrics_port), *more]
     return subprocess.Popen(

@@ -60,6 +60,13 @@ class Container:
         """Whether it still runs: its output ends with it."""
         return self._reader.is_alive()
 
+    def has_lost_a_process(self) -> bool:
+        """Never: what runs in the container is not seen from here."""
+        return False
+
+    def kill(self) -> None:
+        """Nothing: leaving `serve` ends it."""
+
     def why_not_ready(self) -> str:
         """One line: the model that did not load, or how far it came and its log's last line."""
         state = f"was not ready within {READY_TIMEOUT_S:.0f} s" if self.is_running() else "ended"

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from halimede_ops import fusion, pins, session, spec, text
+from halimede_ops import fusion, pins, session, spec, sums, text
 from halimede_ops.errors import InvalidModel
 from halimede_ops.fusion import Fusion
 from halimede_ops.spec import ModelSpec
@@ -321,6 +321,7 @@ def _place_tokenizer(built: Built, tokenizer: Path, pin: Pin, repository: Path) 
     folder = repository / pin.model
     _copy(tokenizer, folder / str(pin.version) / text.FILE_NAME)
     _write_text(built.spec.to_json(), folder / str(pin.version) / spec.FILE_NAME)
+    _seal(folder / str(pin.version) / name for name in (text.FILE_NAME, spec.FILE_NAME))
     _write_bytes(_bytes_tensor(WARMUP_TEXT), folder / "warmup" / "text")
     _write_bytes(_bytes_tensor(b"query"), folder / "warmup" / "input_type")
     _keep(config.tokenizer(pin.model, built.spec), pin, repository)
@@ -350,8 +351,16 @@ def _place_vision(built: Built, precision: str, model: Path, pin: Pin, repositor
 
 
 def _copy_model(model: Path, folder: Path) -> None:
-    for file in session.files(model):
+    files = session.files(model)
+    for file in files:
         _copy(file, folder / file.name)
+    _seal(folder / file.name for file in files)
+
+
+def _seal(files: Iterable[Path]) -> None:
+    """Note what these files of one version are, for the backend that opens them."""
+    paths = list(files)
+    _write_text(sums.of(paths), paths[0].parent / sums.FILE_NAME)
 
 
 def _place_pooler(built: Built, pin: Pin, repository: Path) -> None:

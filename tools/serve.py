@@ -10,34 +10,50 @@ from collections.abc import Iterator
 from halimede import Embedder, catalogue
 from halimede_ops import pins
 from halimede_ops.errors import ServeError
-from tools import triton
+from tools import triton, watch
 from tools.build import PRECISIONS, build, order
 from tools.repository import served_name
 from tools.settings import Settings
 from tools.steps import console
 
 SAMPLE = "hello world"
+SHORT_S = 60.0
+SHORT_LIVES = 3
+"""A server that ends sooner than this after its start, so many times in a row, will again."""
 
 
 def serve(settings: Settings, options: triton.Options, runtime: str) -> None:
-    """Serve until SIGINT or SIGTERM.
+    """Serve until SIGINT or SIGTERM; a server that ends by itself is started again.
 
     Raises:
         BuildError: a model that is missing could not be built.
-        ServeError: the server could not be started.
+        ServeError: the server could not be started, or ended soon after.
     """
     with _interrupted_by_sigterm():
         for model in _missing(settings, options):
             build(order(model), settings)
         try:
-            with _runtime(runtime, settings, options) as server:
-                show(options)
-                while server.is_running():
-                    time.sleep(0.5)
+            short = 0
+            while short < SHORT_LIVES:
+                began = time.monotonic()
+                with _runtime(runtime, settings, options) as server:
+                    show(options)
+                    ended = _ended(server)
+                short = short + 1 if time.monotonic() - began < SHORT_S else 0
+                console.print(f"{ended}; it is started again")
+            raise ServeError(f"{ended}, {short} times soon after its start; see its log")
         except KeyboardInterrupt:
             console.print("stopped")
-            return
-        raise ServeError("Triton ended by itself; see its log")
+
+
+def _ended(server: triton.Running) -> str:
+    """How the server has ended, once it has; one that lost a process of its own is killed."""
+    while server.is_running():
+        if server.has_lost_a_process():
+            server.kill()
+            return "a process of Triton's Python backend died; Triton was ended"
+        time.sleep(watch.EVERY_S)
+    return "Triton ended by itself"
 
 
 def _runtime(

@@ -27,6 +27,7 @@ from pydantic import BaseModel, NonNegativeInt, model_validator
 
 from halimede_ops import pins
 from halimede_ops.errors import ServeError
+from tools import watch
 
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
@@ -168,8 +169,16 @@ def _log_arguments(level: str) -> list[str]:
 class Running(Protocol):
     """A started server of any runtime."""
 
+    def kill(self) -> None:
+        """End it at once."""
+        ...
+
     def is_running(self) -> bool:
         """Whether it still runs."""
+        ...
+
+    def has_lost_a_process(self) -> bool:
+        """Whether it goes on without one of its processes, which it does not tell."""
         ...
 
 
@@ -184,6 +193,7 @@ class Server:
         self.log = log
         self.shared_memory = shared_memory
         """Prefix of its regions in /dev/shm, removed when it stops."""
+        self._watch = watch.Watch(process.pid)
 
     @property
     def grpc_address(self) -> str:
@@ -198,6 +208,17 @@ class Server:
     def is_running(self) -> bool:
         """Whether the process lives."""
         return self.process.poll() is None
+
+    def has_lost_a_process(self) -> bool:
+        """Whether a process of its Python backend has died: it then answers no request of that
+        model, and some never. To be asked again and again.
+        """
+        return self._watch.has_lost_one()
+
+    def kill(self) -> None:
+        """End the server and every child without a word to its callers."""
+        self.process.kill()
+        self.stop()
 
     def stop(self) -> None:
         """Stop the server and every child; kill what has not ended in STOP_TIMEOUT_S."""
@@ -233,20 +254,34 @@ def serve(repository: Path, python_backend: Path, run: Path, options: Options) -
 
 
 def become(repository: Path, backends: Path, options: Options) -> NoReturn:
-    """Replace this process by a server that logs to its output, as a container wants it.
+    """Replace this process by a server that logs to its output and ends with any of its processes,
+    as a container wants it.
 
     Raises:
         ServeError: as `serve`.
     """
+    check_ports(options)
     check_models(repository, options)
-    command = _command(repository, backends, options)
+    _forget_regions(options)
+    command = [sys.executable, watch.__file__, *_command(repository, backends, options)]
     os.execve(command[0], command, _environment(options))  # noqa: S606
 
 
 def _start(repository: Path, python_backend: Path, run: Path, options: Options) -> Server:
-    backends = lay_out(python_backend, run / "backends")
-    command = _command(repository, backends, options)
+    _forget_regions(options)
     log = run / "triton.log"
+    try:
+        backends = lay_out(python_backend, run / "backends")
+        if log.exists():  # it may say why the server before this one ended
+            log.replace(run / "triton.before.log")
+        log.touch()
+    except OSError as error:
+        reason = re.search(r"\[Errno \d+\] ([^:]*)", str(error))  # shutil's own names each file
+        raise ServeError(
+            f"{run} cannot be written: {reason[1] if reason else error}. Free space there, or set HALIMEDE_HOME "
+            "to another folder."
+        ) from None
+    command = _command(repository, backends, options)
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-c", DIE_WITH_PARENT, *command],
@@ -276,6 +311,14 @@ def _command(repository: Path, backends: Path, options: Options) -> list[str]:
 def _shared_memory(options: Options) -> str:
     """Prefix of the regions of a server that this process starts."""
     return f"halimede-{os.getpid()}-{options.grpc_port}-"
+
+
+def _forget_regions(options: Options) -> None:
+    """Remove what servers that were killed left in memory. Their port is free."""
+    for region in SHARED_MEMORY.glob(f"halimede-*-{options.grpc_port}-*"):
+        started_by = int(region.name.split("-")[1])
+        if started_by == os.getpid() or not Path(f"/proc/{started_by}").exists():
+            region.unlink(missing_ok=True)
 
 
 def to_load(repository: Path, models: tuple[str, ...] = ()) -> tuple[str, ...]:

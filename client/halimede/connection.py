@@ -29,7 +29,11 @@ CODES = {
 }
 """Error class of a gRPC status name or an HTTP status code."""
 OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|failed to allocate", re.IGNORECASE)
+SHARED_MEMORY = re.compile(r"shared memory", re.IGNORECASE)
+"""What Triton says when it has no room to hand a request to a backend."""
 RESTRICTED = re.compile(r"restricted, expecting header", re.IGNORECASE)
+DIED = re.compile(r"is not healthy|stub process", re.IGNORECASE)
+"""What Triton says of a model whose backend process was killed."""
 NOT_LOADED = re.compile(r"not (?:at )?ready|is unloading|being loaded", re.IGNORECASE)
 SCHEMES = ("grpc", "grpcs", "http", "https")
 LARGEST_MESSAGE_BYTES = 2**31 - 1
@@ -170,6 +174,16 @@ class _Translated:
         if NOT_LOADED.search(message):
             raise errors.ServerUnreachable(
                 f"the server at {self.address} is loading the model. Send again."
+            ) from None
+        if DIED.search(message):
+            raise errors.ServerUnreachable(
+                f"a process of the server at {self.address} has died. Start the server again, if "
+                "`serve` or a container does not."
+            ) from None
+        if SHARED_MEMORY.search(message):
+            raise errors.OutOfMemory(
+                f"the server at {self.address} has too little shared memory for this. Give it a "
+                "larger /dev/shm, or send less at once."
             ) from None
         if OUT_OF_MEMORY.search(message):
             raise errors.OutOfMemory(f"the server at {self.address} has no memory left.") from None

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ import engine
 import triton_adapter as triton
 import triton_metrics
 
-from halimede_ops import batch, heads, session, spec, text, vectors
+from halimede_ops import batch, heads, session, spec, sums, text, vectors
 from halimede_ops.recent import Embedded, Recent
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -61,6 +62,8 @@ class TritonPythonModel:
         config = triton.ModelConfig(args)
         onnx = config.repository / config.parameter("onnx")
         tokenizer = config.repository / config.parameter("tokenizer")
+        for folder in (onnx, tokenizer):
+            triton.load(partial(sums.check, folder))
         self.spec = triton.load(lambda: spec.load(tokenizer))
         self.tokenizer = triton.load(lambda: text.load(tokenizer, self.spec))
         self.metrics = triton_metrics.Metrics(

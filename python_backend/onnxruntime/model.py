@@ -17,7 +17,7 @@ import engine
 import triton_adapter as triton
 import triton_metrics
 
-from halimede_ops import batch, session, spec
+from halimede_ops import batch, session, spec, sums
 from halimede_ops.errors import InvalidInput
 
 
@@ -30,6 +30,7 @@ class TritonPythonModel:
         path = config.version_folder / (
             config.fields.get("default_model_filename") or session.FILE_NAME
         )
+        triton.load(lambda: sums.check(config.version_folder))
         self.read = _read
         if [entry["name"] for entry in config.fields["input"]] == [spec.PIXELS]:
             positions = int(config.parameter("max_tokens"))

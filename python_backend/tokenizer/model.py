@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 import triton_adapter as triton
 import triton_metrics
 
-from halimede_ops import batch, spec, text
+from halimede_ops import batch, spec, sums, text
 from halimede_ops.errors import HalimedeError
 
 PADDING_IS_FREE = (Path(__file__).parent.parent / "onnxruntime" / "model.py").exists()
@@ -32,6 +32,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Open the model's tokenizer."""
         config = triton.ModelConfig(args)
+        triton.load(lambda: sums.check(config.version_folder))
         self.spec = triton.load(lambda: spec.load(config.version_folder))
         self.tokenizer = triton.load(lambda: text.load(config.version_folder, self.spec))
         self.metrics = triton_metrics.Metrics(config, triton_metrics.TRUNCATED_TEXTS)
