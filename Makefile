@@ -63,6 +63,10 @@ test-containers: env default  ## The stack in containers, really run; needs root
 test-faults: env default  ## What fails around a server, with a minute of overload
 	$(BIN)/python -m pytest tests/test_faults.py -m 'faults or not faults' $(ARGS)
 
+security: env default  ## Who may do what, what the logs hold, secrets, known vulnerabilities
+	$(BIN)/python -m pytest tests/test_security.py $(ARGS)
+	$(BIN)/python -m tools audit
+
 lint: env  ## Linter, formatter and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -278,8 +278,8 @@ def _start(repository: Path, python_backend: Path, run: Path, options: Options) 
     except OSError as error:
         reason = re.search(r"\[Errno \d+\] ([^:]*)", str(error))  # shutil's own names each file
         raise ServeError(
-            f"{run} cannot be written: {reason[1] if reason else error}. Free space there, or set HALIMEDE_HOME "
-            "to another folder."
+            f"{run} cannot be written: {reason[1] if reason else error}. Free space there, or set "
+            "HALIMEDE_HOME to another folder."
         ) from None
     command = _command(repository, backends, options)
     with log.open("wb") as out:
