@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -43,6 +45,14 @@ def version_folder(model: Path) -> Path:
 @pytest.fixture(scope="session")
 def settings() -> Settings:
     return Settings()
+
+
+@pytest.fixture(scope="session")
+def tracers() -> TracerProvider:
+    """The process' provider of OpenTelemetry's tracers: it can be set once."""
+    provider = TracerProvider()
+    trace.set_tracer_provider(provider)
+    return provider
 
 
 @pytest.fixture(scope="session")

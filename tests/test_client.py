@@ -190,17 +190,14 @@ def test_prometheus_reads_the_statistics() -> None:
         assert line in text
 
 
-def test_opentelemetry_spans_hold_facts_and_no_text() -> None:
+def test_opentelemetry_spans_hold_facts_and_no_text(tracers: Any) -> None:
     """Each call is a span, child of the caller's, with model and space; an error by its class."""
     from opentelemetry import trace
-    from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
     exporter = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    trace.set_tracer_provider(provider)
+    tracers.add_span_processor(SimpleSpanProcessor(exporter))
     with Embedder(config=HASH) as embedder:
         with trace.get_tracer("test").start_as_current_span("caller"):
             embedder.embed(["xylophone"])

@@ -114,7 +114,7 @@ def test_prometheus_scrapes_triton_and_has_the_rules() -> None:
         time.sleep(1)
     assert [target["health"] for target in asked("targets")["activeTargets"]] == ["up"]
     rules = [rule for group in asked("rules")["groups"] for rule in group["rules"]]
-    assert len(rules) == 9
+    assert len(rules) == 12
     assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
 
 

@@ -106,7 +106,7 @@ def test_a_model_that_does_not_load_is_named(settings: Settings, tmp_path: Path)
     process = start(free_options(), HALIMEDE_REPOSITORY=str(damaged))
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert printed.startswith(f"error: model {MODEL} did not load: model.onnx cannot be")
+    assert printed.startswith(f"error: model {MODEL} did not load: model.onnx is not")
     assert "build the model again" in printed
     assert printed.count("\n") == 1
 

@@ -116,6 +116,10 @@ def serve(
     control_key_file: Annotated[
         Path | None, typer.Option(help="File with the key that model control asks for.")
     ] = None,
+    trace_url: Annotated[
+        str, typer.Option(help="OpenTelemetry collector: http://HOST:4318/v1/traces.")
+    ] = "",
+    trace_every: Annotated[int, typer.Option(help="Of so many requests one is traced.")] = 100,
     replace: Annotated[
         bool,
         typer.Option("--exec", help="Become Triton, for containers: build nothing, log to stdout."),
@@ -143,6 +147,8 @@ def serve(
         control_key_file=control_key_file,
         steps=steps,
         response_cache_mb=response_cache_mb,
+        trace_url=trace_url,
+        trace_every=trace_every,
     )
     settings = Settings()
     if replace:

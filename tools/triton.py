@@ -82,6 +82,11 @@ class Options(BaseModel):
     """File with the key that CONTROL_APIS ask for. Without one they are open on loopback, and
     closed to everybody elsewhere."""
 
+    trace_url: str = ""
+    """OpenTelemetry collector that is told of requests, such as http://127.0.0.1:4318/v1/traces."""
+    trace_every: int = 100
+    """Of how many requests one is traced; one whose caller traces it always is."""
+
     @model_validator(mode="after")
     def _cache_has_its_process(self) -> Options:
         if self.steps and self.response_cache_mb:
@@ -131,6 +136,19 @@ class Options(BaseModel):
             *_log_arguments(self.log_level),
             *self._tls_arguments(),
             *self._restrictions(),
+            *self._trace_arguments(),
+        ]
+
+    def _trace_arguments(self) -> list[str]:
+        if not self.trace_url:
+            return []
+        return [
+            "--trace-config=mode=opentelemetry",
+            "--trace-config=level=TIMESTAMPS",
+            "--trace-config=count=-1",
+            f"--trace-config=rate={self.trace_every}",
+            f"--trace-config=opentelemetry,url={self.trace_url}",
+            "--trace-config=opentelemetry,resource=service.name=triton",
         ]
 
     def _tls_arguments(self) -> list[str]:

@@ -1,4 +1,6 @@
-"""An OpenTelemetry span around each call, where OpenTelemetry is installed. Never a text."""
+"""An OpenTelemetry span around each call, and its context on each request to Triton, where
+OpenTelemetry is installed. Never a text.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from halimede.items import Kind
 
 try:
     trace: Any = importlib.import_module("opentelemetry.trace")
+    propagation: Any = importlib.import_module("opentelemetry.trace.propagation.tracecontext")
 except ImportError:
     trace = None
 
@@ -34,3 +37,13 @@ def span(name: str, kind: Kind, items: int) -> Iterator[dict[str, Any]]:
             raise
         finally:
             current.set_attributes(facts)
+
+
+def headers() -> dict[str, str]:
+    """The current span as W3C's `traceparent` and `tracestate`, so that what a server does becomes
+    part of its trace; empty without a span.
+    """
+    carried: dict[str, str] = {}
+    if trace is not None:
+        propagation.TraceContextTextMapPropagator().inject(carried)
+    return carried

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import Field, field_validator
 
-from halimede import canary
+from halimede import canary, tracing
 from halimede.breaker import Breaker
 from halimede.connection import Connection, Tls, parse
 from halimede.items import Item, Kind, Pair
@@ -281,6 +281,7 @@ class _Server:
             inputs,
             outputs=outputs,
             priority=0 if rows <= batch.INTERACTIVE_ROWS else BULK_PRIORITY,
+            headers=tracing.headers(),
             timeout_s=timeout_s,
         )
 
