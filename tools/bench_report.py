@@ -6,6 +6,7 @@ import json
 import os
 import statistics
 import subprocess
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,11 @@ def _text(
     precisions: Sequence[str],
     lines: Sequence[Mapping[str, Any]],
 ) -> str:
-    rounds = max(
-        sum(line["engine"] == REFERENCE.name and line["case"] == case for line in lines)
-        for case in {line["case"] for line in lines}
+    counts = Counter(
+        line["case"] for line in lines if line["engine"] == REFERENCE.name and "seconds" in line
     )
+    least, most = min(counts.values()), max(counts.values())
+    rounds = str(least) if least == most else f"{least} or {most}"
     parts = [
         "# Against peers",
         "",
