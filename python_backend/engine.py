@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import triton_adapter as triton
 import triton_metrics
 
-from halimede_ops import batch, session
+from halimede_ops import session
 from halimede_ops.continuous import ContinuousBatches
 
 STREAMS = 2
@@ -47,18 +46,12 @@ def open_batches(
     )
     return ContinuousBatches(
         run,
+        opened.plan,
         streams,
-        lambda ran: metrics.ran(ran, _padded_length(ran.rows, max_tokens)),
+        lambda ran: metrics.ran(ran, opened.padded_tokens(ran.rows)),
         time.monotonic,
         run_beside,
     )
-
-
-def _padded_length(rows: Sequence[session.Row | session.Pixels], max_tokens: int | None) -> int:
-    """Tokens of each row of one run; pictures are not padded."""
-    longest = max(row.length for row in rows)
-    is_text = isinstance(rows[0], session.Row)
-    return batch.padded_length(longest, max_tokens) if is_text else longest
 
 
 def _accelerators(config: triton.ModelConfig, kind: str) -> list[session.Accelerator]:

@@ -93,14 +93,14 @@ class Metrics:
         else:
             self._count(ERRORS, 1, type(error).__name__)
 
-    def ran(self, ran: Ran, padded_length: int) -> None:
-        """Count a run whose rows had so many tokens each, padding among them."""
+    def ran(self, ran: Ran, padded_tokens: int) -> None:
+        """Count a run that had so many tokens, padding among them."""
         rows = len(ran.rows)
         tokens = sum(row.length for row in ran.rows)
         with self._lock:
             self._counted[ROWS, ""] += rows
             self._counted[TOKENS, ""] += tokens
-            self._counted[PADDED_TOKENS, ""] += rows * padded_length
+            self._counted[PADDED_TOKENS, ""] += padded_tokens
             self._counted[WAIT_SECONDS, ""] += ran.waited_s
             self._run_rows.append(rows)
 

@@ -240,7 +240,7 @@ def test_vit_b32_as_published(tmp_path: Path) -> None:
         path.parent.mkdir()
     export_images(folder, Reading("vit"), fp32.parent)
     some = pictures.check_pictures(16)
-    to_int8(fp32, check.IMAGES, facts, pictures.calibration_pictures(12), some[:8], (), int8)
+    to_int8(fp32, check.IMAGES, facts, pictures.calibration_pictures(12), some[:8], int8)
     reference = check.image_reference(folder, some, Reading("vit"))
     for precision, path in (("fp32", fp32), ("int8", int8)):
         engine = check.Engine(path, check.image_rows(fp32.parent, facts), facts)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halimede_ops import continuous
+from halimede_ops import batch, continuous
 from halimede_ops.batch import INTERACTIVE_ROWS
 from halimede_ops.continuous import (
     WAITING_BULK_ROWS,
@@ -82,7 +82,7 @@ def test_each_request_gets_its_own_rows_in_order(requests: list[list[int]]) -> N
     answers = [Answer() for _ in requests]
     firsts = iter(range(1000))
     expected = []
-    with closing(ContinuousBatches(first_ids, threads=3)) as batches:
+    with closing(ContinuousBatches(first_ids, batch.plan, threads=3)) as batches:
         for lengths, answer in zip(requests, answers, strict=True):
             rows = [row(length, next(firsts)) for length in lengths]
             expected.append(first_ids(rows))
@@ -93,14 +93,14 @@ def test_each_request_gets_its_own_rows_in_order(requests: list[list[int]]) -> N
 def test_the_row_that_waited_longest_is_in_the_next_run() -> None:
     """A long text among many short ones is not passed over, and those like it go with it."""
     gate = Gate()
-    with closing(ContinuousBatches(gate.run, threads=1)) as batches:
+    with closing(ContinuousBatches(gate.run, batch.plan, threads=1)) as batches:
         batches.submit([row(16)], Answer())
         assert gate.entered.wait(TIMEOUT_S)
-        for length in (200, *[16] * 40, 198):
+        for length in (180, *[16] * 40, 178):
             batches.submit([row(length)], Answer())
         gate.opened.set()
     assert gate.parts[0] == [16]
-    assert sorted(gate.parts[1]) == [198, 200]
+    assert sorted(gate.parts[1]) == [178, 180]
     assert all(set(part) == {16} for part in gate.parts[2:])
 
 
@@ -112,7 +112,7 @@ def test_a_failed_run_fails_its_requests_alone() -> None:
             raise ValueError("13")
         return first_ids(rows)
 
-    with closing(ContinuousBatches(run, threads=2)) as batches:
+    with closing(ContinuousBatches(run, batch.plan, threads=2)) as batches:
         bad, good = Answer(), Answer()
         batches.submit([row(5, 1), row(250, 13)], bad)
         assert isinstance(bad.wait(), ValueError)
@@ -124,7 +124,7 @@ def test_a_request_whose_caller_has_gone_is_not_run(monkeypatch: pytest.MonkeyPa
     """Its outcome is RequestCancelled; those that waited beside it are run."""
     monkeypatch.setattr(continuous, "LONG_WAIT_RUNS", 0)
     gate, gone, stays = Gate(), Answer(), Answer()
-    with closing(ContinuousBatches(gate.run, threads=1)) as batches:
+    with closing(ContinuousBatches(gate.run, batch.plan, threads=1)) as batches:
         batches.submit([row(16)], Answer())
         assert gate.entered.wait(TIMEOUT_S)
         batches.submit([row(16, 1), row(16, 2)], gone, lambda: True)
@@ -141,7 +141,7 @@ def test_a_request_whose_caller_has_gone_is_not_run(monkeypatch: pytest.MonkeyPa
 def test_the_caller_is_held_back_until_there_is_room(rows: int, room: int) -> None:
     """With more rows of a lane waiting than may, `wait_for_room` returns when runs took some."""
     gate = Gate()
-    with closing(ContinuousBatches(gate.run, threads=1)) as batches:
+    with closing(ContinuousBatches(gate.run, batch.plan, threads=1)) as batches:
         batches.submit([row(16)], Answer())
         assert gate.entered.wait(TIMEOUT_S)
         for _ in range(room // rows):
@@ -168,7 +168,7 @@ def test_a_single_text_does_not_wait_for_bulk() -> None:
             return first_ids(rows)
         return gate.run(rows)
 
-    with closing(ContinuousBatches(run, threads=1)) as batches:
+    with closing(ContinuousBatches(run, batch.plan, threads=1)) as batches:
         bulk, single = Answer(), Answer()
         batches.submit([row(16)] * WAITING_ROWS, bulk)
         assert gate.entered.wait(TIMEOUT_S)
@@ -187,7 +187,7 @@ def test_bulk_does_not_starve() -> None:
         if not stop.is_set():
             batches.submit([row(16)], ask_again)
 
-    with closing(ContinuousBatches(first_ids, threads=1)) as batches:
+    with closing(ContinuousBatches(first_ids, batch.plan, threads=1)) as batches:
         for _ in range(4):
             ask_again()
         bulk = Answer()
@@ -199,7 +199,7 @@ def test_bulk_does_not_starve() -> None:
 def test_closing_answers_what_waits() -> None:
     """Every request submitted before `close` has its answer when `close` returns."""
     answers = [Answer() for _ in range(100)]
-    batches = ContinuousBatches(first_ids, threads=2)
+    batches = ContinuousBatches(first_ids, batch.plan, threads=2)
     for index, answer in enumerate(answers):
         batches.submit([row(1 + index, index)], answer)
     batches.close()

@@ -16,7 +16,7 @@ SERVER_SIDE = {"numpy", "tokenizers", "PIL", "onnxruntime"}
 OWN = {"halimede", "halimede_ops", "tools", "triton_adapter", "triton_metrics"}
 STANDARD = {"__future__", "collections", "concurrent", "dataclasses", "json", "os", "pathlib"}
 STANDARD |= {"contextlib", "ctypes", "io", "queue", "re", "sys", "threading", "traceback"}
-STANDARD |= {"hashlib", "secrets", "typing"}
+STANDARD |= {"bisect", "hashlib", "math", "secrets", "typing"}
 WORKER = "sentence_transformers_worker.py"
 BUILD_ONLY = {"torch", "transformers", "sentence_transformers", "optimum", "nncf", "onnx"}
 

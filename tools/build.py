@@ -156,7 +156,7 @@ def _exported(wanted: Order, source: Path, folder: Path, tower: check.Tower) -> 
     return once(
         folder,
         key_of(
-            _code("describe", "export", "graph"),
+            _code("describe", "export", "packing", "graph"),
             fingerprint(source),
             json.dumps(wanted.reading),
             *_versions(),
@@ -176,9 +176,8 @@ def _tower(
         steps["fp16"] = _fp16(exported)
     if "int8" in wanted.precisions:
         calibration, names = _calibration(wanted, tower)
-        kept = () if isinstance(wanted.source, Path) else wanted.source.int8_kept_fp32
-        options["int8"] = key_of(*names, "kept", *kept)
-        steps["int8"] = _int8(exported, facts, tower, calibration, kept, options["int8"])
+        options["int8"] = key_of(*names)
+        steps["int8"] = _int8(exported, facts, tower, calibration, options["int8"])
     files = {precision: step / session.FILE_NAME for precision, step in steps.items()}
     checked = once(
         _beside(exported, "checked"),
@@ -218,18 +217,19 @@ def _int8(
     facts: ModelSpec,
     tower: check.Tower,
     calibration: list[Any],
-    kept: tuple[str, ...],
     options: str,
 ) -> Path:
     folder = _beside(exported, "int8")
     return once(
         folder,
         key_of(
-            _code("quantise", "graph", "corpus", "pictures"), fingerprint(exported), options,
+            _code("quantise", "outliers", "packing", "graph", "corpus", "pictures"),
+            fingerprint(exported),
+            options,
             *_versions(),
         ),
         f"quantise ({folder.name})",
-        lambda target: _to_int8(exported, facts, tower, calibration, kept, target),
+        lambda target: _to_int8(exported, facts, tower, calibration, target),
     )  # fmt: skip
 
 
@@ -327,14 +327,13 @@ def _to_int8(
     facts: ModelSpec,
     tower: check.Tower,
     calibration: list[Any],
-    kept: tuple[str, ...],
     target: Path,
 ) -> None:
     from tools.quantise import to_int8
 
     fp32, int8 = exported / session.FILE_NAME, target / session.FILE_NAME
     inputs = _check_inputs(tower)[::3]
-    done = to_int8(fp32, tower, facts, calibration, inputs, kept, int8)
+    done = to_int8(fp32, tower, facts, calibration, inputs, int8)
     (target / "quantised.json").write_text(json.dumps(done, indent=2))
 
 

@@ -21,7 +21,7 @@ from optimum.exporters.onnx.model_patcher import ModelPatcher
 from halimede_ops import session, spec, text
 from halimede_ops.errors import BuildError
 from halimede_ops.spec import PIXELS, POOLED, ImageSpec, ModelSpec
-from tools import describe, graph
+from tools import describe, graph, packing
 from tools.describe import Reading
 
 
@@ -98,10 +98,14 @@ def _from_torch(model: Any, facts: ModelSpec, path: Path) -> None:
     alone and no further heads.
     """
     config = getattr(model[0].auto_model.config, "text_config", model[0].auto_model.config)
-    # optimum asks the model for its config, as every transformers model has one.
-    model.config = config
     outputs = list(output_widths(facts))
-    optimum_export(model, _Config(config, "feature-extraction", outputs), path)
+    packed = packing.packed(model)
+    exported = model if packed is None else packed
+    # optimum asks the model for its config, as every transformers model has one.
+    exported.config = config
+    optimum_export(exported, _Config(config, "feature-extraction", outputs), path)
+    if packed is not None:
+        graph.mark_packed(path)
 
 
 class _Patcher(ModelPatcher):  # type: ignore[misc]

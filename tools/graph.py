@@ -12,7 +12,7 @@ import onnxruntime
 from onnx import compose, helper, numpy_helper
 
 from halimede_ops.errors import InvalidModel
-from halimede_ops.session import DATA_SUFFIX, file_bytes
+from halimede_ops.session import DATA_SUFFIX, PACKED, file_bytes
 from halimede_ops.spec import POOLED, TOKEN_EMBEDDINGS
 
 INPUTS = ("input_ids", "attention_mask")
@@ -77,7 +77,7 @@ def dequantise_what_is_looked_up(model: onnx.ModelProto) -> None:
         by_row = scale.ndim == 0 or (scale.ndim == 1 and _axis(table, 1) == 0)
         if by_row and not zero.any():
             _look_up_quantised(graph, lookup, table.input[0], np.broadcast_to(scale, len(values)))
-    _drop_unused(graph, "DequantizeLinear")
+    _drop_unused(model, "DequantizeLinear")
 
 
 def _axis(node: onnx.NodeProto, default: int) -> int:
@@ -101,14 +101,21 @@ def _look_up_quantised(graph: Any, lookup: Any, table: str, scale: np.ndarray) -
         graph.node.insert(place, node)
 
 
-def _drop_unused(graph: Any, operator: str) -> None:
+def _drop_unused(model: onnx.ModelProto, operator: str) -> None:
     """Drop the operator's nodes that give nothing that is used, with the constants left over."""
+    graph: Any = model.graph
     used = {name for node in graph.node for name in node.input}
     for node in [node for node in graph.node if node.op_type == operator]:
         if not used & set(node.output):
             graph.node.remove(node)
-    still = {name for node in graph.node for name in node.input}
-    for entry in [entry for entry in graph.initializer if entry.name in used - still]:
+    drop_unused_constants(model)
+
+
+def drop_unused_constants(model: onnx.ModelProto) -> None:
+    """Drop the constants that no node takes."""
+    graph: Any = model.graph
+    used = {name for node in graph.node for name in node.input}
+    for entry in [entry for entry in graph.initializer if entry.name not in used]:
         graph.initializer.remove(entry)
 
 
@@ -180,3 +187,10 @@ def _make_zeros(model: onnx.ModelProto, name: str) -> None:
     zero = helper.make_tensor("", onnx.TensorProto.INT64, [1], [0])
     graph.node.insert(0, helper.make_node("ConstantOfShape", [f"{name}/shape"], [name], value=zero))
     graph.node.insert(0, helper.make_node("Shape", ["input_ids"], [f"{name}/shape"]))
+
+
+def mark_packed(path: Path) -> None:
+    """Write into the model that its rows may have several texts."""
+    model = onnx.load(path, load_external_data=False)
+    helper.set_model_props(model, dict.fromkeys((PACKED,), "true"))
+    onnx.save(model, path)

@@ -24,6 +24,8 @@ LONG_WAIT_RUNS = 16
 
 Run = Callable[[Sequence[Row | Pixels]], Sequence[Any]]
 """What gives one result a row."""
+Plan = Callable[[Sequence[int]], list[list[int]]]
+"""What gives the micro-batches, as indices, of rows of these lengths."""
 Outcome = Sequence[Any] | Exception
 """One result a row, in order, or what running them raised."""
 
@@ -39,7 +41,7 @@ class Ran(NamedTuple):
 class ContinuousBatches:
     """Threads that run rows through `run`, each taking a micro-batch as soon as it is free.
 
-    A micro-batch has the row that waited longest, so none starves, and rows of like length beside
+    A micro-batch has the row that waited longest, so none starves, and those that run best beside
     it, whichever request they came with, so little is padded. Small requests do not wait for bulk:
     while it is run, one more thread runs them, and them alone.
     """
@@ -47,6 +49,7 @@ class ContinuousBatches:
     def __init__(
         self,
         run: Run,
+        plan: Plan,
         threads: int,
         tell: Callable[[Ran], None] = lambda ran: None,
         clock: Callable[[], float] = lambda: 0.0,
@@ -56,11 +59,13 @@ class ContinuousBatches:
 
         Args:
             run: gives one result a row.
+            plan: gives the micro-batches that cost least.
             threads: micro-batches that are run at the same time; one more while bulk is.
             tell: hears of each one that was run, from the thread that ran it.
             clock: seconds since any moment; without it, rows are said to have waited 0.
             run_beside: runs small requests beside bulk; None: `run`.
         """
+        self._plan = plan
         self._tell = tell
         self._clock = clock
         self._waiting: list[_Waiting] = []
@@ -179,7 +184,7 @@ class ContinuousBatches:
         """
         if not places:
             return []
-        parts = batch.plan([self._waiting[place].row.length for place in places])
+        parts = self._plan([self._waiting[place].row.length for place in places])
         chosen = [places[index] for index in next(part for part in parts if 0 in part)]
         part = [self._waiting[place] for place in chosen]
         for place in sorted(chosen, reverse=True):

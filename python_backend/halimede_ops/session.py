@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,9 @@ from halimede_ops.spec import PIXELS, POOLED
 FILE_NAME = "model.onnx"
 DATA_SUFFIX = ".data"
 """Weights of a model.onnx too large for one protobuf file lie in `model.onnx.data`."""
+
+PACKED = "packed"
+"""Key of a model.onnx's metadata: its rows may have several texts, numbered by the mask."""
 
 OPENVINO_PROPERTIES = {
     # OpenVINO pins the threads of every process to the same first cores: two instances of one
@@ -60,6 +64,25 @@ class Row(NamedTuple):
         return len(self.ids)
 
 
+class Place(NamedTuple):
+    """Where a text lies in a model's inputs."""
+
+    row: int
+    start: int
+    """Its first token in the row."""
+    number: int
+    """Texts before it in the row."""
+
+
+class Layout(NamedTuple):
+    """How texts lie in a model's inputs."""
+
+    places: list[Place]
+    """Of each text."""
+    shape: tuple[int, int]
+    """Rows, and tokens of each."""
+
+
 class Pixels(NamedTuple):
     """One picture as it comes from a request."""
 
@@ -88,18 +111,25 @@ class Session:
     ) -> None:
         self._session = session
         self._max_tokens = max_tokens
+        self._packed = PACKED in session.get_modelmeta().custom_metadata_map
         self.heads = [node.name for node in session.get_outputs() if node.name != POOLED]
         """Names of the outputs with one row a token."""
-        self._streams = ThreadPoolExecutor(streams) if streams > 1 else None
+        self._streams = streams
+        self._pool = ThreadPoolExecutor(streams) if streams > 1 else None
+
+    def plan(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Indices of rows of these lengths in the micro-batches that cost least."""
+        plan = batch.plan_packed if self._packed else batch.plan
+        return plan(lengths, self._streams)
 
     def run(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
         """Pooled vectors `[len(rows), dims]` float32, in the order of `rows`.
 
-        Rows are sorted by length and run in micro-batches, so a row's vector does not depend on
-        what is asked beside it beyond the last bits of float32.
+        Rows run in micro-batches of like length, or several in one row of the model, so a row's
+        vector does not depend on what is asked beside it beyond the last bits of float32.
         """
-        parts = batch.plan([row.length for row in rows])
-        run = map if self._streams is None else self._streams.map
+        parts = self.plan([row.length for row in rows])
+        run = map if self._pool is None else self._pool.map
         results = list(run(lambda part: self.run_together([rows[i] for i in part]), parts))
         out = np.empty((len(rows), results[0].shape[1]), np.float32)
         for part, vectors in zip(parts, results, strict=True):
@@ -107,34 +137,76 @@ class Session:
         return out
 
     def run_together(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
-        """Pooled vectors `[len(rows), dims]` float32 of one run, all rows padded alike."""
-        return np.asarray(self._session.run([POOLED], self.feeds(rows))[0])
+        """Pooled vectors `[len(rows), dims]` float32 of one run."""
+        places, feeds = self._placed(rows)
+        [pooled] = self._session.run([POOLED], feeds)
+        return np.asarray(_of_texts(pooled, places))
 
     def run_with_heads(self, rows: Sequence[Row | Pixels]) -> list[dict[str, np.ndarray]]:
         """Every output of one run, by row: POOLED `[dims]` float32, and each of `heads`
         `[tokens of the row, width]` float32.
         """
-        names = [POOLED, *self.heads]
-        outputs = self._session.run(names, self.feeds(rows))
+        places, feeds = self._placed(rows)
+        pooled, *heads = self._session.run([POOLED, *self.heads], feeds)
+        named = list(zip(self.heads, heads, strict=True))
         return [
-            {
-                name: values[index] if name == POOLED else values[index, : row.length]
-                for name, values in zip(names, outputs, strict=True)
-            }
-            for index, row in enumerate(rows)
+            {POOLED: vector}
+            | {name: values[place.row, place.start :][: row.length] for name, values in named}
+            for row, place, vector in zip(rows, places, _of_texts(pooled, places), strict=True)
         ]
 
-    def feeds(self, rows: Sequence[Row | Pixels]) -> dict[str, np.ndarray]:
-        """The model's inputs for rows that run together, texts padded alike."""
+    def padded_tokens(self, rows: Sequence[Row | Pixels]) -> int:
+        """Tokens that one run of these rows has, padding among them; pictures are not padded."""
+        texts = [row for row in rows if isinstance(row, Row)]
+        return math.prod(self._layout(texts).shape) if texts else sum(row.length for row in rows)
+
+    def _placed(self, rows: Sequence[Row | Pixels]) -> tuple[list[Place], dict[str, np.ndarray]]:
+        """Where each row lies in the model's inputs, and the inputs, for rows that run together."""
         pictures = [row.values for row in rows if isinstance(row, Pixels)]
         if pictures:
-            return {PIXELS: np.stack(pictures)}
+            return _apart(len(rows)), {PIXELS: np.stack(pictures)}
         texts = [row for row in rows if isinstance(row, Row)]
-        length = batch.padded_length(max(row.length for row in texts), self._max_tokens)
-        return {
-            "input_ids": batch.pad([row.ids for row in texts], length),
-            "attention_mask": batch.pad([row.mask for row in texts], length),
-        }
+        places, shape = self._layout(texts)
+        ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for text, place in zip(texts, places, strict=True):
+            end = place.start + text.length
+            ids[place.row, place.start : end] = text.ids
+            mask[place.row, place.start : end] = text.mask * (place.number + 1)
+        return places, {"input_ids": ids, "attention_mask": mask}
+
+    def _layout(self, texts: Sequence[Row]) -> Layout:
+        if self._packed:
+            # What is masked as a whole has no number, so nothing may lie beside it.
+            places = _side_by_side([text.length if text.mask.any() else 0 for text in texts])
+        else:
+            places = _apart(len(texts))
+        longest = max(place.start + text.length for text, place in zip(texts, places, strict=True))
+        # A text's positions begin anew where it begins, so a packed row may have more of them.
+        most = None if self._packed else self._max_tokens
+        rows = max(place.row for place in places) + 1
+        return Layout(places, (rows, batch.padded_length(longest, most)))
+
+
+def _apart(count: int) -> list[Place]:
+    return [Place(row, 0, 0) for row in range(count)]
+
+
+def _side_by_side(lengths: Sequence[int]) -> list[Place]:
+    """The place of each text; texts of one row follow each other without a gap."""
+    places = _apart(len(lengths))
+    for row, texts in enumerate(batch.pack(lengths)):
+        start = 0
+        for number, text in enumerate(texts):
+            places[text] = Place(row, start, number)
+            start += lengths[text]
+    return places
+
+
+def _of_texts(pooled: np.ndarray, places: Sequence[Place]) -> np.ndarray:
+    """Each text's vector of those that a run gave, as many a row as the fullest row has texts."""
+    rows = max(place.row for place in places) + 1
+    each = len(pooled) // rows
+    return pooled[[place.row * each + place.number for place in places]]
 
 
 def joined(rows: Sequence[Any]) -> dict[str, np.ndarray]:

@@ -1,0 +1,111 @@
+"""Packing: a model as it runs with several texts in one row.
+
+The attention mask's values number a row's texts from 1; a token attends to its own text alone, has
+the position it would have if its text began the row, and every text is pooled for itself. With a
+mask of 0 and 1, one text a row, the graph is what it is without packing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from halimede_ops.spec import POOLED, TOKEN_EMBEDDINGS
+
+ARCHITECTURES = ("bert", "roberta", "xlm-roberta", "camembert")
+"""Encoders that take a mask for every pair of tokens, and a position for every token."""
+POOL = "/pool/"
+"""Part of the names of the nodes that pool."""
+POOLINGS = ("mean", "cls")
+
+
+def packed(model: Any) -> Packed | None:
+    """A loaded model that takes several texts a row; None where its parts cannot."""
+    config, pooling = model[0].auto_model.config, model[1] if len(model) > 1 else None
+    possible = (
+        config.model_type in ARCHITECTURES
+        and getattr(config, "position_embedding_type", "absolute") == "absolute"
+        and not getattr(config, "is_decoder", False)
+        and type(pooling).__name__ == "Pooling"
+        and pooling_mode(pooling) in POOLINGS
+    )
+    return Packed(model) if possible else None
+
+
+def pooling_mode(pooling: Any) -> str:
+    """How a Pooling pools; empty where it does so in several ways at once."""
+    mode = pooling.pooling_mode
+    return mode if isinstance(mode, str) else mode[0] if len(mode) == 1 else ""
+
+
+class Packed(torch.nn.Module):
+    """A SentenceTransformer over rows of several texts."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.transformer = model[0]
+        self.pool = _Pool(pooling_mode(model[1]))
+        self.after = torch.nn.ModuleList(list(model)[2:])
+        embeddings = model[0].auto_model.embeddings
+        is_bert = model[0].auto_model.config.model_type == "bert"
+        self.padding_id = None if is_bert else embeddings.padding_idx
+
+    def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Features with POOLED, `[rows * texts of the fullest row, dims]`: a row's texts side by
+        side, in order of their numbers, rows of fewer texts filled up with what means nothing.
+        """
+        ids, texts = features["input_ids"], features["attention_mask"]
+        same = (texts[:, :, None] == texts[:, None, :]) & (texts[:, None, :] > 0)
+        positions = (
+            positions_in_text(texts)
+            if self.padding_id is None
+            else positions_of_roberta(ids, same, self.padding_id)
+        )
+        asked = {"input_ids": ids, "attention_mask": same.long(), "position_ids": positions}
+        features = self.transformer(asked)
+        features["attention_mask"] = texts
+        features[POOLED] = self.pool(features[TOKEN_EMBEDDINGS], texts)
+        for module in self.after:
+            features = module(features)
+        return features
+
+
+class _Pool(torch.nn.Module):
+    """Every text of a row pooled for itself."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, hidden: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        most: Any = texts.max().clamp(min=1)
+        numbers = 1 + torch.arange(most)
+        own = texts[:, None, :] == numbers[None, :, None]
+        if self.mode == "cls":
+            first = own.int().argmax(dim=-1, keepdim=True).expand(-1, -1, hidden.shape[-1])
+            return hidden.gather(1, first).flatten(0, 1)
+        weights = own.to(hidden.dtype)
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-9)
+        return (weights @ hidden).flatten(0, 1)
+
+
+def positions_in_text(texts: torch.Tensor) -> torch.Tensor:
+    """Each token's distance from the end of the text before its own: `[rows, tokens]` int64.
+
+    Masked tokens in front of a text count, as they do for BERT.
+    """
+    index = torch.arange(texts.shape[1], device=texts.device)
+    before = (texts[:, None, :] > 0) & (texts[:, None, :] < texts[:, :, None])
+    starts = (before * (index + 1)).amax(dim=-1)
+    return index - starts
+
+
+def positions_of_roberta(ids: torch.Tensor, same: torch.Tensor, padding_id: int) -> torch.Tensor:
+    """Each token's number among those of its text that are not `padding_id`, counted from
+    `padding_id` + 1; `padding_id` for one that is: `[rows, tokens]` int64.
+    """
+    counted = ids != padding_id
+    earlier = torch.ones_like(same[0]).tril()
+    numbers = (same & earlier & counted[:, None, :]).sum(dim=-1)
+    return numbers * counted + padding_id
