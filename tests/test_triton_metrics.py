@@ -75,8 +75,8 @@ def test_errors_are_counted_by_the_class_that_the_client_raises(
 def test_requests_whose_callers_have_gone_are_counted(server: Server) -> None:
     """Cancelled while others ran: rows of theirs that were not run yet never are."""
     before = figures(server, model=MODEL)
-    text = grpcclient.InferInput("TEXT", [32, 1], "BYTES")
-    text.set_data_from_numpy(np.full((32, 1), b"word " * 250, np.object_))
+    text = grpcclient.InferInput("TEXT", [64, 1], "BYTES")
+    text.set_data_from_numpy(np.full((64, 1), b"word " * 250, np.object_))
     answered: list[Any] = []
     done = threading.Semaphore(0)
 
@@ -86,7 +86,7 @@ def test_requests_whose_callers_have_gone_are_counted(server: Server) -> None:
 
     with grpcclient.InferenceServerClient(server.grpc_address) as client:
         calls = [client.async_infer(MODEL, [text], take) for _ in range(4)]
-        time.sleep(0.3)  # they have reached the backend, and wait there
+        time.sleep(1.0)  # they have reached the backend, and wait there
         for call in calls[2:]:
             call.cancel()
         for _ in calls:
@@ -102,4 +102,4 @@ def test_requests_whose_callers_have_gone_are_counted(server: Server) -> None:
         model=MODEL,
     )
     ran = grown(before, after)
-    assert 2 * 32 <= ran["halimede_rows_total"] < 4 * 32
+    assert 2 * 64 <= ran["halimede_rows_total"] < 4 * 64
