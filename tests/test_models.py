@@ -191,6 +191,23 @@ def test_pooling_modes(tmp_path: Path, texts: list[str]) -> None:
         assert vectors.cosine(got, expected).min() >= 0.99999
 
 
+@pytest.mark.parametrize("name", ["minilm", "bge", "codebert", "bge-m3", "mpnet", "qwen3"])
+def test_texts_that_share_rows(
+    name: str, folders: dict[str, Path], tmp_path: Path, texts: list[str]
+) -> None:
+    """BERT's and RoBERTa's kin take several texts a row, others one; the vectors are those of
+    each text alone.
+    """
+    engine = exported(folders[name], tmp_path / "onnx")
+    rows = [row for row in engine.rows(texts) if row.length <= 64]
+    tokens = sum(row.length for row in rows)
+    shared = engine.session.padded_tokens(rows) < 1.3 * tokens
+    assert shared == (name not in ("mpnet", "qwen3"))
+    together = engine.session.run_together(rows)
+    alone = np.concatenate([engine.session.run_together([row]) for row in rows])
+    assert vectors.cosine(together, alone).min() >= 0.99999
+
+
 def test_layer_norm_and_default_prompt(tmp_path: Path, texts: list[str]) -> None:
     """A LayerNorm module and a default prompt act as in sentence-transformers."""
     folder = small_models.sentence_transformer(

@@ -105,6 +105,21 @@ def test_plan_never_costs_more_than_one_run_a_row(lengths: list[int]) -> None:
     assert cost(batch.plan(lengths)) <= cost([[index] for index in range(len(lengths))])
 
 
+@given(st.lists(st.integers(0, 300), max_size=60))
+def test_packed_rows_hold_every_text_once_and_leave_little_free(lengths: list[int]) -> None:
+    """A row is no longer than its longest text rounded up, one without tokens has its own row, and
+    no two rows of that length would have fitted into one.
+    """
+    rows = batch.pack(lengths)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    used = [sum(lengths[index] for index in row) for row in rows]
+    capacity = [-(-lengths[row[0]] // batch.PACKED_TOKENS) * batch.PACKED_TOKENS for row in rows]
+    assert all(tokens <= most for tokens, most in zip(used, capacity, strict=True))
+    assert all(len(row) == 1 for row, tokens in zip(rows, used, strict=True) if not tokens)
+    short = sorted(tokens for tokens, most in zip(used, capacity, strict=True) if 0 < most <= 64)
+    assert len(short) < 2 or short[0] + short[1] > batch.PACKED_TOKENS
+
+
 def test_used_lengths_sees_past_holes() -> None:
     """A row's length ends at its last 1; an all-masked row has length 0."""
     mask = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])

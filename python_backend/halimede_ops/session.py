@@ -115,7 +115,7 @@ class Session:
         self.heads = [node.name for node in session.get_outputs() if node.name != POOLED]
         """Names of the outputs with one row a token."""
         self._streams = streams
-        self._pool = ThreadPoolExecutor(streams) if streams > 1 else None
+        self._threads = ThreadPoolExecutor(streams) if streams > 1 else None
 
     def plan(self, lengths: Sequence[int]) -> list[list[int]]:
         """Indices of rows of these lengths in the micro-batches that cost least."""
@@ -129,7 +129,7 @@ class Session:
         vector does not depend on what is asked beside it beyond the last bits of float32.
         """
         parts = self.plan([row.length for row in rows])
-        run = map if self._pool is None else self._pool.map
+        run = map if self._threads is None else self._threads.map
         results = list(run(lambda part: self.run_together([rows[i] for i in part]), parts))
         out = np.empty((len(rows), results[0].shape[1]), np.float32)
         for part, vectors in zip(parts, results, strict=True):
