@@ -14,7 +14,7 @@ export COMPOSE_PROJECT_NAME := halimede
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 OURS := --filter label=com.docker.compose.project=halimede
 
-.PHONY: help env build serve deploy up down test test-containers lint format perf sts bench bench-cache bench-engine clean test-faults security
+.PHONY: help env build serve deploy up down test test-containers lint format perf sts bench bench-cache clean test-faults security
 
 help:  ## List the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -84,9 +84,6 @@ sts: env  ## STS Spearman through a running server; ARGS='--file stsb-dev.tsv'
 
 bench: env default  ## Every engine against its peers, in one run; report in docs/benchmarks/
 	$(BIN)/python -m tools bench --model $(MODEL) $(ARGS)
-
-bench-engine: env default  ## The engine in process against sentence-transformers; report in docs/benchmarks/
-	$(BIN)/python -m tools bench-engine $(ARGS)
 
 bench-cache: env  ## Cache hits and hash embeddings against the texts/s they must reach
 	$(BIN)/python -m tools bench-cache

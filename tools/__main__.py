@@ -186,18 +186,6 @@ def designs(
 
 
 @app.command()
-def bench_engine(
-    model: Annotated[str, typer.Option()] = catalogue.DEFAULT,
-    precisions: Annotated[str, typer.Option(help="Separated by commas.")] = "fp32,int8",
-    rounds: Annotated[int, typer.Option(help="Each engine in turn, this often.")] = 5,
-) -> None:
-    """Measure the in-process engine against sentence-transformers; write the report."""
-    from tools.bench_engine import bench_engine as measure
-
-    measure(Settings(), model, _names(precisions), rounds)
-
-
-@app.command()
 def sts(
     file: Annotated[Path, typer.Option(help="Tab-separated: score, sentence1, sentence2.")],
     models: Annotated[str, typer.Option(help="Names, separated by commas.")] = catalogue.DEFAULT,
@@ -266,6 +254,9 @@ def bench(
     cases: Annotated[
         str, typer.Option(help="Separated by commas: single, 100, 1000, …; all when empty.")
     ] = "",
+    engines: Annotated[
+        str, typer.Option(help="Parts of names, separated by commas: 'in process'; all when empty.")
+    ] = "",
     rounds: Annotated[int, typer.Option(help="Each engine in turn, this often.")] = 3,
     append: Annotated[
         bool, typer.Option("--append", help="Keep the figures of the runs before.")
@@ -274,7 +265,15 @@ def bench(
     """Measure every engine against its peers; write the report."""
     from tools.bench import bench as measure
 
-    measure(Settings(), model, _names(precisions), _names(cases), rounds, fresh=not append)
+    measure(
+        Settings(),
+        model,
+        _names(precisions),
+        _names(cases),
+        _names(engines),
+        rounds,
+        fresh=not append,
+    )
 
 
 @app.command()

@@ -250,10 +250,15 @@ def write_texts(settings: Settings) -> Path:
     return folder
 
 
-def engines(precisions: Sequence[str]) -> list[Engine]:
-    """All of these precisions, the reference always."""
-    peers = [one for one in bench_peers.PEERS if one.precision in precisions or one is REFERENCE]
-    return [*peers, *(one for name in precisions for one in bench_peers.ours(name))]
+def engines(precisions: Sequence[str], named: Sequence[str] = ()) -> list[Engine]:
+    """All of these precisions whose names have one of `named` as a part, the reference always."""
+    chosen = [*bench_peers.PEERS, *(one for name in PRECISIONS for one in bench_peers.ours(name))]
+    return [
+        one
+        for one in chosen
+        if one is REFERENCE
+        or (one.precision in precisions and (not named or any(part in one.name for part in named)))
+    ]
 
 
 @contextlib.contextmanager
@@ -356,14 +361,15 @@ def bench(
     model: str,
     precisions: Sequence[str],
     cases: Sequence[str],
+    named: Sequence[str],
     rounds: int,
     *,
     fresh: bool,
 ) -> Path:
-    """Measure, print the tables and write the report; its path."""
+    """Measure the engines `named`, or all; print the tables and write the report; its path."""
     chosen = [case for case in CASES if not cases or case.name in cases]
     results = Results(settings.home / "bench" / "results.jsonl", fresh=fresh)
-    with started(settings, model, engines(precisions)) as running:
+    with started(settings, model, engines(precisions, named)) as running:
         compare(running, results)
         for number in range(rounds + 1):
             for case in chosen:
