@@ -96,12 +96,23 @@ def traced(
         yield server
 
 
+@pytest.fixture(scope="module")
+def told(tracers: TracerProvider, collector: Collector) -> Iterator[None]:
+    """The collector hears of every span of this process, until these tests are over: an exporter
+    whose collector has gone would hold each later call.
+    """
+    processor = SimpleSpanProcessor(OTLPSpanExporter(collector.url))
+    tracers.add_span_processor(processor)
+    yield
+    processor.shutdown()
+
+
+@pytest.mark.usefixtures("told")
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
 def test_client_and_triton_are_one_trace(
-    traced: triton.Server, collector: Collector, tracers: TracerProvider, scheme: str
+    traced: triton.Server, collector: Collector, scheme: str
 ) -> None:
     """The caller's span is above the client's, and that above Triton's; no text is in any."""
-    tracers.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(collector.url)))
     address = traced.grpc_address if scheme == "grpc" else traced.http_address
     with Embedder(f"{scheme}://{address}", MODEL) as embedder:
         with trace.get_tracer("a caller").start_as_current_span("caller") as mine:
