@@ -44,6 +44,14 @@ class Collector(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/v1/traces"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    def trace(self, trace_id: int) -> dict[str, list[Span]]:
+        """The spans of one trace, by name."""
+        found: dict[str, list[Span]] = {}
+        for span in self.spans:
+            if span.trace_id == trace_id.to_bytes(16, "big").hex():
+                found.setdefault(span.name, []).append(span)
+        return found
+
 
 class Told(BaseHTTPRequestHandler):
     server: Collector
@@ -114,19 +122,18 @@ def test_client_and_triton_are_one_trace(
 ) -> None:
     """The caller's span is above the client's, and that above Triton's; no text is in any."""
     address = traced.grpc_address if scheme == "grpc" else traced.http_address
+    deadline = time.monotonic() + TIMEOUT_S
+    found: dict[str, list[Span]] = {}
     with Embedder(f"{scheme}://{address}", MODEL) as embedder:
         with trace.get_tracer("a caller").start_as_current_span("caller") as mine:
-            embedder.embed([SECRET_TEXT])
-    trace_id = mine.get_span_context().trace_id.to_bytes(16, "big").hex()
-
-    def of_this_trace() -> dict[str, Span]:
-        return {span.name: span for span in collector.spans if span.trace_id == trace_id}
-
-    deadline = time.monotonic() + TIMEOUT_S
-    while "InferRequest" not in of_this_trace():
-        assert time.monotonic() < deadline, collector.spans
-        time.sleep(0.1)
-    found = of_this_trace()
-    assert found["halimede.embed"].parent_id == found["caller"].span_id
-    assert found["InferRequest"].parent_id == found["halimede.embed"].span_id
+            context = mine.get_span_context()
+            # Triton drops what it could not tell: another call, another chance.
+            while "InferRequest" not in found and time.monotonic() < deadline:
+                embedder.embed([SECRET_TEXT])
+                time.sleep(1)
+                found = collector.trace(context.trace_id)
+    caller = context.span_id.to_bytes(8, "big").hex()
+    assert {span.parent_id for span in found["halimede.embed"]} == {caller}
+    calls = {span.span_id for span in found["halimede.embed"]}
+    assert {span.parent_id for span in found["InferRequest"]} <= calls
     assert not any(SECRET_TEXT.encode() in body for body in collector.bodies)
