@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,11 @@ from tools.settings import Settings
 MODEL = "all-MiniLM-L6-v2"
 PRECISIONS = ("fp32", "fp16", "int8")
 NAMES = {"fp32": MODEL, "fp16": f"{MODEL}-fp16", "int8": f"{MODEL}-int8"}
+
+
+def pytest_configure() -> None:
+    # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def free_options(**fields: object) -> triton.Options:
