@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from halimede import catalogue, store
-from halimede.store import sha256
 from halimede_ops import pins, session, spec, text
 from halimede_ops.errors import InvalidInput, LicenceNotAccepted, QualityError
 from halimede_ops.spec import ModelSpec
+from halimede_ops.sums import sha256
 from tools import candidates, check, config, corpus, describe, pictures, repository
 from tools.check import BARS, TOOLS
 from tools.describe import Reading
@@ -230,7 +230,7 @@ def _int8(
         ),
         f"quantise ({folder.name})",
         lambda target: _to_int8(exported, facts, tower, calibration, target),
-    )  # fmt: skip
+    )
 
 
 def _calibration(wanted: Order, tower: check.Tower) -> tuple[list[Any], list[str]]:

@@ -18,10 +18,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from halimede.store import sha256
 from halimede_ops import text
 from halimede_ops.errors import BuildError, InvalidModel, UntrustedCode
 from halimede_ops.spec import MULTI_VECTOR, SPARSE, TOKEN_EMBEDDINGS, ImageSpec, ModelSpec
+from halimede_ops.sums import sha256
 from tools.steps import key_of
 
 KNOWN_MODULES = (

@@ -9,8 +9,8 @@ import zipfile
 from pathlib import Path
 
 from halimede.catalogue import Hub, Model, Source, Wheel
-from halimede.store import sha256
 from halimede_ops.errors import ChecksumMismatch, DownloadError
+from halimede_ops.sums import sha256
 from tools.steps import console
 
 HUB_FILES = (

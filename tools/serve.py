@@ -51,7 +51,7 @@ def _ended(server: triton.Running) -> str:
     while server.is_running():
         if server.has_lost_a_process():
             server.kill()
-            return "a process of Triton's Python backend died; Triton was ended"
+            return watch.TOLD
         time.sleep(watch.EVERY_S)
     return "Triton ended by itself"
 

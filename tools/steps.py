@@ -14,8 +14,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from halimede.store import LOCK, PART, RECORD, damaged, recorded, sha256
+from halimede.store import LOCK, PART, RECORD, damaged, recorded
 from halimede_ops.errors import BuildError
+from halimede_ops.sums import sha256
 from tools.settings import Settings
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)

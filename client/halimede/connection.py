@@ -28,13 +28,42 @@ CODES = {
     "RESOURCE_EXHAUSTED": errors.OutOfMemory,
 }
 """Error class of a gRPC status name or an HTTP status code."""
-OUT_OF_MEMORY = re.compile(r"out of memory|bad_alloc|failed to allocate", re.IGNORECASE)
-SHARED_MEMORY = re.compile(r"shared memory", re.IGNORECASE)
-"""What Triton says when it has no room to hand a request to a backend."""
-RESTRICTED = re.compile(r"restricted, expecting header", re.IGNORECASE)
-DIED = re.compile(r"is not healthy|stub process", re.IGNORECASE)
-"""What Triton says of a model whose backend process was killed."""
-NOT_LOADED = re.compile(r"not (?:at )?ready|is unloading|being loaded", re.IGNORECASE)
+WORDED = (
+    (
+        re.compile("maximum queue size"),
+        errors.ServerOverloaded,
+        "the server at {} has a full queue. Back off and send again.",
+    ),
+    (
+        re.compile("restricted, expecting header", re.IGNORECASE),
+        errors.AccessDenied,
+        "the server at {} wants its control key for this, and was given none or a wrong one. "
+        "`tools deploy` takes its file as --control-key-file.",
+    ),
+    (
+        re.compile("not (?:at )?ready|is unloading|being loaded", re.IGNORECASE),
+        errors.ServerUnreachable,
+        "the server at {} is loading the model. Send again.",
+    ),
+    (  # of a model whose backend process was killed
+        re.compile("is not healthy|stub process", re.IGNORECASE),
+        errors.ServerUnreachable,
+        "a process of the server at {} has died. Start the server again, if `serve` or a container "
+        "does not.",
+    ),
+    (  # there is no room to hand a request to a backend
+        re.compile("shared memory", re.IGNORECASE),
+        errors.OutOfMemory,
+        "the server at {} has too little shared memory for this. Give it a larger /dev/shm, or "
+        "send less at once.",
+    ),
+    (
+        re.compile("out of memory|bad_alloc|failed to allocate", re.IGNORECASE),
+        errors.OutOfMemory,
+        "the server at {} has no memory left.",
+    ),
+)
+"""What Triton says, whatever its code; the error that it is; what is told, with the address."""
 SCHEMES = ("grpc", "grpcs", "http", "https")
 LARGEST_MESSAGE_BYTES = 2**31 - 1
 CHANNEL_OPTIONS = [
@@ -162,31 +191,9 @@ class _Translated:
     def _from_triton(self, error: InferenceServerException) -> NoReturn:
         status = str(error.status() or "").removeprefix("StatusCode.")
         message = re.sub(r"^in ensemble '[^']*', ", "", _plain(error.message()))
-        if "maximum queue size" in message:
-            raise errors.ServerOverloaded(
-                f"the server at {self.address} has a full queue. Back off and send again."
-            ) from None
-        if RESTRICTED.search(message):
-            raise errors.AccessDenied(
-                f"the server at {self.address} wants its control key for this, and was given none "
-                "or a wrong one. `tools deploy` takes its file as --control-key-file."
-            ) from None
-        if NOT_LOADED.search(message):
-            raise errors.ServerUnreachable(
-                f"the server at {self.address} is loading the model. Send again."
-            ) from None
-        if DIED.search(message):
-            raise errors.ServerUnreachable(
-                f"a process of the server at {self.address} has died. Start the server again, if "
-                "`serve` or a container does not."
-            ) from None
-        if SHARED_MEMORY.search(message):
-            raise errors.OutOfMemory(
-                f"the server at {self.address} has too little shared memory for this. Give it a "
-                "larger /dev/shm, or send less at once."
-            ) from None
-        if OUT_OF_MEMORY.search(message):
-            raise errors.OutOfMemory(f"the server at {self.address} has no memory left.") from None
+        for said, worded, told in WORDED:
+            if said.search(message):
+                raise worded(told.format(self.address)) from None
         named, _, rest = message.partition(": ")
         error_class = getattr(errors, named, None)
         if isinstance(error_class, type) and issubclass(error_class, errors.HalimedeError):

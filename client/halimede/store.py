@@ -7,13 +7,13 @@ sha256. What a repository serves is linked to these files and is never evicted.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from halimede_ops.errors import InvalidInput
+from halimede_ops.sums import sha256
 
 RECORD = ".done.json"
 """In each finished step's folder: its key, and every file's sha256."""
@@ -104,15 +104,6 @@ def recorded(step: Path) -> dict[str, str]:
         return dict(json.loads((step / RECORD).read_text())["files"])
     except (OSError, ValueError, KeyError):
         return {}
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _stored(folder: Path, repository: Path) -> Stored:

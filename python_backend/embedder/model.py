@@ -116,11 +116,12 @@ class TritonPythonModel:
     def _embed(
         self, asked: Asked, send: Callable[[Any], None], is_cancelled: Callable[[], bool]
     ) -> None:
-        prompted = [self.spec.prompt(kind) + one for one, kind in zip(*asked.texts, strict=True)]
+        prompted = self.tokenizer.prompted(*asked.texts)
         embedded = self.recent.find(prompted)
         places = [place for place, one in enumerate(embedded) if one is None]
         self.metrics.count_cached(len(embedded) - len(places))
-        tokens = self.tokenizer.encode(*([column[p] for p in places] for column in asked.texts))
+        missing = [prompted[place] for place in places]
+        tokens = self.tokenizer.encode_prompted(missing)
         self.metrics.count_truncated(tokens, self.spec)
 
         def answer(outcome: Any) -> None:
@@ -131,7 +132,7 @@ class TritonPythonModel:
             for place, one in zip(places, made, strict=True):
                 embedded[place] = one
             send(Run(asked, embedded, tokens))
-            self.recent.keep([prompted[place] for place in places], made)
+            self.recent.keep(missing, made)
 
         if places:
             self.batches.submit(session.rows(one.ids for one in tokens), answer, is_cancelled)

@@ -16,7 +16,7 @@ FILE_NAME = "sha256sums"
 
 def of(paths: Iterable[Path]) -> str:
     """The sums of some files of one folder, a line each."""
-    return "".join(f"{_sha256(path)}  {path.name}\n" for path in paths)
+    return "".join(f"{sha256(path)}  {path.name}\n" for path in paths)
 
 
 def check(folder: Path) -> None:
@@ -31,11 +31,12 @@ def check(folder: Path) -> None:
         return
     for line in told.splitlines():
         digest, _, name = line.partition("  ")
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise InvalidModel(f"{name} is not what was built; build the model again")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -39,10 +39,21 @@ class TextTokenizer:
         Raises:
             UnknownInputType: an input type is not one of the model's.
         """
-        prompted = [
+        return self.encode_prompted(self.prompted(texts, input_types))
+
+    def prompted(self, texts: Sequence[str], input_types: Sequence[str | None]) -> list[str]:
+        """Each text behind the prompt of its input type.
+
+        Raises:
+            UnknownInputType: an input type is not one of the model's.
+        """
+        return [
             self.spec.prompt(input_type) + text
             for text, input_type in zip(texts, input_types, strict=True)
         ]
+
+    def encode_prompted(self, prompted: Sequence[str]) -> list[Tokens]:
+        """One Tokens a text that has its prompt, in order."""
         return [self._tokens(encoding) for encoding in self._tokenizer.encode_batch_fast(prompted)]
 
     def _tokens(self, encoding) -> Tokens:  # type: ignore[no-untyped-def]
