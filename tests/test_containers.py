@@ -12,14 +12,18 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
 from halimede import Embedder
+from tools.watch import TOLD
 
 pytestmark = pytest.mark.containers
 
 ROOT = Path(__file__).resolve().parents[1]
 LABEL = "label=com.docker.compose.project=halimede"
 PROMETHEUS = "http://127.0.0.1:9090/api/v1"
+COMM = 15
+"""Characters that the kernel keeps of a process's name."""
 
 
 def docker(*arguments: str) -> list[str]:
@@ -114,18 +118,35 @@ def test_prometheus_scrapes_triton_and_has_the_rules() -> None:
         time.sleep(1)
     assert [target["health"] for target in asked("targets")["activeTargets"]] == ["up"]
     rules = [rule for group in asked("rules")["groups"] for rule in group["rules"]]
-    assert len(rules) == 12
+    file = yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yml").read_text())
+    written = [rule for group in file["groups"] for rule in group["rules"]]
+    named = [rule.get("alert") or rule["record"] for rule in written]
+    assert [rule["name"] for rule in rules] == named
     assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
 
 
-def test_a_killed_server_comes_back() -> None:
-    """SIGKILL of Triton: the engine starts it again, and clients reach it without a new setting."""
-    name = container("triton-cpu")["Id"]
-    processes = docker("top", name, "-eo", "pid,comm")
-    os.kill(int(processes[processes.index("tritonserver") - 1]), signal.SIGKILL)
+def kill(program: str) -> int:
+    """How often the engine had started Triton's container again before this SIGKILL in it."""
+    triton = container("triton-cpu")
+    processes = docker("top", triton["Id"], "-eo", "pid,comm")
+    os.kill(int(processes[processes.index(program[:COMM]) - 1]), signal.SIGKILL)
+    return triton["RestartCount"]
+
+
+@pytest.mark.parametrize("program", ["triton_python_backend_stub", "tritonserver"])
+def test_a_killed_process_is_there_again(program: str) -> None:
+    """SIGKILL of a backend's process, then of Triton: the engine starts the container again, which
+    becomes healthy, and clients reach it without a new setting. Its log says what happened.
+    """
+    before = kill(program)
     deadline = time.monotonic() + 120
-    with Embedder("127.0.0.1:8001", deadline_s=120) as embedder:
-        while not embedder.health()[0]["healthy"]:
-            assert time.monotonic() < deadline
-            time.sleep(1)
+    while (triton := container("triton-cpu"))["RestartCount"] == before or (
+        triton["State"]["Health"]["Status"] != "healthy"
+    ):
+        assert time.monotonic() < deadline, triton["State"]
+        time.sleep(1)
+    assert triton["RestartCount"] == before + 1
+    with Embedder("127.0.0.1:8001") as embedder:
         assert embedder.embed(["back"]).dims == 384
+    log = subprocess.run(["docker", "logs", triton["Id"]], capture_output=True, text=True)
+    assert log.stderr.count(TOLD) == 1
