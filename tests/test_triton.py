@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import threading
 import time
@@ -12,7 +13,6 @@ from typing import Any
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
@@ -33,6 +33,7 @@ from halimede_ops import vectors
 from tools import check, triton
 from tools.serve import curl
 from tools.settings import Settings
+from tools.soak import BAD_REQUESTS
 
 
 @pytest.fixture
@@ -195,29 +196,17 @@ def test_a_text_of_one_megabyte_is_cut_off(embedder: Embedder) -> None:
     assert result.truncated[0]
 
 
-BAD_REQUESTS = {
-    "invalid UTF-8": (dict(texts=[b"fine", b"\xff\xfe"]), "text 1 is not valid UTF-8"),
-    "too large": (dict(texts=[b"a" * (4 * 2**20 + 1)]), "Split it into parts"),
-    "unknown input type": (dict(texts=[b"a"], input_types=["s3cret"]), "document, query"),
-    "dimensions 0": (dict(texts=[b"a"], dimensions=[0]), "1 to 384"),
-    "dimensions above": (dict(texts=[b"a"], dimensions=[385]), "1 to 384"),
-    "dimensions differ": (dict(texts=[b"a", b"b"], dimensions=[8, 9]), "one request for each"),
-    "too many rows": (dict(texts=[b"a"] * 129), "<= 128"),
-    "no rows": (dict(texts=[]), ""),
-}
-
-
 @pytest.mark.parametrize("name", BAD_REQUESTS)
 @pytest.mark.parametrize("api", [grpcclient, httpclient], ids=["grpc", "http"])
 def test_bad_requests_are_told_what_is_wrong(server: triton.Server, api: Any, name: str) -> None:
     """Each bad request ends in one typed line that says what to do, and leaks nothing."""
-    arguments, message = BAD_REQUESTS[name]
+    arguments, pattern = BAD_REQUESTS[name]
     address = server.grpc_address if api is grpcclient else server.http_address
     with api.InferenceServerClient(address) as client:
         with pytest.raises(InferenceServerException) as raised:
             client.infer(MODEL, request(api, **arguments))
     told = str(raised.value)
-    assert message in told
+    assert re.search(pattern, told)
     assert raised.value.status() in ("StatusCode.INVALID_ARGUMENT", "400")
     for leak in ("Traceback", ".py", "/work", "/root", "s3cret", "aaaa"):
         assert leak not in told
@@ -475,47 +464,3 @@ def test_a_single_text_is_answered_before_bulk_that_came_first(server: triton.Se
         assert all(answered.wait(60) for answered in waiting)
     assert "error" not in order
     assert order.index("single") < 4
-
-
-def test_ten_thousand_mixed_and_bad_requests(
-    server: triton.Server, texts: list[str], expected: np.ndarray
-) -> None:
-    """10,000 good and bad requests, 16 at a time: all answered, all right, memory flat."""
-    family = [psutil.Process(server.process.pid)]
-    family += family[0].children(recursive=True)
-
-    def resident_bytes() -> int:
-        return sum(process.memory_info().rss for process in family)
-
-    names = [NAMES["fp32"], NAMES["int8"]]
-    floors = {NAMES["fp32"]: 0.9999, NAMES["int8"]: 0.85}
-    with grpcclient.InferenceServerClient(server.grpc_address) as client:
-
-        def ask(index: int) -> str:
-            name = names[index % 2]
-            row = (index * 7919) % len(texts)
-            if index % 10 == 3:
-                bad = [
-                    dict(texts=[b"\xff"]),
-                    dict(texts=[b"a"], dimensions=[0]),
-                    dict(texts=[b"a"], input_types=["none"]),
-                    dict(texts=[b"a"] * 129),
-                ][index // 10 % 4]
-                with pytest.raises(InferenceServerException):
-                    client.infer(name, request(grpcclient, **bad), client_timeout=60)
-                return "bad"
-            answer = client.infer(
-                name, request(grpcclient, [texts[row].encode()]), client_timeout=60
-            )
-            vector = answer.as_numpy("EMBEDDING")
-            assert vectors.cosine(vector, expected[row : row + 1])[0] >= floors[name]
-            return "good"
-
-        with ThreadPoolExecutor(16) as callers:
-            outcomes = list(callers.map(ask, range(1000)))
-            early = resident_bytes()
-            outcomes += callers.map(ask, range(1000, 10_000))
-    late = resident_bytes()
-    assert (outcomes.count("good"), outcomes.count("bad")) == (9000, 1000)
-    assert late <= 1.1 * early, f"resident memory grew from {early:,} to {late:,} bytes"
-    assert all(process.is_running() for process in family)

@@ -277,6 +277,21 @@ def bench(
 
 
 @app.command()
+def soak(
+    model: Annotated[str, typer.Option()] = catalogue.DEFAULT,
+    precisions: Annotated[str, typer.Option(help="Separated by commas.")] = "int8",
+    requests: Annotated[
+        int, typer.Option(min=200, help="500,000 take 25 min on 2 cores.")
+    ] = 500_000,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 32,
+) -> None:
+    """Send mixed requests, check every answer, memory and drift; write the report."""
+    from tools import soak
+
+    soak.soak(Settings(), model, _names(precisions), requests, concurrency, soak.REPORT)
+
+
+@app.command()
 def bench_cache() -> None:
     """Measure cache hits and hash embeddings against the rates they must reach."""
     from tools.bench_cache import bench_cache as measure

@@ -22,10 +22,16 @@ from typing import Any, TextIO
 import numpy as np
 
 Embed = Callable[[Sequence[str]], Any]
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+"""The gRPC method of a request to Triton."""
 
 
-def sentence_transformers(folder: str, backend: str, file: str = "") -> Embed:
-    """sentence-transformers with one of its backends; `file` is a quantised model of `folder`."""
+def sentence_transformers(
+    folder: str, backend: str, file: str = "", device: str = "cpu", precision: str = "fp32"
+) -> Embed:
+    """sentence-transformers with one of its backends; `file` is a quantised model of `folder`,
+    `precision` fp32 or, of torch, fp16.
+    """
     from sentence_transformers import SentenceTransformer
 
     options: dict[str, Any] = {"file_name": file} if file else {}
@@ -33,8 +39,10 @@ def sentence_transformers(folder: str, backend: str, file: str = "") -> Embed:
         # Else OpenVINO takes bfloat16 where the CPU has it, and that is not FP32.
         options["ov_config"] = {"INFERENCE_PRECISION_HINT": "f32"}
     model = SentenceTransformer(
-        folder, device="cpu", backend=backend, local_files_only=True, model_kwargs=options
+        folder, device=device, backend=backend, local_files_only=True, model_kwargs=options
     )
+    if precision == "fp16":
+        model.half()
     # With OpenVINO it fails when two threads call it: each waits for its turn, as its users must.
     turn = threading.Lock() if backend == "openvino" else contextlib.nullcontext()
 
@@ -95,11 +103,11 @@ def infinity(folder: str, engine: str) -> Embed:
     return embed
 
 
-def halimede(repository: str, model: str) -> Embed:
+def halimede(repository: str, model: str, device: str = "auto") -> Embed:
     """The client with the model in this process."""
     from halimede import Embedder
 
-    entry = {"provider": "onnx", "model_id": model, "path": repository}
+    entry = {"provider": "onnx", "model_id": model, "path": repository, "device": device}
     embedder = Embedder(config={"models": {"local": entry}})
     return lambda texts: embedder.embed(texts).vectors
 
@@ -154,20 +162,20 @@ def load(
     """
     import grpc  # type: ignore[import-untyped]
 
-    messages = iter([_message(text, model) for text in texts])
+    messages = iter([message(model, [text.encode()]) for text in texts])
     latencies: list[float] = []
     lock, ended = threading.Lock(), threading.Semaphore(0)
     with grpc.insecure_channel(address) as channel:
-        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        infer = channel.unary_unary(INFER)
 
         def send() -> None:
             with lock:
-                message = next(messages, None)
-            if message is None:
+                asked = next(messages, None)
+            if asked is None:
                 ended.release()
                 return
             began = time.perf_counter()
-            infer.future(message).add_done_callback(lambda answer: receive(answer, began))
+            infer.future(asked).add_done_callback(lambda answer: receive(answer, began))
 
         def receive(answer: Any, began: float) -> None:
             if answer.exception() is None:
@@ -186,15 +194,34 @@ def load(
     return {"seconds": seconds, "latencies": latencies}
 
 
-def _message(text: str, model: str) -> bytes:
-    """A request of one text, as it is sent."""
+def message(
+    model: str,
+    texts: Sequence[bytes],
+    input_types: Sequence[str] = (),
+    dimensions: Sequence[int] = (),
+    priority: int = 0,
+) -> bytes:
+    """A request as it is sent to INFER; what is empty is left out."""
     from tritonclient.grpc import service_pb2 as pb
 
-    value = text.encode()
     request = pb.ModelInferRequest(model_name=model)
-    request.inputs.add(name="TEXT", datatype="BYTES", shape=[1, 1])
-    request.raw_input_contents.append(struct.pack("<I", len(value)) + value)
+    if priority:
+        request.parameters["priority"].uint64_param = priority
+
+    def give(name: str, datatype: str, values: Sequence[bytes]) -> None:
+        request.inputs.add(name=name, datatype=datatype, shape=[len(values), 1])
+        request.raw_input_contents.append(b"".join(values))
+
+    give("TEXT", "BYTES", [_counted(text) for text in texts])
+    if input_types:
+        give("INPUT_TYPE", "BYTES", [_counted(one.encode()) for one in input_types])
+    if dimensions:
+        give("DIMENSIONS", "INT32", [struct.pack("<i", one) for one in dimensions])
     return bytes(request.SerializeToString())
+
+
+def _counted(value: bytes) -> bytes:
+    return struct.pack("<I", len(value)) + value
 
 
 def save(embed: Embed, texts: Sequence[str], alone: int, file: str) -> dict[str, Any]:
