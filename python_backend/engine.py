@@ -1,5 +1,6 @@
 """An ONNX model as its config.pbtxt asks for it: `optimization.execution_accelerators`,
-`instance_group` and the parameters `intra_op_thread_count` and `max_tokens`.
+`instance_group` and the parameters `intra_op_thread_count`, `streams`, `micro_batch_tokens` and
+`max_tokens`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from pathlib import Path
 import triton_adapter as triton
 import triton_metrics
 
-from halimede_ops import session
+from halimede_ops import batch, session
 from halimede_ops.continuous import ContinuousBatches
 
 STREAMS = 2
-"""Micro-batches that one instance runs at the same time, each on its share of the threads."""
+"""Micro-batches that one instance runs at the same time, each on its share of the threads, unless
+its config says otherwise."""
 
 
 def open_batches(
@@ -26,10 +28,13 @@ def open_batches(
     """
     accelerators = _accelerators(config, kind)
     threads = _threads(config)
-    streams = min(STREAMS, threads)
+    streams = min(int(config.parameter("streams", str(STREAMS))), threads)
     max_tokens = int(config.parameter("max_tokens", "0")) or None
+    micro_batch_tokens = int(config.parameter("micro_batch_tokens", str(batch.MICRO_BATCH_TOKENS)))
     opened, missing = triton.load(
-        lambda: session.open_session(path, accelerators, threads, streams, max_tokens)
+        lambda: session.open_session(
+            path, accelerators, threads, streams, max_tokens, micro_batch_tokens
+        )
     )
     # OpenVINO has no more streams than cores: what runs beside them needs a model of its own.
     small = opened
@@ -57,10 +62,11 @@ def open_batches(
 def _accelerators(config: triton.ModelConfig, kind: str) -> list[session.Accelerator]:
     asked = config.fields.get("optimization", {}).get("execution_accelerators", {})
     gpu = asked.get("gpu_execution_accelerator", []) if kind == "GPU" else []
+    named = [entry["name"] for entry in gpu]  # what TensorRT does not take, CUDA does
     return [
         session.Accelerator(entry["name"], entry.get("parameters", {}))
         for entry in [*gpu, *asked.get("cpu_execution_accelerator", [])]
-    ] + ([session.Accelerator("cuda")] if kind == "GPU" and not gpu else [])
+    ] + ([session.Accelerator("cuda")] if kind == "GPU" and "cuda" not in named else [])
 
 
 def _threads(config: triton.ModelConfig) -> int:

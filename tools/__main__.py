@@ -292,6 +292,22 @@ def soak(
 
 
 @app.command()
+def gpu_check(
+    model: Annotated[str, typer.Option()] = catalogue.DEFAULT,
+    precisions: Annotated[str, typer.Option(help="Separated by commas.")] = "fp32,fp16,int8",
+    device: Annotated[
+        str, typer.Option(help="cuda, tensorrt, or cpu to compare without a GPU.")
+    ] = "cuda",
+    rounds: Annotated[int, typer.Option(help="Each engine in turn, this often.")] = 3,
+) -> None:
+    """Measure the model on this machine's GPU against sentence-transformers; write the report."""
+    from tools import gpu_check
+
+    extent = gpu_check.Extent(rounds)
+    gpu_check.gpu_check(Settings(), model, _names(precisions), device, extent)
+
+
+@app.command()
 def bench_cache() -> None:
     """Measure cache hits and hash embeddings against the rates they must reach."""
     from tools.bench_cache import bench_cache as measure

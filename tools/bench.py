@@ -308,11 +308,13 @@ class Results:
         return [json.loads(line) for line in self.file.read_text().splitlines()]
 
 
-def compare(running: Sequence[Process | Served], results: Results) -> None:
+def compare(
+    running: Sequence[Process | Served], results: Results, reference: Engine = REFERENCE
+) -> None:
     """Write how near each engine's vectors are to the reference's, and a text's alone to its own in
     a batch.
     """
-    expected = next(one for one in running if one.engine is REFERENCE).vectors()[0]
+    expected = next(one for one in running if one.engine is reference).vectors()[0]
     for one in running:
         together, alone = one.vectors()
         cosines = vectors.cosine(together, expected)

@@ -54,8 +54,8 @@ class Engine:
     precision: str
     """Engines of one precision are compared."""
     arguments: tuple[str, ...]
-    """Of its process: kind, then those of the kind; {model} is the peers' folder, {repository} and
-    {name} are ours."""
+    """Of its process: kind, then those of the kind; {model} is the peers' folder, {source} the
+    model's own, {repository} and {name} are ours."""
     environment: str = ""
     """Of ENVIRONMENTS; empty: our own."""
     is_served: bool = False
@@ -160,9 +160,11 @@ def _limit_tokenizer(folder: Path) -> None:
 def arguments(engine: Engine, settings: Settings, model: str, address: str) -> list[str]:
     """The arguments of an engine's process."""
     values = {
-        "model": str(model_folder(settings, model)),
+        "source": str(settings.models / model / "source"),
         "repository": str(settings.repository),
         "name": served_name(model, engine.precision),
         "address": address,
     }
+    if "{model}" in engine.arguments:  # it takes a minute to make
+        values["model"] = str(model_folder(settings, model))
     return [argument.format(**values) for argument in engine.arguments]

@@ -88,23 +88,29 @@ def pack(lengths: Sequence[int]) -> list[list[int]]:
     return rows
 
 
-def plan_packed(lengths: Sequence[int], streams: int = 1) -> list[list[int]]:
+def plan_packed(
+    lengths: Sequence[int], streams: int = 1, most_tokens: int = MICRO_BATCH_TOKENS
+) -> list[list[int]]:
     """As `plan`, for a model that takes several texts a row."""
     rows = pack(lengths)
-    parts = plan([sum(lengths[index] for index in row) for row in rows], streams)
+    parts = plan([sum(lengths[index] for index in row) for row in rows], streams, most_tokens)
     return [[index for row in part for index in rows[row]] for part in parts]
 
 
-def plan(lengths: Sequence[int], streams: int = 1) -> list[list[int]]:
+def plan(
+    lengths: Sequence[int], streams: int = 1, most_tokens: int = MICRO_BATCH_TOKENS
+) -> list[list[int]]:
     """Indices of `lengths` in the micro-batches that cost least, longest rows first.
 
     A micro-batch costs RUN_TOKENS for the run, its padded tokens, and a little more the larger it
     is, so that those that run in `streams` at the same time are alike. Rows are taken in order of
-    length, and the cuts between micro-batches are chosen by dynamic programming.
+    length, and the cuts between micro-batches are chosen by dynamic programming. With other
+    `most_tokens` of a run, its other costs are in proportion.
     """
+    scale = most_tokens / MICRO_BATCH_TOKENS
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     padded = [padded_length(lengths[index]) for index in order]
-    most = _share(sum(padded), streams)
+    most = _share(sum(padded), streams, most_tokens, UNSHARED_TOKENS * scale)
     cost = [0.0] * (len(order) + 1)
     """Least cost of the first rows."""
     start = [0] * (len(order) + 1)
@@ -115,7 +121,7 @@ def plan(lengths: Sequence[int], streams: int = 1) -> list[list[int]]:
             tokens = padded[first] * (end - first)
             if tokens > most and end - first > 1:
                 break
-            price = cost[first] + RUN_TOKENS + tokens + tokens**2 / UNEVENNESS
+            price = cost[first] + RUN_TOKENS * scale + tokens + tokens**2 / (UNEVENNESS * scale)
             if price < cost[end]:
                 cost[end] = price
                 start[end] = first
@@ -127,10 +133,10 @@ def plan(lengths: Sequence[int], streams: int = 1) -> list[list[int]]:
     return parts[::-1]
 
 
-def _share(tokens: int, streams: int) -> int:
+def _share(tokens: int, streams: int, most_tokens: int, unshared_tokens: float) -> int:
     """Most tokens of a micro-batch, such that every stream gets as many of them."""
-    if tokens <= UNSHARED_TOKENS:
+    if tokens <= unshared_tokens:
         return tokens
-    rounds = -(-tokens // (MICRO_BATCH_TOKENS * streams))
+    rounds = -(-tokens // (most_tokens * streams))
     share = -(-tokens // (rounds * streams))
     return -(-share // PACKED_TOKENS) * PACKED_TOKENS

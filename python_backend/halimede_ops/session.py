@@ -107,10 +107,15 @@ class Session:
     """An opened model.onnx. Safe to call from several threads."""
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, streams: int, max_tokens: int | None
+        self,
+        session: onnxruntime.InferenceSession,
+        streams: int,
+        max_tokens: int | None,
+        micro_batch_tokens: int,
     ) -> None:
         self._session = session
         self._max_tokens = max_tokens
+        self._micro_batch_tokens = micro_batch_tokens
         self._packed = PACKED in session.get_modelmeta().custom_metadata_map
         self.heads = [node.name for node in session.get_outputs() if node.name != POOLED]
         """Names of the outputs with one row a token."""
@@ -120,7 +125,7 @@ class Session:
     def plan(self, lengths: Sequence[int]) -> list[list[int]]:
         """Indices of rows of these lengths in the micro-batches that cost least."""
         plan = batch.plan_packed if self._packed else batch.plan
-        return plan(lengths, self._streams)
+        return plan(lengths, self._streams, self._micro_batch_tokens)
 
     def run(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
         """Pooled vectors `[len(rows), dims]` float32, in the order of `rows`.
@@ -229,12 +234,14 @@ def open_session(
     threads: int = 1,
     streams: int = 1,
     max_tokens: int | None = None,
+    micro_batch_tokens: int = batch.MICRO_BATCH_TOKENS,
 ) -> tuple[Session, list[str]]:
     """The session of a model.onnx, and the names of accelerators this onnxruntime lacks.
 
     `threads` CPU threads are shared by `streams` micro-batches that run at the same time: more
     streams give more texts a second, fewer give one text sooner. Rows are never padded beyond
-    `max_tokens`, for which the model has positions. A missing accelerator falls back to the CPU
+    `max_tokens`, for which the model has positions; a run has at most `micro_batch_tokens`, or one
+    row. A missing accelerator falls back to the CPU
     execution provider; the caller decides how to say so.
 
     Raises:
@@ -260,7 +267,7 @@ def open_session(
     _check_signature(session)
     # Compiling the model needed 70 MB more for the default model in INT8 with OpenVINO.
     memory.give_back()
-    return Session(session, streams, max_tokens), missing
+    return Session(session, streams, max_tokens, micro_batch_tokens), missing
 
 
 def execution_providers(
