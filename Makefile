@@ -14,7 +14,7 @@ export COMPOSE_PROJECT_NAME := halimede
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 OURS := --filter label=com.docker.compose.project=halimede
 
-.PHONY: help env build serve deploy up down test test-containers lint format perf sts bench bench-cache soak gpu-check clean test-faults security
+.PHONY: help env build serve deploy up down test test-containers lint format perf sts bench bench-cache soak gpu-check tune clean test-faults security
 
 help:  ## List the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -93,6 +93,9 @@ soak: env default  ## 500,000 mixed requests, each checked: errors, memory, drif
 
 gpu-check: env  ## On a machine with an NVIDIA GPU: vectors and speed there; DEVICE=tensorrt
 	$(BIN)/python -m tools gpu-check --model $(MODEL) --device $(if $(filter cpu,$(DEVICE)),cuda,$(DEVICE)) $(ARGS)
+
+tune: env default  ## Threads, streams, provider and tokens a run for MODEL on this machine
+	$(BIN)/python -m tools tune --model $(MODEL) $(ARGS)
 
 clean:  ## Remove environment, downloads and built files
 	rm -rf .venv .halimede model_repository/*/[0-9]* model_repository/*/warmup

@@ -292,6 +292,18 @@ def soak(
 
 
 @app.command()
+def tune(
+    model: Annotated[str, typer.Option()] = catalogue.DEFAULT,
+    precisions: Annotated[str, typer.Option(help="Separated by commas.")] = "fp32,fp16,int8",
+    seconds: Annotated[float, typer.Option(help="To measure for, all precisions together.")] = 60.0,
+) -> None:
+    """Find what runs a model fastest on this machine, and write it into the model's configs."""
+    from tools.tune import tune as find
+
+    find(Settings(), model, _names(precisions), seconds)
+
+
+@app.command()
 def gpu_check(
     model: Annotated[str, typer.Option()] = catalogue.DEFAULT,
     precisions: Annotated[str, typer.Option(help="Separated by commas.")] = "fp32,fp16,int8",

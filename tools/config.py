@@ -35,6 +35,8 @@ ONNX_INSTANCES = 1
 """Instances of the ONNX step: rows that wait together are batched best, so one."""
 CPU_ACCELERATORS = ("openvino",)
 """Execution accelerators of the ONNX step on CPU."""
+TUNED = ("intra_op_thread_count", "streams", "micro_batch_tokens")
+"""Parameters that `tools tune` finds for a machine; without them the backend has its own."""
 CPU, CUDA, TENSORRT = "cpu", "cuda", "tensorrt"
 """Devices that a config can ask for. `cpu` runs on a GPU as well where Triton finds one."""
 DEVICES = (CPU, CUDA, TENSORRT)
@@ -83,6 +85,26 @@ def taking(config: pb.ModelConfig, share: float) -> pb.ModelConfig:
     made = pb.ModelConfig()
     made.CopyFrom(config)
     made.parameters[pins.SHARE].string_value = f"{share:g}"
+    return made
+
+
+def tuned(config: pb.ModelConfig, choice: Mapping[str, str]) -> pb.ModelConfig:
+    """The config of an ONNX step, or of what does its work, with a machine's own parameters of
+    TUNED; `provider` names its accelerator on the CPU, or none.
+    """
+    made = pb.ModelConfig()
+    made.CopyFrom(config)
+    for name in TUNED:
+        if name in made.parameters:
+            del made.parameters[name]
+        if name in choice:
+            made.parameters[name].string_value = choice[name]
+    if "provider" in choice:
+        policy = pb.ModelOptimizationPolicy.ExecutionAccelerators
+        cpu = made.optimization.execution_accelerators.cpu_execution_accelerator
+        del cpu[:]
+        if choice["provider"]:
+            cpu.append(policy.Accelerator(name=choice["provider"]))
     return made
 
 

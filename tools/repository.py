@@ -45,6 +45,8 @@ SPECIAL_TOKENS = 2
 WARMUP_IMAGE = pictures.encoded(Image.new("RGB", (1, 1)), pictures.Form("BMP", "RGB"))
 PREVIOUS = "previous"
 """File in an ensemble's folder: the version that was served before, to go back to."""
+TUNED = "tuned.json"
+"""File in a version folder of an ONNX step: what `tools tune` found for this machine, and how."""
 IMAGE_SUFFIX = "-image"
 """Of what embeds a model's images, in front of the precision's."""
 
@@ -237,6 +239,33 @@ def previous(model: Path) -> int | None:
     return version if version in pins.present(model) else None
 
 
+def tune(name: str, found: Mapping[str, Any], repository: Path) -> None:
+    """Serve the version that an ensemble has now with the `choice` of what was found, and note it;
+    a build keeps it as long as it gives the same version.
+
+    Raises:
+        ModelNotFound: the repository has no such model.
+    """
+    pinned = pins.read(repository, name)
+    onnx = pinned.steps[f"{name}-onnx"]
+    _write_text(json.dumps(found, indent=2) + "\n", onnx / TUNED)
+    for path in (
+        onnx / pins.CONFIG,
+        onnx.parent / pins.CONFIG,
+        pinned.folder / ONE_PROCESS,
+        repository / name / "configs" / ONE_PROCESS,
+    ):
+        _write_text(config.to_text(_tuned(config.read(path), onnx)), path)
+
+
+def _tuned(written: Any, onnx: Path) -> Any:
+    """The config with what was found for the ONNX step's version in this folder, if anything."""
+    path = onnx / TUNED
+    return (
+        config.tuned(written, json.loads(path.read_text())["choice"]) if path.exists() else written
+    )
+
+
 def write_fusion(
     made: Fusion, facts: ModelSpec, record: Mapping[str, Any], repository: Path
 ) -> None:
@@ -335,7 +364,8 @@ def _place_onnx(built: Built, precision: str, model: Path, pin: Pin, repository:
     # same for every version: one may be loaded again.
     _write_bytes((np.arange(longest) % 100).astype("<i8").tobytes(), folder / "warmup/input_ids")
     _write_bytes(np.ones(longest, "<i8").tobytes(), folder / "warmup/attention_mask")
-    _keep(config.onnx(pin.model, built.spec, precision, built.device), pin, repository)
+    written = config.onnx(pin.model, built.spec, precision, built.device)
+    _keep(_tuned(written, folder / str(pin.version)), pin, repository)
 
 
 def _place_pixels(built: Built, pin: Pin, repository: Path) -> None:
@@ -384,7 +414,8 @@ def _place_ensemble(built: Built, precision: str, repository: Path) -> None:
         return
     _keep(config.ensemble(*described, missed, twin), Pin(name, version), repository)
     _write_text_warmup(built.spec, repository / name)
-    alone = config.one_process(*described, built.device, missed, twin)
+    onnx = repository / steps["onnx"].model / str(steps["onnx"].version)
+    alone = _tuned(config.one_process(*described, built.device, missed, twin), onnx)
     _write_text(config.to_text(config.serving(alone, [version])), folder / ONE_PROCESS)
 
 
