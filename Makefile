@@ -17,7 +17,7 @@ OURS := --filter label=com.docker.compose.project=halimede
 .PHONY: help env build serve deploy up down test test-containers lint format perf sts bench bench-cache soak gpu-check tune clean test-faults security
 
 help:  ## List the verbs
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 env: .venv/.installed  ## Make the virtual environment
 
@@ -64,7 +64,7 @@ test-faults: env default  ## What fails around a server, with a minute of overlo
 	$(BIN)/python -m pytest tests/test_faults.py -m 'faults or not faults' $(ARGS)
 
 security: env default  ## Who may do what, what the logs hold, secrets, known vulnerabilities
-	$(BIN)/python -m pytest tests/test_security.py $(ARGS)
+	$(BIN)/python -m pytest tests/test_security.py tests/test_audit.py $(ARGS)
 	$(BIN)/python -m tools audit
 
 lint: env  ## Linter, formatter and type checker

@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 import yaml
 
+from halimede import catalogue
 from halimede_ops.errors import ServeError
 from tools import container
 from tools.triton import Options
@@ -284,6 +285,8 @@ def test_create_mounts(engine: Engine, repository: Path, options: Options) -> No
         f"{BACKENDS}/halimede_ops": str(PYTHON_BACKEND / "halimede_ops"),
         f"{BACKENDS}/triton_adapter.py": str(PYTHON_BACKEND / "triton_adapter.py"),
         f"{BACKENDS}/triton_metrics.py": str(PYTHON_BACKEND / "triton_metrics.py"),
+        "/opt/halimede/tools": str(ROOT / "tools"),
+        "/opt/halimede/halimede_ops": str(PYTHON_BACKEND / "halimede_ops"),
     }
     assert all(mount["ReadOnly"] and mount["Type"] == "bind" for mount in mounts)
     assert all(Path(mount["Source"]).exists() for mount in mounts)
@@ -308,7 +311,7 @@ def test_host_name_becomes_an_address(engine: Engine, repository: Path, options:
 
 
 def test_create_command(engine: Engine, repository: Path, options: Options) -> None:
-    """A shell installs this environment's tokenizers and pillow, then becomes tritonserver.
+    """A shell installs this environment's tokenizers and pillow, then starts tritonserver.
 
     Its arguments are the options', but it listens on every address of the container.
     """
@@ -320,7 +323,17 @@ def test_create_command(engine: Engine, repository: Path, options: Options) -> N
         f"{name}=={importlib.metadata.version(name)}" for name in ("tokenizers", "pillow")
     ]
     arguments = options.arguments(inside="0.0.0.0")
-    assert server == ["exec", "tritonserver", "--model-repository=/models", *arguments]
+    begun = [
+        "exec",
+        "env",
+        "--chdir",
+        "/opt/halimede",
+        "python3",
+        "-m",
+        "tools.start",
+        "tritonserver",
+    ]
+    assert server == [*begun, "--model-repository=/models", *arguments]
     assert "'--load-model=*'" in line, "the shell must not expand it"
 
 
@@ -413,11 +426,10 @@ def test_model_does_not_load(engine: Engine, repository: Path, options: Options)
 
 
 def test_ends_while_serving(engine: Engine, repository: Path, options: Options) -> None:
-    """A container that ends by itself is seen as not running; leaving gives its last line."""
-    with (
-        pytest.raises(ServeError, match="Triton's container ended; its last line: out of memory"),
-        container.serve(repository, PYTHON_BACKEND, options) as server,
-    ):
+    """A container that ends by itself is seen as not running, and its last line is told; `serve`
+    then starts another.
+    """
+    with container.serve(repository, PYTHON_BACKEND, options) as server:
         (name,) = engine.containers
         engine.containers[name].output.put(b"out of memory\n")
         engine.end(name)
@@ -425,6 +437,8 @@ def test_ends_while_serving(engine: Engine, repository: Path, options: Options) 
         while server.is_running() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not server.is_running()
+        ended = server.how_it_ended()
+    assert ended == "Triton's container ended; its last line: out of memory"
 
 
 def test_never_ready(
@@ -520,6 +534,5 @@ def test_compose_is_the_same_container() -> None:
     assert line == wanted_line
     ports = Options().ports().values()
     assert service["ports"] == [f"127.0.0.1:{port}:{port}" for port in ports]
-    assert (
-        f"http://localhost:{Options().http_port}/v2/health/ready" in service["healthcheck"]["test"]
-    )
+    url = f"http://localhost:{Options().http_port}/v2/models/{catalogue.DEFAULT}/infer"
+    assert service["healthcheck"]["test"][-1] == url

@@ -13,11 +13,12 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from conftest import MODEL
 from scrapes import figures
 
 from halimede import Embedder, UnknownInputType
 from tools import container
-from tools.triton import Server
+from tools.triton import Options, Server
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
 OPERATIONS = DEPLOY.parent / "docs" / "operations.md"
@@ -98,12 +99,38 @@ def test_the_gpu_overlay_patches_what_is_there() -> None:
 
 
 def test_the_gpu_image_is_the_container_that_serve_starts() -> None:
-    """Same base, same package, same backends."""
-    dockerfile = (DEPLOY / "gpu.Dockerfile").read_text()
-    assert f"FROM {container.IMAGE}\n" in dockerfile
-    assert f"tokenizers=={importlib.metadata.version('tokenizers')}" in dockerfile
-    copied = re.findall(r"^COPY python_backend/(\S+)", dockerfile, re.MULTILINE)
-    assert set(copied) == set(container.OURS)
+    """Same base, packages, backends and arguments; model control is closed."""
+    dockerfile = (DEPLOY / "gpu.Dockerfile").read_text().replace("\\\n", "")
+    assert f"ARG BASE={container.IMAGE}\n" in dockerfile
+    for package in container.PACKAGES:
+        assert f" {package}=={importlib.metadata.version(package)}" in dockerfile
+    copied = re.findall(r"^COPY ([^-\s]\S*)", dockerfile, re.MULTILINE)
+    assert set(copied) == {f"python_backend/{name}" for name in container.OURS} | {"tools"}
+    [entry] = re.findall(r"^ENTRYPOINT (.*)", dockerfile, re.MULTILINE)
+    arguments = Options().arguments(inside=container.EVERYWHERE)
+    assert json.loads(entry) == [
+        *["python3", "-m", "tools.start", "tritonserver", "--model-repository=/models"],
+        *arguments,
+        "--control-closed",
+    ]
+
+
+def probes() -> dict[str, list[str]]:
+    """The commands that ask NVIDIA's containers whether they embed."""
+    patch = yaml.safe_load((DEPLOY / "kubernetes" / "gpu" / "triton.yaml").read_text())
+    [pod] = patch["spec"]["template"]["spec"]["containers"]
+    compose = yaml.safe_load((DEPLOY.parent / "docker-compose.yml").read_text())
+    _, *health = compose["services"]["triton-gpu"]["healthcheck"]["test"]
+    return {"cluster": pod["livenessProbe"]["exec"]["command"], "compose": health}
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("where", ["cluster", "compose"])
+def test_probes_of_nvidias_containers_embed(server: Server, where: str) -> None:
+    """A server answers them; one that does not have the model fails them."""
+    command = [word.replace("localhost:8000", server.http_address) for word in probes()[where]]
+    assert subprocess.run(command).returncode == 0
+    assert subprocess.run([word.replace(MODEL, "none") for word in command]).returncode != 0
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")

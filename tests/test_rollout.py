@@ -26,7 +26,7 @@ from conftest import MODEL, ROOT, free_options
 from test_versions import TEXTS, bare_caller, calling
 
 from halimede import Config, Embedder, Embeddings, canary
-from halimede_ops import vectors
+from halimede_ops import pins, vectors
 from halimede_ops.errors import (
     AccessDenied,
     DeployError,
@@ -419,10 +419,10 @@ def test_a_server_starts_without_candidates_that_take_nothing(
 ) -> None:
     """What was only published may not even load; what has a share is loaded again."""
     served.publish(versions[1])
-    assert triton.to_load(served.folder) == (MODEL,)
+    assert pins.to_load(served.folder) == (MODEL,)
     served.deployment.canary(0.2)
-    assert triton.to_load(served.folder) == (MODEL, candidates.beside(MODEL))
-    assert triton.to_load(served.folder, (MODEL,)) == (MODEL, candidates.beside(MODEL))
+    assert pins.to_load(served.folder) == (MODEL, candidates.beside(MODEL))
+    assert pins.to_load(served.folder, (MODEL,)) == (MODEL, candidates.beside(MODEL))
 
 
 def test_the_commands(served: Served, versions: list[Built]) -> None:

@@ -320,6 +320,18 @@ def gpu_check(
 
 
 @app.command()
+def bench_scaling(
+    model: Annotated[str, typer.Option()] = catalogue.DEFAULT,
+    precisions: Annotated[str, typer.Option(help="Separated by commas.")] = "fp32,int8",
+    rounds: Annotated[int, typer.Option(help="Each load, this often.")] = 3,
+) -> None:
+    """Measure a server by its texts' length and its cores, and two together; write the report."""
+    from tools.bench_scaling import bench_scaling as measure
+
+    measure(Settings(), model, _names(precisions), rounds)
+
+
+@app.command()
 def bench_cache() -> None:
     """Measure cache hits and hash embeddings against the rates they must reach."""
     from tools.bench_cache import bench_cache as measure

@@ -56,7 +56,10 @@ def _vulnerabilities() -> str:
         f"vulnerabilities: {len(audited)} of {len(packages)} packages looked up, {len(bad)} bad"
     )
     if not audited:
-        return "no package was audited: the package index gives no vulnerability data"
+        return (
+            "no package was audited: the package index gives no vulnerability data. Set "
+            "PIP_AUDIT_VULNERABILITY_SERVICE=osv and PIP_AUDIT_OSV_URL to a mirror of OSV"
+        )
     return f"known vulnerabilities in {', '.join(bad)}" if bad else ""
 
 

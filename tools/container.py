@@ -13,6 +13,7 @@ from typing import Any
 
 from halimede_ops.errors import ServeError
 from tools import triton
+from tools.settings import ROOT
 
 IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
 """The same Triton release as the wheel's."""
@@ -29,6 +30,8 @@ OURS = (
 )
 """What of python_backend/ goes beside Triton's own backends. Not our `onnxruntime`: it would take
 the place of the C++ one."""
+START = "/opt/halimede"
+"""Where `tools.start` lies with what it imports, out of the way of Triton's own imports."""
 PACKAGES = ("tokenizers", "pillow")
 """What they need that NVIDIA's image does not have."""
 ENVIRONMENT = {
@@ -61,7 +64,7 @@ class Container:
         return self._reader.is_alive()
 
     def has_lost_a_process(self) -> bool:
-        """Never: what runs in the container is not seen from here."""
+        """Never: it is watched inside, and ends."""
         return False
 
     def kill(self) -> None:
@@ -70,8 +73,14 @@ class Container:
     def why_not_ready(self) -> str:
         """One line: the model that did not load, or how far it came and its log's last line."""
         state = f"was not ready within {READY_TIMEOUT_S:.0f} s" if self.is_running() else "ended"
-        log = self._log.decode(errors="replace")
-        return triton.why_it_ended(log, f"Triton's container {state}; its last line")
+        return triton.why_it_ended(self._text(), f"Triton's container {state}; its last line")
+
+    def how_it_ended(self) -> str:
+        """One line, once it no longer runs."""
+        return f"Triton's container ended; its last line: {triton.last_line(self._text())}"
+
+    def _text(self) -> str:
+        return self._log.decode(errors="replace")
 
     def _keep(self, output: Iterable[bytes]) -> None:
         with contextlib.suppress(OSError):  # the engine went away: the output ends too
@@ -87,7 +96,7 @@ def serve(
 
     Raises:
         ServeError: a port is taken, the SDK, the engine or the image is missing, a model does
-            not load; on leaving: the container has ended by itself.
+            not load.
     """
     triton.check_ports(options)
     triton.check_models(repository, options)
@@ -102,25 +111,29 @@ def serve(
             raise ServeError(server.why_not_ready())
         stack.callback(_stop, container)
         yield server
-        if not server.is_running():
-            raise ServeError(server.why_not_ready())
 
 
 def mounts(repository: Path, python_backend: Path) -> dict[str, Path]:
     """Path in the container → path here, all read-only."""
     ours = {f"{BACKENDS}/{name}": python_backend / name for name in OURS}
-    return {MODELS: repository, **ours}
+    start = {
+        f"{START}/tools": ROOT / "tools",
+        f"{START}/halimede_ops": python_backend / "halimede_ops",
+    }
+    return {MODELS: repository, **ours, **start}
 
 
 def command(options: triton.Options) -> list[str]:
-    """What the container runs: add the packages our backends need, then become Triton."""
+    """What the container runs: add the packages our backends need, then start Triton."""
     packages = [f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES]
     # tokenizers' dependencies only download models; pip's notice of a new pip would hide why
     # it failed.
     install = ["python3", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     install += ["--no-deps", *packages]
-    server = ["tritonserver", f"--model-repository={MODELS}", *options.arguments(inside=EVERYWHERE)]
-    return ["bash", "-c", f"{shlex.join(install)} && exec {shlex.join(server)}"]
+    start = ["env", "--chdir", START, "python3", "-m", "tools.start"]
+    start += ["tritonserver", f"--model-repository={MODELS}"]
+    start += options.arguments(inside=EVERYWHERE)
+    return ["bash", "-c", f"{shlex.join(install)} && exec {shlex.join(start)}"]
 
 
 def _engine() -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from halimede import loop
 from halimede.connection import Connection, Tls
 from halimede_ops.errors import AccessDenied, DeployError, HalimedeError, ServerError
-from tools.triton import CONTROL_HEADER
+from tools.start import CONTROL_HEADER
 
 LOAD_TIMEOUT_S = 600.0
 """Longest wait for one model to be loaded and warm."""

@@ -41,7 +41,7 @@ def serve(settings: Settings, options: triton.Options, runtime: str) -> None:
                     ended = _ended(server)
                 short = short + 1 if time.monotonic() - began < SHORT_S else 0
                 console.print(f"{ended}; it is started again")
-            raise ServeError(f"{ended}, {short} times soon after its start; see its log")
+            raise ServeError(f"{ended}; {short} times soon after its start")
         except KeyboardInterrupt:
             console.print("stopped")
 
@@ -53,7 +53,7 @@ def _ended(server: triton.Running) -> str:
             server.kill()
             return watch.TOLD
         time.sleep(watch.EVERY_S)
-    return "Triton ended by itself"
+    return server.how_it_ended()
 
 
 def _runtime(

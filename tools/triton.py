@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import os
 import re
-import secrets
 import shutil
 import signal
 import socket
@@ -27,17 +26,13 @@ from pydantic import BaseModel, NonNegativeInt, model_validator
 
 from halimede_ops import pins
 from halimede_ops.errors import ServeError
-from tools import watch
+from tools import start, watch
 
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend makes its regions
 LOOPBACK = "127.0.0.1"
 LOCAL_HOSTS = (LOOPBACK, "localhost")
-CONTROL_APIS = "model-repository,shared-memory,trace,logging"
-"""APIs that change the server or reach its memory. Inference, metadata and health stay open."""
-CONTROL_HEADER = "halimede-control-key"
-"""Header of the key over HTTP; over gRPC `triton-grpc-protocol-` stands before it."""
 DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
@@ -165,11 +160,8 @@ class Options(BaseModel):
         elif self.host in LOCAL_HOSTS:
             return []
         else:
-            key = secrets.token_hex(16)  # nobody knows it
-        return [
-            f"--grpc-restricted-protocol={CONTROL_APIS}:{CONTROL_HEADER}={key}",
-            f"--http-restricted-api={CONTROL_APIS}:{CONTROL_HEADER}={key}",
-        ]
+            key = start.nobodys_key()
+        return start.restrictions(key)
 
 
 def _log_arguments(level: str) -> list[str]:
@@ -197,6 +189,10 @@ class Running(Protocol):
 
     def has_lost_a_process(self) -> bool:
         """Whether it goes on without one of its processes, which it does not tell."""
+        ...
+
+    def how_it_ended(self) -> str:
+        """One line, once it no longer runs."""
         ...
 
 
@@ -232,6 +228,10 @@ class Server:
         model, and some never. To be asked again and again.
         """
         return self._watch.has_lost_one()
+
+    def how_it_ended(self) -> str:
+        """One line, once it no longer runs."""
+        return f"Triton ended with code {self.process.returncode} (log: {self.log})"
 
     def kill(self) -> None:
         """End the server and every child without a word to its callers."""
@@ -314,7 +314,7 @@ def _start(repository: Path, python_backend: Path, run: Path, options: Options) 
 
 def _command(repository: Path, backends: Path, options: Options) -> list[str]:
     wheel = _wheel()
-    whole = options.model_copy(update={"models": to_load(repository, options.models)})
+    whole = options.model_copy(update={"models": pins.to_load(repository, options.models)})
     return [
         str(wheel / "bin" / "tritonserver"),
         f"--model-repository={repository.resolve()}",
@@ -337,20 +337,6 @@ def _forget_regions(options: Options) -> None:
         started_by = int(region.name.split("-")[1])
         if started_by == os.getpid() or not Path(f"/proc/{started_by}").exists():
             region.unlink(missing_ok=True)
-
-
-def to_load(repository: Path, models: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The models asked for, without any all that are no step of another: an ensemble loads its
-    steps itself. Of their candidates those that answer a share: what was only published may not
-    even load.
-    """
-    configs = {path.parent.name: path.read_text() for path in repository.glob(f"*/{pins.CONFIG}")}
-    steps = {step for config in configs.values() for step in pins.steps(config)}
-    candidates = {name for name in configs if name.endswith(pins.CANDIDATE)}
-    asked = set(models) or configs.keys() - steps - candidates
-    follow = {f"{name}{pins.CANDIDATE}" for name in asked} & candidates
-    taking = {name for name in follow if float(pins.parameter(configs[name], pins.SHARE) or 0)}
-    return tuple(sorted(asked | taking))
 
 
 def _wheel() -> Path:
@@ -482,5 +468,9 @@ def why_it_ended(log: str, ended: str) -> str:
     if failed:
         reason = re.sub(r"^(\w+: )*", "", failed[2].split("\\n")[0]).strip()
         return f"model {failed[1]} did not load: {reason}"
-    last = log.strip().splitlines()[-1:] or ["no output"]
-    return f"{ended}: {last[0]}"
+    return f"{ended}: {last_line(log)}"
+
+
+def last_line(log: str) -> str:
+    """The last line of a server's log."""
+    return (log.strip().splitlines() or ["no output"])[-1]

@@ -1,4 +1,4 @@
-"""Which version folders of a repository are served: read from the config.pbtxt that names them.
+"""Which models and version folders of a repository are served: read from its config.pbtxt files.
 
 The client reads them as Triton does, without Triton's messages and the packages they need.
 """
@@ -72,6 +72,20 @@ def parameter(config: str, name: str) -> str:
     """The string value of one of a config's parameters; empty where it has none of this name."""
     found = re.search(rf'\bkey:\s*"{name}"\s*value\s*:?\s*{{\s*string_value:\s*"([^"]*)"', config)
     return found[1] if found else ""
+
+
+def to_load(repository: Path, models: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The models asked for, without any all that are no step of another: an ensemble loads its
+    steps itself. Of their candidates those that answer a share: what was only published may not
+    even load.
+    """
+    configs = {path.parent.name: path.read_text() for path in repository.glob(f"*/{CONFIG}")}
+    within = {step for config in configs.values() for step in steps(config)}
+    candidates = {name for name in configs if name.endswith(CANDIDATE)}
+    asked = set(models) or configs.keys() - within - candidates
+    follow = {f"{name}{CANDIDATE}" for name in asked} & candidates
+    taking = {name for name in follow if float(parameter(configs[name], SHARE) or 0)}
+    return tuple(sorted(asked | taking))
 
 
 def present(model: Path) -> list[int]:
