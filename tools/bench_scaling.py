@@ -28,9 +28,9 @@ from tools.settings import ROOT, Settings
 from tools.steps import console
 
 CONCURRENCY = 32
-TEXTS = {16: 1600, 64: 800, 256: 320}
+TEXTS = {16: 1000, 64: 500, 256: 200}
 """Tokens of a text → how many of them are sent."""
-SPREAD_TEXTS = 1000
+SPREAD_TEXTS = 600
 PACKAGES = ("onnxruntime-openvino", "nvidia-pytriton")
 
 
