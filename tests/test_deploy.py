@@ -85,17 +85,29 @@ def test_manifests_name_each_other_rightly() -> None:
         assert all(resource("PersistentVolumeClaim", claim) for claim in claims)
 
 
+def patched(base: Any, patch: Any) -> Any:
+    """As Kustomize lays a patch over a manifest: maps are merged, and lists of what has a name."""
+    if isinstance(base, dict) and isinstance(patch, dict):
+        return base | {key: patched(base.get(key), value) for key, value in patch.items()}
+    if isinstance(base, list) and patch and all(isinstance(one, dict) for one in patch):
+        over = {one["name"]: one for one in patch}
+        return [patched(one, over.get(one["name"], {})) for one in base]
+    return patch
+
+
 def test_the_gpu_overlay_patches_what_is_there() -> None:
-    """It changes the base's deployment and container by their names."""
+    """It changes the base's deployment and container by their names, into what Kubernetes takes."""
     overlay = DEPLOY / "kubernetes" / "gpu"
     assert (overlay / kustomization(overlay)["resources"][0]).resolve() == BASE.resolve()
     patch = yaml.safe_load((overlay / "triton.yaml").read_text())
     base = resource("Deployment", "triton")
     assert patch["metadata"]["name"] == base["metadata"]["name"]
-    names = [
-        [c["name"] for c in d["spec"]["template"]["spec"]["containers"]] for d in (patch, base)
-    ]
-    assert names[0] == names[1]
+    whole = patched(base, patch)
+    kubernetes_validate.validate(whole, KUBERNETES, strict=True)
+    [container] = whole["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "halimede/triton-gpu"
+    assert container["livenessProbe"]["exec"]["command"] == probes()["cluster"]
+    assert container["startupProbe"] and container["securityContext"]["readOnlyRootFilesystem"]
 
 
 def test_the_gpu_image_is_the_container_that_serve_starts() -> None:
