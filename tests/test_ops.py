@@ -81,14 +81,14 @@ def test_too_large_text_is_refused() -> None:
         text.decode(b"a" * (SPEC.max_text_bytes + 1), 0, SPEC)
 
 
-@given(st.lists(st.integers(0, 300), max_size=60))
-def test_plan_holds_every_row_once_within_the_budget(lengths: list[int]) -> None:
+@given(st.lists(st.integers(0, 300), max_size=60), st.sampled_from([256, 512, 4096]))
+def test_plan_holds_every_row_once_within_the_budget(lengths: list[int], most: int) -> None:
     """A plan has each index once; a micro-batch beyond the budget is a single row."""
-    parts = batch.plan(lengths)
+    parts = batch.plan(lengths, most_tokens=most)
     assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
     for part in parts:
         tokens = max(batch.padded_length(lengths[index]) for index in part) * len(part)
-        assert len(part) == 1 or tokens <= batch.MICRO_BATCH_TOKENS
+        assert len(part) == 1 or tokens <= most
 
 
 @given(st.lists(st.integers(1, 256), min_size=2, max_size=40))

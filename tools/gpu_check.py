@@ -22,7 +22,7 @@ import onnxruntime
 
 from halimede.providers.onnx import DEVICES
 from halimede_ops import pins, session, spec
-from halimede_ops.errors import ServeError
+from halimede_ops.errors import HalimedeError
 from tools import bench, bench_report, build, check, config, corpus, machine, repository
 from tools.bench_peers import Engine
 from tools.settings import ROOT, Settings
@@ -77,12 +77,12 @@ def gpu_check(
     """Measure, write the report into the folder and print it; its path.
 
     Raises:
-        ServeError: this machine cannot run the device: all that it lacks.
+        HalimedeError: this machine cannot run the device: all that it lacks.
         BuildError: the model could not be built.
     """
     missing = lacking(device)
     if missing:
-        raise ServeError(f"no GPU check for {device} here: {'; '.join(missing)}")
+        raise HalimedeError(f"no GPU check for {device} here: {'; '.join(missing)}")
     report = folder / ("gpu.md" if device == config.CUDA else f"gpu-{device}.md")
     with tempfile.TemporaryDirectory() as scratch:
         ours = settings.model_copy(update={"repository": Path(scratch) / "repository"})
@@ -99,7 +99,9 @@ def gpu_check(
                     bench.measure(compared, case, kept)
             bench.finish(compared, results)
         figures = bench_report.medians(results.lines())
-        steps = {precision: _steps(ours.repository, names[precision]) for precision in served}
+        steps = {
+            precision: _steps(ours.repository, model, names[precision]) for precision in served
+        }
         lines = _report(device, model, wanted[1:], figures, steps, extent)
     report.write_text("\n".join(lines) + "\n")
     console.print(report.read_text(), markup=False)
@@ -152,9 +154,9 @@ def write(settings: Settings, model: str, device: str) -> dict[str, str]:
     return dict(zip(texts.models, names, strict=True))
 
 
-def _steps(repository: Path, name: str) -> Steps:
-    tokenizer, onnx_step, _ = pins.read(repository, name).steps.values()
-    return Steps(onnx_step / session.FILE_NAME, tokenizer)
+def _steps(repository: Path, model: str, name: str) -> Steps:
+    steps = pins.read(repository, name).steps
+    return Steps(steps[f"{name}-onnx"] / session.FILE_NAME, steps[f"{model}-tokenizer"])
 
 
 def engines(device: str, precisions: Sequence[str]) -> list[Engine]:

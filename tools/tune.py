@@ -34,9 +34,13 @@ TEXTS, IN_HAND, SINGLES = 128, 32, 8
 are embedded alone as well."""
 ALIKE = 0.03
 """Rates that differ by less are alike: medians of a few rounds tell no more."""
-BUDGETS = (batch.MICRO_BATCH_TOKENS // 2, batch.MICRO_BATCH_TOKENS * 2)
-"""Tokens of a run to try beside the default."""
+BUDGETS = tuple(int(batch.MICRO_BATCH_TOKENS * times) for times in (1, 0.5, 2))
+"""Tokens of a run to try."""
+COMPILED = 3
+"""Memory of an opened model over its file, at most: OpenVINO packs its weights anew."""
 PACKAGES = ("onnxruntime-openvino", "numpy")
+
+Rows = Sequence[session.Row | session.Pixels]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +85,7 @@ def tune(settings: Settings, model: str, precisions: Sequence[str], seconds: flo
     for precision in precisions:
         name = repository.served_name(model, precision)
         least_cosine = check.BARS[precision].invariance
-        found = measure(settings.repository, name, least_cosine, seconds / len(precisions))
-        best = choose(found, least_cosine)
+        found, best = measure(settings, model, name, least_cosine, seconds / len(precisions))
         record = {
             "choice": best.way.parameters(),
             "taken": machine.taken("make tune", name, PACKAGES),
@@ -92,24 +95,33 @@ def tune(settings: Settings, model: str, precisions: Sequence[str], seconds: flo
         console.print(_table(name, found, best))
 
 
-def measure(folder: Path, name: str, least_cosine: float, seconds: float) -> list[Found]:
-    """What each way does with a model of the repository; the first one is the build's own.
+def measure(
+    settings: Settings, model: str, name: str, least_cosine: float, seconds: float
+) -> tuple[list[Found], Found]:
+    """What each way does with one precision of a model, the build's own first; and the best.
 
     Raises:
         ModelNotFound: the repository has no such model.
         InvalidInput: it embeds no texts.
     """
-    steps = pins.read(folder, name).steps
-    tokenizer = next((path for step, path in steps.items() if step.endswith("-tokenizer")), None)
+    steps = pins.read(settings.repository, name).steps
+    tokenizer = steps.get(f"{model}-tokenizer")
     if tokenizer is None:
         raise InvalidInput(f"{name} embeds no texts; tune takes models that do.")
-    facts = spec.load(tokenizer)
+    facts, onnx = spec.load(tokenizer), steps[f"{name}-onnx"] / session.FILE_NAME
     texts = random.Random(7).sample(corpus.mixed_texts(), TEXTS)
     rows = check.text_rows(tokenizer, facts)(texts)
-    stage = _Stage(steps[f"{name}-onnx"] / session.FILE_NAME, facts.max_tokens, rows, seconds / 2)
-    found = stage.measure(candidates(len(os.sched_getaffinity(0))))
+    stage = _Stage(onnx, facts.max_tokens, rows, seconds / 2)
+    ways = candidates(len(os.sched_getaffinity(0)))
+    found = stage.measure(ways[: max(2, settings.memory_limit_bytes // _opened_bytes(onnx))])
     best = choose(found, least_cosine).way
-    return found + stage.measure([dataclasses.replace(best, micro_batch_tokens=n) for n in BUDGETS])
+    last = stage.measure([dataclasses.replace(best, micro_batch_tokens=n) for n in BUDGETS])
+    return found + last, choose(last, least_cosine)
+
+
+def _opened_bytes(model: Path) -> int:
+    """What one way may take in memory, and as much again for everything else."""
+    return 2 * COMPILED * session.file_bytes(model)
 
 
 def choose(found: Sequence[Found], least_cosine: float) -> Found:
@@ -143,7 +155,7 @@ class _Stage:
         self,
         model: Path,
         max_tokens: int,
-        rows: Sequence[session.Row | session.Pixels],
+        rows: Rows,
         seconds: float,
     ) -> None:
         self._model = model
@@ -156,14 +168,15 @@ class _Stage:
     def measure(self, ways: Sequence[Way]) -> list[Found]:
         """What each way does: all of them in turn, until the time is up."""
         opened = {way: self._open(way) for way in ways}
-        cosines = {way: self._cosine(one) for way, one in opened.items()}
+        rows = self._affordable(opened[ways[0]], len(ways))
+        cosines = {way: self._cosine(one, rows) for way, one in opened.items()}
         rates: dict[Way, list[float]] = {way: [] for way in ways}
         singles: dict[Way, list[float]] = {way: [] for way in ways}
         end = time.monotonic() + self._seconds
         while len(rates[ways[-1]]) < LEAST_ROUNDS or time.monotonic() < end:
             for way, one in opened.items():
-                rates[way].append(self._rate(one))
-                singles[way] += [_seconds(one, [row]) for row in self._rows[:SINGLES]]
+                rates[way].append(_rate(one, rows))
+                singles[way] += [_seconds(one, [row]) for row in rows[:SINGLES]]
         return [
             Found(
                 way,
@@ -186,21 +199,29 @@ class _Stage:
         )
         return opened
 
-    def _cosine(self, one: session.Session) -> float:
+    def _affordable(self, one: session.Session, ways: int) -> Rows:
+        """As many rows as the ways can run LEAST_ROUNDS times, and once before, in the time."""
+        _seconds(one, self._rows[:SINGLES])  # warms
+        took_s = _seconds(one, self._rows[:SINGLES]) / SINGLES
+        count = int(self._seconds / (took_s * ways * (LEAST_ROUNDS + 1)))
+        return self._rows[: max(SINGLES, count)]
+
+    def _cosine(self, one: session.Session, rows: Rows) -> float:
         """Lowest cosine to the first way's vectors. It warms this way as well."""
-        found = one.run(self._rows)
+        found = one.run(rows)
         if self._expected is None:
             self._expected = found
-        return float(vectors.cosine(found, self._expected).min())
-
-    def _rate(self, one: session.Session) -> float:
-        """Texts a second, IN_HAND at a time."""
-        parts = range(0, len(self._rows), IN_HAND)
-        took_s = sum(_seconds(one, self._rows[first : first + IN_HAND]) for first in parts)
-        return len(self._rows) / took_s
+        both = min(len(found), len(self._expected))
+        return float(vectors.cosine(found[:both], self._expected[:both]).min())
 
 
-def _seconds(one: session.Session, rows: Sequence[session.Row | session.Pixels]) -> float:
+def _rate(one: session.Session, rows: Rows) -> float:
+    """Texts a second, IN_HAND at a time."""
+    parts = [rows[first : first + IN_HAND] for first in range(0, len(rows), IN_HAND)]
+    return len(rows) / sum(_seconds(one, part) for part in parts)
+
+
+def _seconds(one: session.Session, rows: Rows) -> float:
     began = time.perf_counter()
     one.run(rows)
     return time.perf_counter() - began
