@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from rich import box
 from rich.table import Table
 
 from halimede_ops import batch, pins, session, spec, vectors
@@ -167,12 +168,12 @@ class _Stage:
 
     def measure(self, ways: Sequence[Way]) -> list[Found]:
         """What each way does: all of them in turn, until the time is up."""
+        end = time.monotonic() + self._seconds
         opened = {way: self._open(way) for way in ways}
         rows = self._affordable(opened[ways[0]], len(ways))
         cosines = {way: self._cosine(one, rows) for way, one in opened.items()}
         rates: dict[Way, list[float]] = {way: [] for way in ways}
         singles: dict[Way, list[float]] = {way: [] for way in ways}
-        end = time.monotonic() + self._seconds
         while len(rates[ways[-1]]) < LEAST_ROUNDS or time.monotonic() < end:
             for way, one in opened.items():
                 rates[way].append(_rate(one, rows))
@@ -228,8 +229,8 @@ def _seconds(one: session.Session, rows: Rows) -> float:
 
 
 def _table(name: str, found: Sequence[Found], best: Found) -> Table:
-    columns = ("provider", "threads", "streams", "tokens a run", "texts/s", "one text ms", "cosine")
-    table = Table(*columns, "", title=name)
+    columns = ("provider", "threads", "streams", "tokens", "texts/s", "one ms", "cosine", "")
+    table = Table(*columns, title=name, box=box.SIMPLE)  # fits into 80 columns
     for one in found:
         way = one.way
         table.add_row(
