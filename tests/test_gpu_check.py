@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
-from conftest import MODEL, ROOT
+from conftest import MODEL, ROOT, free_options
 
 from tools import bench, check, gpu_check
 from tools.settings import Settings
@@ -40,7 +40,8 @@ def test_a_machine_without_a_gpu_is_told_what_it_lacks(device: str) -> None:
 
 def test_the_comparison_runs_on_the_cpu(settings: Settings, tmp_path: Path) -> None:
     """INT8 in process and on a Triton of its own: figures, vectors within their bar, providers."""
-    report = gpu_check.gpu_check(settings, MODEL, ["int8"], "cpu", SMALL, tmp_path)
+    port = free_options().http_port
+    report = gpu_check.gpu_check(settings, MODEL, ["int8"], "cpu", SMALL, tmp_path, port)
     assert report == tmp_path / "gpu-cpu.md"
     rows = [line.split(" | ") for line in report.read_text().splitlines() if ", int8 |" in line]
     assert [row[0] for row in rows] == [

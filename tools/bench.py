@@ -40,6 +40,8 @@ COMPARED = 100
 """Texts whose vectors are compared."""
 ALONE = 20
 """Of these, so many are embedded alone as well."""
+FIRST_PORT = 18_100
+"""Each server has three ports from here on, ten apart."""
 
 
 class Case(NamedTuple):
@@ -263,7 +265,7 @@ def engines(precisions: Sequence[str], named: Sequence[str] = ()) -> list[Engine
 
 @contextlib.contextmanager
 def started(
-    settings: Settings, model: str, wanted: Sequence[Engine]
+    settings: Settings, model: str, wanted: Sequence[Engine], first_port: int = FIRST_PORT
 ) -> Iterator[list[Process | Served]]:
     """All engines, up, one started after the other; those are left out whose environment cannot be
     made.
@@ -271,7 +273,7 @@ def started(
     running: list[Process | Served] = []
     try:
         for place, engine in enumerate(wanted):
-            port = 18100 + 10 * place
+            port = first_port + 10 * place
             try:
                 bench_peers.python(engine.environment, settings)
             except DownloadError as error:

@@ -73,6 +73,7 @@ def gpu_check(
     device: str,
     extent: Extent = FULL,
     folder: Path = FOLDER,
+    first_port: int = bench.FIRST_PORT,
 ) -> Path:
     """Measure, write the report into the folder and print it; its path.
 
@@ -90,7 +91,7 @@ def gpu_check(
         served = [precision for precision in names if precision in precisions]
         results = bench.Results(Path(scratch) / "results.jsonl", fresh=True)
         wanted = engines(device, served)
-        with bench.started(ours, model, wanted) as running:
+        with bench.started(ours, model, wanted, first_port) as running:
             bench.compare(running, results, REFERENCE)
             compared = [one for one in running if one.engine is not REFERENCE]
             for number in range(extent.rounds + 1):

@@ -27,8 +27,6 @@ from tools import check, config, corpus, machine, repository
 from tools.settings import Settings
 from tools.steps import console
 
-SECONDS = 60.0
-"""For all precisions of a model, unless it is asked otherwise."""
 LEAST_ROUNDS = 3
 TEXTS, IN_HAND, SINGLES = 128, 32, 8
 """Texts of a round, how many of them the engine has to choose from at a time, and of these how many
@@ -37,8 +35,8 @@ ALIKE = 0.03
 """Rates that differ by less are alike: medians of a few rounds tell no more."""
 BUDGETS = tuple(int(batch.MICRO_BATCH_TOKENS * times) for times in (1, 0.5, 2))
 """Tokens of a run to try."""
-COMPILED = 3
-"""Memory of an opened model over its file, at most: OpenVINO packs its weights anew."""
+RESERVED = 6
+"""Memory that is kept free for each way that is open, in sizes of the model's file."""
 PACKAGES = ("onnxruntime-openvino", "numpy")
 
 Rows = Sequence[session.Row | session.Pixels]
@@ -114,15 +112,11 @@ def measure(
     rows = check.text_rows(tokenizer, facts)(texts)
     stage = _Stage(onnx, facts.max_tokens, rows, seconds / 2)
     ways = candidates(len(os.sched_getaffinity(0)))
-    found = stage.measure(ways[: max(2, settings.memory_limit_bytes // _opened_bytes(onnx))])
+    fitting = settings.memory_limit_bytes // (RESERVED * session.file_bytes(onnx))
+    found = stage.measure(ways[: max(2, fitting)])
     best = choose(found, least_cosine).way
     last = stage.measure([dataclasses.replace(best, micro_batch_tokens=n) for n in BUDGETS])
     return found + last, choose(last, least_cosine)
-
-
-def _opened_bytes(model: Path) -> int:
-    """What one way may take in memory, and as much again for everything else."""
-    return 2 * COMPILED * session.file_bytes(model)
 
 
 def choose(found: Sequence[Found], least_cosine: float) -> Found:
