@@ -57,8 +57,7 @@ test: env default  ## Lint, then run every test against a real Triton
 	$(BIN)/python -m pytest $(ARGS)
 
 test-containers: env default  ## The stack in containers, really run; needs root
-	tests/containers/engine.sh
-	$(BIN)/python -m pytest -m containers $(ARGS)
+	tests/containers/engine.sh $(BIN)/python -m pytest -m containers $(ARGS)
 
 test-faults: env default  ## What fails around a server, with a minute of overload
 	$(BIN)/python -m pytest tests/test_faults.py -m 'faults or not faults' $(ARGS)
