@@ -263,7 +263,7 @@ def _report(
     return [
         f"# On {device.upper()}",
         "",
-        machine.taken(f"make gpu-check DEVICE={device}", model, PACKAGES),
+        machine.taken(f"python -m tools gpu-check --device {device}", model, PACKAGES),
         _device(device),
         "",
         f"Medians of {extent.rounds} rounds, asked in turn, after one that warms. *one*: single "
@@ -320,7 +320,7 @@ def _placed(precision: str, model: Path, device: str) -> list[str]:
     lines = []
     for provider, nodes in placed(model, device).items():
         kinds = ", ".join(f"{kind} {count}" for kind, count in nodes.most_common())
-        lines.append(f"- {precision}, {provider}: {nodes.total()} nodes. {kinds}")
+        lines.append(f"- {precision}, {provider}: {nodes.total()} nodes. {kinds}".rstrip())
     return lines
 
 
