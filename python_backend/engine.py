@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import triton_adapter as triton
 import triton_metrics
@@ -21,10 +22,14 @@ its config says otherwise."""
 
 
 def open_batches(
-    config: triton.ModelConfig, path: Path, kind: str, metrics: triton_metrics.Metrics
+    config: triton.ModelConfig,
+    path: Path,
+    kind: str,
+    metrics: triton_metrics.Metrics,
+    **waiting: Any,
 ) -> ContinuousBatches:
     """Continuous batches through the model.onnx at `path`, counted in `metrics`; `kind` is the
-    instance's, CPU or GPU.
+    instance's, CPU or GPU; `waiting` is what ContinuousBatches takes about what waits.
     """
     accelerators = _accelerators(config, kind)
     threads = _threads(config)
@@ -36,26 +41,28 @@ def open_batches(
             path, accelerators, threads, streams, max_tokens, micro_batch_tokens
         )
     )
-    # OpenVINO has no more streams than cores: what runs beside them needs a model of its own.
-    small = opened
+    # OpenVINO shares the threads between the streams for good: what has them all, or runs beside
+    # the streams, needs a model of its own.
+    alone = opened
     if kind == "CPU":
-        small, _ = triton.load(
-            lambda: session.open_session(path, accelerators, threads // streams, 1, max_tokens)
+        alone, _ = triton.load(
+            lambda: session.open_session(path, accelerators, threads, 1, max_tokens)
         )
     for name in missing:
         triton.warn(
             f"{config.name}: this onnxruntime has no {name}; the CPU provider serves instead"
         )
-    run, run_beside = (
-        one.run_with_heads if one.heads else one.run_together for one in (opened, small)
+    run, run_alone = (
+        one.run_with_heads if one.heads else one.run_together for one in (opened, alone)
     )
     return ContinuousBatches(
         run,
         opened.plan,
         streams,
-        lambda ran: metrics.ran(ran, opened.padded_tokens(ran.rows)),
-        time.monotonic,
-        run_beside,
+        tell=lambda ran: metrics.ran(ran, opened.padded_tokens(ran.rows)),
+        clock=time.monotonic,
+        run_alone=run_alone,
+        **waiting,
     )
 
 

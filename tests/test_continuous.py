@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from halimede_ops import batch, continuous
 from halimede_ops.batch import INTERACTIVE_ROWS
 from halimede_ops.continuous import (
-    WAITING_BULK_ROWS,
+    WAITING_BULK,
     WAITING_ROWS,
     ContinuousBatches,
     Outcome,
@@ -36,10 +36,11 @@ class Answer:
         self._outcomes.append(outcome)
         self._given.set()
 
-    def wait(self) -> Outcome:
+    def wait(self) -> list[int] | Exception:
+        """The results of the request's rows, or what was raised."""
         assert self._given.wait(TIMEOUT_S), "not answered"
         [outcome] = self._outcomes
-        return outcome
+        return outcome if isinstance(outcome, Exception) else [done.result for done in outcome]
 
 
 class Gate:
@@ -135,9 +136,7 @@ def test_a_request_whose_caller_has_gone_is_not_run(monkeypatch: pytest.MonkeyPa
     assert gate.parts == [[16], [16]]
 
 
-@pytest.mark.parametrize(
-    ("rows", "room"), [(1, WAITING_ROWS), (WAITING_BULK_ROWS // 8, WAITING_BULK_ROWS)]
-)
+@pytest.mark.parametrize(("rows", "room"), [(1, WAITING_ROWS), (128, WAITING_BULK)])
 def test_the_caller_is_held_back_until_there_is_room(rows: int, room: int) -> None:
     """With more rows of a lane waiting than may, `wait_for_room` returns when runs took some."""
     gate = Gate()
@@ -146,10 +145,9 @@ def test_the_caller_is_held_back_until_there_is_room(rows: int, room: int) -> No
         assert gate.entered.wait(TIMEOUT_S)
         for _ in range(room // rows):
             batches.submit([row(16)] * rows, Answer())
-        bulk = rows > INTERACTIVE_ROWS
-        batches.wait_for_room(bulk)
+        batches.wait_for_room()
         batches.submit([row(16)] * rows, Answer())
-        caller = threading.Thread(target=batches.wait_for_room, args=(bulk,))
+        caller = threading.Thread(target=batches.wait_for_room)
         caller.start()
         caller.join(0.2)
         assert caller.is_alive()
@@ -192,8 +190,74 @@ def test_bulk_does_not_starve() -> None:
             ask_again()
         bulk = Answer()
         batches.submit([row(16)] * (INTERACTIVE_ROWS + 1), bulk)
-        assert len(bulk.wait()) == INTERACTIVE_ROWS + 1
+        assert bulk.wait() == [0] * (INTERACTIVE_ROWS + 1)
         stop.set()
+
+
+def test_what_waits_is_read_together() -> None:
+    """Items that come while every thread runs are given to `read` at once, and each request gets
+    its own; one that cannot be read fails alone.
+    """
+    gate, reads = Gate(), []
+
+    def read(items: Sequence[int]) -> list[Row]:
+        reads.append(list(items))
+        if 13 in items:
+            raise ValueError("13")
+        return [row(16, item) for item in items]
+
+    answers = [Answer() for _ in range(4)]
+    with closing(ContinuousBatches(gate.run, batch.plan, threads=1, read=read)) as batches:
+        batches.submit([1], Answer())
+        assert gate.entered.wait(TIMEOUT_S)
+        for item, answer in zip((2, 3, 13, 4), answers, strict=True):
+            batches.submit([item], answer)
+        gate.opened.set()
+        *given, last = [
+            answer.wait() for answer in (answers[0], answers[1], answers[3], answers[2])
+        ]
+    assert given == [[2], [3], [4]]
+    assert isinstance(last, ValueError)
+    assert reads[:2] == [[1], [2, 3, 13, 4]]
+
+
+def test_bulk_is_read_one_request_at_a_time() -> None:
+    """A small request that comes behind much bulk is read before most of it."""
+    gate, reads = Gate(), []
+
+    def read(items: Sequence[int]) -> list[Row]:
+        reads.append(items[0])
+        return [row(16, item) for item in items]
+
+    with closing(ContinuousBatches(gate.run, batch.plan, threads=1, read=read)) as batches:
+        for number in range(8):
+            batches.submit([number] * WAITING_ROWS, Answer())
+        assert gate.entered.wait(TIMEOUT_S)
+        small = Answer()
+        batches.submit([100], small)
+        gate.opened.set()
+        assert small.wait() == [100]
+    assert reads.index(100) < 4
+
+
+def test_what_has_all_threads_is_run_alone() -> None:
+    """While nothing else waits or is run, `run_alone` has the micro-batch; else `run` has."""
+    gate, alone = Gate(), []
+
+    def run_alone(rows: Sequence[Row]) -> list[int]:
+        alone.append(first_ids(rows))
+        return first_ids(rows)
+
+    batches = ContinuousBatches(gate.run, batch.plan, threads=2, run_alone=run_alone)
+    with closing(batches):
+        single = Answer()
+        batches.submit([row(16, 1)], single)
+        assert single.wait() == [1]
+        batches.submit([row(256, 2), row(256, 3)], Answer())
+        assert gate.entered.wait(TIMEOUT_S)
+        gate.opened.set()
+    assert alone[0] == [1]
+    assert [256] in gate.parts
 
 
 def test_closing_answers_what_waits() -> None:

@@ -58,7 +58,7 @@ def text_rows(tokenizer_folder: Path, spec: ModelSpec) -> Rows:
     tokenizer = text.load(tokenizer_folder, spec)
 
     def rows(texts: Sequence[str]) -> list[session.Row]:
-        return session.rows(row.ids for row in tokenizer.encode(texts, [None] * len(texts)))
+        return session.rows(tokenizer.encode(texts, [None] * len(texts)))
 
     return rows
 

@@ -2,19 +2,17 @@
 heads' outputs, all in one process.
 
 It does what the ensemble's three steps do, from the same files, without a hand-over between them:
-texts are tokenized as they come, their rows wait together, and each request is answered as soon as
-its rows have run.
+texts wait together, those that wait are tokenized together and run in the cheapest micro-batches,
+and each request is answered as soon as its rows have run.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from threading import BoundedSemaphore
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +23,7 @@ import triton_adapter as triton
 import triton_metrics
 
 from halimede_ops import batch, heads, session, spec, sums, text, vectors
+from halimede_ops.continuous import Outcome
 from halimede_ops.recent import Embedded, Recent
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,8 +32,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 CACHE_MB = "HALIMEDE_RESPONSE_CACHE_MB"
 """Environment variable: memory for what was asked before, of each model without further heads."""
 MB = 1_000_000
-WAITING_BULK = 16
-"""Requests of bulk that wait in this process to be tokenized; more wait in Triton's queue."""
 
 
 class Asked(NamedTuple):
@@ -50,7 +47,7 @@ class Run(NamedTuple):
     asked: Asked
     embedded: list[Embedded]
     """One a text. The row of a model with further heads is a dict of all that it gave."""
-    tokens: list[text.Tokens]
+    rows: list[session.Row]
     """Of the texts that were run: all, where there are further heads."""
 
 
@@ -76,42 +73,25 @@ class TritonPythonModel:
         cache_mb = 0 if self.spec.heads else int(os.environ.get(CACHE_MB, "0"))
         self.recent = Recent(cache_mb * MB)
         self.batches = engine.open_batches(
-            config, onnx / session.FILE_NAME, args["model_instance_kind"], self.metrics
+            config,
+            onnx / session.FILE_NAME,
+            args["model_instance_kind"],
+            self.metrics,
+            read=self._tokenize,
         )
 
-        self.bulk = ThreadPoolExecutor(1)
-        """Tokenizes bulk, which would keep small requests in Triton's queue meanwhile."""
-        self.bulk_room = BoundedSemaphore(WAITING_BULK)
-
     def execute(self, requests: list[Any]) -> None:
-        """Tokenize and queue each request; it is answered when its rows have run."""
-        triton.answer_later(requests, self._read, self._start, self._write, self.metrics.failed)
-        self.batches.wait_for_room(bulk=False)
+        """Queue the texts of each request; it is answered when they have run."""
+        triton.answer_later(requests, self._read, self._embed, self._write, self.metrics.failed)
+        self.batches.wait_for_room()
 
     def finalize(self) -> None:
         """Answer what waits."""
-        self.bulk.shutdown()
         self.batches.close()
         self.metrics.close()
 
     def _read(self, request: Any) -> Asked:
         return Asked(triton.texts(request, self.spec), triton.dimensions(request, self.spec))
-
-    def _start(
-        self, asked: Asked, send: Callable[[Any], None], is_cancelled: Callable[[], bool]
-    ) -> None:
-        if len(asked.texts.texts) <= batch.INTERACTIVE_ROWS:
-            self._embed(asked, send, is_cancelled)
-        else:
-            self.bulk_room.acquire()
-            self.bulk.submit(self._embed_bulk, asked, send, is_cancelled)
-
-    def _embed_bulk(
-        self, asked: Asked, send: Callable[[Any], None], is_cancelled: Callable[[], bool]
-    ) -> None:
-        triton.begin(self._embed, asked, send, is_cancelled)
-        self.batches.wait_for_room(bulk=True)
-        self.bulk_room.release()
 
     def _embed(
         self, asked: Asked, send: Callable[[Any], None], is_cancelled: Callable[[], bool]
@@ -121,23 +101,26 @@ class TritonPythonModel:
         places = [place for place, one in enumerate(embedded) if one is None]
         self.metrics.count_cached(len(embedded) - len(places))
         missing = [prompted[place] for place in places]
-        tokens = self.tokenizer.encode_prompted(missing)
-        self.metrics.count_truncated(tokens, self.spec)
 
-        def answer(outcome: Any) -> None:
+        def answer(outcome: Outcome) -> None:
             if isinstance(outcome, Exception):
                 send(outcome)
                 return
-            made = [Embedded(row, one.total) for row, one in zip(outcome, tokens, strict=True)]
+            made = [Embedded(done.result, done.row.total) for done in outcome]
             for place, one in zip(places, made, strict=True):
                 embedded[place] = one
-            send(Run(asked, embedded, tokens))
+            send(Run(asked, embedded, [done.row for done in outcome]))
             self.recent.keep(missing, made)
 
-        if places:
-            self.batches.submit(session.rows(one.ids for one in tokens), answer, is_cancelled)
+        if missing:
+            self.batches.submit(missing, answer, is_cancelled)
         else:
             answer([])
+
+    def _tokenize(self, prompted: Sequence[str]) -> list[session.Row]:
+        tokens = self.tokenizer.encode_prompted(prompted)
+        self.metrics.count_truncated(tokens, self.spec)
+        return session.rows(tokens)
 
     def _write(self, run: Run) -> list[Any]:
         outputs = session.joined([one.row for one in run.embedded])
@@ -146,15 +129,15 @@ class TritonPythonModel:
         return [
             triton.output("EMBEDDING", vectors.embed(pooled, self.spec, run.asked.dimensions)),
             triton.output("TOKENS", totals),
-            *(triton.output(*head) for head in self._heads(outputs, run.tokens).items()),
+            *(triton.output(*head) for head in self._heads(outputs, run.rows).items()),
         ]
 
     def _heads(
-        self, rows: dict[str, np.ndarray], tokens: list[text.Tokens]
+        self, outputs: dict[str, np.ndarray], rows: list[session.Row]
     ) -> dict[str, np.ndarray]:
-        if not rows:
+        if not outputs:
             return {}
-        lengths = [len(one.ids) for one in tokens]
+        lengths = [row.length for row in rows]
         longest = max(lengths)
-        ids = batch.pad([one.ids for one in tokens], longest)
-        return heads.outputs(rows, ids, batch.mask(lengths, longest), self.spec)
+        ids = batch.pad([row.ids for row in rows], longest)
+        return heads.outputs(outputs, ids, batch.mask(lengths, longest), self.spec)

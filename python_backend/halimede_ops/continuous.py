@@ -1,49 +1,79 @@
-"""Rows that arrive at any time, run in the cheapest micro-batches of those that wait."""
+"""Items that arrive at any time, read and run in the cheapest micro-batches of those that wait."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from halimede_ops import batch
 from halimede_ops.errors import RequestCancelled
-from halimede_ops.session import Pixels, Row
 
 WAITING_ROWS = 128
 """Rows that a micro-batch is chosen from: enough for full ones, few enough to plan anew for each of
-them (0.2 ms). So many of the interactive lane may wait before `wait_for_room` holds the caller
-back."""
+them (0.2 ms). So many items of the interactive lane may wait before `wait_for_room` holds the
+caller back."""
 
-WAITING_BULK_ROWS = 256
-"""Rows of bulk that may wait before `wait_for_room` holds back who brings them."""
+WAITING_BULK = 2048
+"""Items of bulk that may wait before `wait_for_room` holds back who brings them."""
+
+GATHER_S = 0.001
+"""While every thread is busy, `wait_for_room` takes so long: what comes meanwhile is brought
+together, which costs less than one by one."""
 
 LONG_WAIT_RUNS = 16
 """Callers are asked whether they have gone only after so many runs: asking takes time too."""
 
-Run = Callable[[Sequence[Row | Pixels]], Sequence[Any]]
+
+class Row(Protocol):
+    """What an item is read to."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that running it costs."""
+
+
+Read = Callable[[Sequence[Any]], Sequence[Row]]
+"""What gives one row an item."""
+Run = Callable[[Sequence[Any]], Sequence[Any]]
 """What gives one result a row."""
-Plan = Callable[[Sequence[int]], list[list[int]]]
-"""What gives the micro-batches, as indices, of rows of these lengths."""
-Outcome = Sequence[Any] | Exception
-"""One result a row, in order, or what running them raised."""
+Plan = Callable[[Sequence[int], int], list[list[int]]]
+"""What gives the micro-batches, as indices, of rows of these lengths for so many free threads."""
+
+
+class Done(NamedTuple):
+    """One item that was run."""
+
+    row: Any
+    """What it was read to."""
+    result: Any
+    """What running that gave."""
+
+
+Outcome = Sequence[Done] | Exception
+"""One Done an item, in order, or what reading or running them raised."""
+
+
+_Results = Sequence[Any] | Exception
+"""One result a row of a micro-batch, in order, or what running it raised."""
 
 
 class Ran(NamedTuple):
     """One micro-batch that was run."""
 
-    rows: Sequence[Row | Pixels]
+    rows: Sequence[Any]
     waited_s: float
     """From `submit` until it was taken, of all rows together."""
 
 
 class ContinuousBatches:
-    """Threads that run rows through `run`, each taking a micro-batch as soon as it is free.
+    """Threads that read items, as many as have come, and run their rows, each taking a micro-batch
+    as soon as it is free.
 
     A micro-batch has the row that waited longest, so none starves, and those that run best beside
     it, whichever request they came with, so little is padded. Small requests do not wait for bulk:
-    while it is run, one more thread runs them, and them alone.
+    while it is read or run, one more thread does that for them, and for them alone.
     """
 
     def __init__(
@@ -51,39 +81,53 @@ class ContinuousBatches:
         run: Run,
         plan: Plan,
         threads: int,
+        read: Read = list,
         tell: Callable[[Ran], None] = lambda ran: None,
         clock: Callable[[], float] = lambda: 0.0,
-        run_beside: Run | None = None,
+        run_alone: Run | None = None,
+        waiting_bulk: int = WAITING_BULK,
     ) -> None:
-        """Threads that wait for rows.
+        """Threads that wait for items.
 
         Args:
             run: gives one result a row.
             plan: gives the micro-batches that cost least.
             threads: micro-batches that are run at the same time; one more while bulk is.
-            tell: hears of each one that was run, from the thread that ran it.
+            read: gives one row an item; without it, items are rows.
+            tell: hears of each micro-batch that was run, from the thread that ran it.
             clock: seconds since any moment; without it, rows are said to have waited 0.
-            run_beside: runs small requests beside bulk; None: `run`.
+            run_alone: runs a micro-batch while no other is, and small requests beside bulk; None:
+                `run`.
+            waiting_bulk: items of bulk that may wait before `wait_for_room` holds the caller back.
         """
+        self._run = run
+        self._run_alone = run_alone or run
         self._plan = plan
+        self._threads = threads
+        self._read = read
         self._tell = tell
         self._clock = clock
+        self._waiting_bulk = waiting_bulk
+        self._unread: list[_Request] = []
+        """In order of arrival, as what follows."""
         self._waiting: list[_Waiting] = []
-        """In order of arrival."""
-        lock = threading.Lock()
-        """Guards what follows."""
-        self._changed = threading.Condition(lock)
-        self._urgent = threading.Condition(lock)
+        self._lock = threading.Lock()
+        """Guards all that changes."""
+        self._work = threading.Condition(self._lock)
+        self._urgent = threading.Condition(self._lock)
+        self._room = threading.Condition(self._lock)
         self._closed = False
         self._taken = 0
         """Micro-batches until now."""
+        self._free = 0
+        """Threads that wait for work."""
         self._bulk_waiting = 0
         """Rows of bulk among those that wait."""
         self._bulk_running = 0
-        """Micro-batches with bulk that are run now."""
-        self._done: SimpleQueue[tuple[list[_Waiting], Outcome] | None] = SimpleQueue()
-        roles = [(self._take, run)] * threads + [(self._take_interactive, run_beside or run)]
-        self._running = [threading.Thread(target=self._run_all, args=role) for role in roles]
+        """Threads that read or run bulk now."""
+        self._done: SimpleQueue[tuple[list[_Waiting], _Results] | None] = SimpleQueue()
+        loops = [self._serve] * threads + [self._serve_small]
+        self._running = [threading.Thread(target=loop) for loop in loops]
         # Under load another thread answers, so that those that run lose no time.
         self._answering = threading.Thread(target=self._answer_all)
         for thread in (*self._running, self._answering):
@@ -91,100 +135,153 @@ class ContinuousBatches:
 
     def submit(
         self,
-        rows: Sequence[Row | Pixels],
+        items: Sequence[Any],
         answer: Callable[[Outcome], None],
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Queue the rows of one request; `answer` gets its outcome, once, from another thread.
+        """Queue the items of one request; `answer` gets its outcome, once, from another thread.
 
         Rows whose turn comes late are not run when `is_cancelled`: the outcome is
         RequestCancelled.
         """
-        with self._changed:
-            request = _Request(rows, answer, is_cancelled, self._taken, self._clock())
-            self._waiting += [_Waiting(request, place) for place in range(len(rows))]
-            self._bulk_waiting += len(rows) * request.is_bulk
-            self._notify()
+        with self._lock:
+            self._unread.append(_Request(items, answer, is_cancelled, self._taken, self._clock()))
+            self._wake()
 
-    def wait_for_room(self, bulk: bool) -> None:
-        """Return as soon as no more rows of this lane wait than may: WAITING_ROWS of the
-        interactive one, or WAITING_BULK_ROWS.
+    def wait_for_room(self) -> None:
+        """Return when no more items of either lane wait than may; while every thread is busy, let
+        some more come first.
         """
-        with self._changed:
-            if bulk:
-                self._changed.wait_for(lambda: self._bulk_waiting <= WAITING_BULK_ROWS)
-            else:
-                self._changed.wait_for(lambda: self._interactive_waiting() <= WAITING_ROWS)
+        with self._lock:
+            self._room.wait_for(self._has_room)
+            if not self._free and not self._bulk_running:
+                self._room.wait(GATHER_S)
 
     def close(self) -> None:
         """Run and answer what waits, then end the threads."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._notify()
+            self._work.notify_all()
+            self._urgent.notify()
         for thread in self._running:
             thread.join()
         self._done.put(None)
         self._answering.join()
 
-    def _interactive_waiting(self) -> int:
+    def _has_room(self) -> bool:
+        unread = sum(len(one.items) for one in self._unread)
+        bulk = sum(len(one.items) for one in self._unread if one.is_bulk)
+        return (
+            bulk + self._bulk_waiting <= self._waiting_bulk
+            and unread - bulk + self._small_waiting() <= WAITING_ROWS
+        )
+
+    def _small_waiting(self) -> int:
         return len(self._waiting) - self._bulk_waiting
 
-    def _notify(self) -> None:
-        self._changed.notify_all()
-        if self._closed or (self._bulk_running and self._interactive_waiting()):
+    def _is_urgent(self) -> bool:
+        """Whether small requests would wait for bulk."""
+        return self._bulk_running > 0 and (
+            self._small_waiting() > 0 or any(not one.is_bulk for one in self._unread)
+        )
+
+    def _wake(self) -> None:
+        """Wake a thread for what waits; it wakes the next for what it leaves."""
+        if self._waiting or self._unread:
+            self._work.notify()
+        if self._is_urgent():
             self._urgent.notify()
 
-    def _run_all(self, take: Callable[[], list[_Waiting]], run: Run) -> None:
-        while part := take():
-            bulk = any(waiting.request.is_bulk for waiting in part)
-            taken_at_s = self._clock()
-            gone = self._gone({waiting.request for waiting in part})
-            wanted = [waiting for waiting in part if waiting.request not in gone]
-            if gone:
-                dropped = [waiting for waiting in part if waiting.request in gone]
-                self._give(dropped, RequestCancelled("the request was cancelled; it was not run."))
-            if wanted:
-                self._give(wanted, _outcome(wanted, run))
-                waited_s = sum(taken_at_s - waiting.request.came_at_s for waiting in wanted)
-                self._tell(Ran([waiting.row for waiting in wanted], waited_s))
-            with self._changed:
-                self._bulk_running -= bulk
+    def _serve(self) -> None:
+        while self._work_came():
+            self._read_all(self._next_unread())
+            self._run_part(self._next_part())
 
-    def _gone(self, requests: set[_Request]) -> set[_Request]:
-        """Those that waited long and whose callers have gone."""
-        early = self._taken - LONG_WAIT_RUNS
-        return {one for one in requests if one.since < early and one.is_cancelled()}
+    def _serve_small(self) -> None:
+        while self._urgent_came():
+            self._read_all(self._small_unread())
+            self._run_part(self._small_part())
 
-    def _give(self, part: list[_Waiting], outcome: Outcome) -> None:
-        if self._waiting:
-            self._done.put((part, outcome))
-        else:
-            _answer(part, outcome)
+    def _work_came(self) -> bool:
+        """Wait for something to read or to run; False when closed and nothing is left."""
+        with self._lock:
+            self._free += 1
+            self._room.notify_all()
+            self._work.wait_for(lambda: self._waiting or self._unread or self._closed)
+            self._free -= 1
+            return bool(self._waiting or self._unread)
 
-    def _take(self) -> list[_Waiting]:
-        """The next micro-batch, which then waits no more; empty when closed and nothing waits."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            return self._cheapest(range(min(len(self._waiting), WAITING_ROWS)))
+    def _urgent_came(self) -> bool:
+        """Wait until small requests would wait for bulk; False when closed."""
+        with self._lock:
+            self._urgent.wait_for(lambda: self._closed or self._is_urgent())
+            return not self._closed  # then the other threads run what waits
 
-    def _take_interactive(self) -> list[_Waiting]:
-        """The next micro-batch of the interactive lane, while bulk is run; empty when closed."""
-        with self._urgent:
-            self._urgent.wait_for(
-                lambda: self._closed or (self._bulk_running and self._interactive_waiting())
-            )
-            if self._closed:  # the other threads run what waits
-                return []
+    def _next_unread(self) -> list[_Request]:
+        """The requests to read next: every small one, or when its turn has come one of bulk."""
+        with self._lock:
+            if self._unread and self._unread[0].is_bulk and len(self._waiting) < WAITING_ROWS:
+                self._bulk_running += 1
+                requests = [self._unread.pop(0)]
+            else:
+                requests = self._take_small()
+            self._wake()
+            return requests
+
+    def _small_unread(self) -> list[_Request]:
+        with self._lock:
+            return self._take_small()
+
+    def _take_small(self) -> list[_Request]:
+        small = [one for one in self._unread if not one.is_bulk]
+        self._unread = [one for one in self._unread if one.is_bulk]
+        return small
+
+    def _read_all(self, requests: Sequence[_Request]) -> None:
+        """Read what these requests have; then their rows wait."""
+        if not requests:
+            return
+        rows = self._rows_of(requests)
+        with self._lock:
+            self._waiting += rows
+            self._bulk_waiting += sum(one.request.is_bulk for one in rows)
+            self._bulk_running -= requests[0].is_bulk
+            self._wake()
+
+    def _rows_of(self, requests: Sequence[_Request]) -> list[_Waiting]:
+        """The rows of these requests, read together; one that cannot be read fails alone."""
+        try:
+            rows = iter(self._read([item for one in requests for item in one.items]))
+            return [
+                _Waiting(one, place, next(rows))
+                for one in requests
+                for place in range(len(one.items))
+            ]
+        except Exception as error:
+            if len(requests) > 1:
+                return [row for one in requests for row in self._rows_of([one])]
+            requests[0].fail(error)
+            return []
+
+    def _next_part(self) -> _Part:
+        with self._lock:
+            part = self._cheapest(range(min(len(self._waiting), WAITING_ROWS)))
+            rest = self._waiting or self._unread or self._free < self._threads - 1
+            return _Part(part, self._run if rest else self._run_alone)
+
+    def _small_part(self) -> _Part:
+        with self._lock:
             small = [index for index, one in enumerate(self._waiting) if not one.request.is_bulk]
-            return self._cheapest(small[:WAITING_ROWS])
+            return _Part(self._cheapest(small[:WAITING_ROWS]), self._run_alone)
 
     def _cheapest(self, places: Sequence[int]) -> list[_Waiting]:
         """The micro-batch with the first of these places among those that wait, and of the others
-        what costs least beside it; empty without places.
+        what costs least beside it, which then wait no more; empty without places.
         """
         if not places:
             return []
-        parts = self._plan([self._waiting[place].row.length for place in places])
+        lengths = [self._waiting[place].row.length for place in places]
+        parts = self._plan(lengths, 1 + self._free)
         chosen = [places[index] for index in next(part for part in parts if 0 in part)]
         part = [self._waiting[place] for place in chosen]
         for place in sorted(chosen, reverse=True):
@@ -193,69 +290,95 @@ class ContinuousBatches:
         self._bulk_waiting -= bulk
         self._bulk_running += bulk > 0
         self._taken += 1
-        self._notify()
+        self._room.notify_all()
+        self._wake()
         return part
+
+    def _run_part(self, part: _Part) -> None:
+        if not part.rows:
+            return
+        taken_at_s = self._clock()
+        gone = self._gone({waiting.request for waiting in part.rows})
+        wanted = [waiting for waiting in part.rows if waiting.request not in gone]
+        if gone:
+            dropped = [waiting for waiting in part.rows if waiting.request in gone]
+            self._give(dropped, RequestCancelled("the request was cancelled; it was not run."))
+        if wanted:
+            rows = [waiting.row for waiting in wanted]
+            self._give(wanted, _results(rows, part.run))
+            waited_s = sum(taken_at_s - waiting.request.came_at_s for waiting in wanted)
+            self._tell(Ran(rows, waited_s))
+        with self._lock:
+            self._bulk_running -= any(waiting.request.is_bulk for waiting in part.rows)
+
+    def _gone(self, requests: set[_Request]) -> set[_Request]:
+        """Those that waited long and whose callers have gone."""
+        early = self._taken - LONG_WAIT_RUNS
+        return {one for one in requests if one.since < early and one.is_cancelled()}
+
+    def _give(self, part: list[_Waiting], results: _Results) -> None:
+        if self._waiting or self._unread:
+            self._done.put((part, results))
+        else:
+            _answer(part, results)
 
     def _answer_all(self) -> None:
         while done := self._done.get():
             _answer(*done)
 
 
-def _outcome(part: list[_Waiting], run: Run) -> Outcome:
+def _results(rows: list[Any], run: Run) -> _Results:
     try:
-        return run([waiting.row for waiting in part])
+        return run(rows)
     except Exception as error:
         return error
 
 
-def _answer(part: list[_Waiting], outcome: Outcome) -> None:
-    for number, (request, place) in enumerate(part):
-        if isinstance(outcome, Exception):
-            request.fail(outcome)
+def _answer(part: list[_Waiting], results: _Results) -> None:
+    for number, (request, place, row) in enumerate(part):
+        if isinstance(results, Exception):
+            request.put(place, results)
         else:
-            request.put(place, outcome[number])
+            request.put(place, Done(row, results[number]))
 
 
 class _Request:
-    """Rows that are answered together."""
+    """Items that are answered together."""
 
     def __init__(
         self,
-        rows: Sequence[Row | Pixels],
+        items: Sequence[Any],
         answer: Callable[[Outcome], None],
         is_cancelled: Callable[[], bool],
         since: int,
         came_at_s: float,
     ) -> None:
-        self.rows = rows
-        self.is_bulk = len(rows) > batch.INTERACTIVE_ROWS
+        self.items = items
+        self.is_bulk = len(items) > batch.INTERACTIVE_ROWS
         self.is_cancelled = is_cancelled
         self.since = since
         """Micro-batches before it came."""
         self.came_at_s = came_at_s
         self._answer = answer
-        self._results: list[Any] = [None] * len(rows)
+        self._done: list[Any] = [None] * len(items)
         self._error: Exception | None = None
-        self._missing = len(rows)
+        self._missing = len(items)
         self._lock = threading.Lock()
 
-    def put(self, place: int, result: Any) -> None:
-        """Keep the result of the row at `place`."""
-        self._results[place] = result
-        self._count()
-
-    def fail(self, error: Exception) -> None:
-        """Keep what one row raised: it is the whole request's answer."""
-        self._error = error
-        self._count()
-
-    def _count(self) -> None:
-        """Answer after the last row."""
+    def put(self, place: int, done: Done | Exception) -> None:
+        """Keep what the item at `place` gave; what one raised is the answer of all."""
+        if isinstance(done, Exception):
+            self._error = done
+        self._done[place] = done
         with self._lock:
             self._missing -= 1
             last = not self._missing
         if last:
-            self._answer(self._error or self._results)
+            self._answer(self._error or self._done)
+
+    def fail(self, error: Exception) -> None:
+        """Answer with what reading the items raised."""
+        self._answer(error)
 
 
 class _Waiting(NamedTuple):
@@ -263,8 +386,12 @@ class _Waiting(NamedTuple):
 
     request: _Request
     place: int
-    """Of the row in its request."""
+    """Of its item in the request."""
+    row: Any
 
-    @property
-    def row(self) -> Row | Pixels:
-        return self.request.rows[self.place]
+
+class _Part(NamedTuple):
+    """A micro-batch and what runs it; there may be none."""
+
+    rows: list[_Waiting]
+    run: Run

@@ -57,6 +57,8 @@ class Row(NamedTuple):
     """Token ids `[tokens]` int64."""
     mask: np.ndarray
     """Attention mask `[tokens]` int64: 1 for a token, 0 for padding."""
+    total: int = 0
+    """Tokens of the whole text, where it is known: more than those of the row were cut off."""
 
     @property
     def length(self) -> int:
@@ -92,10 +94,10 @@ class Pixels(NamedTuple):
     """Positions that the model gives it: what it costs, in tokens of a text."""
 
 
-def rows(texts: Iterable[Sequence[int]]) -> list[Row]:
-    """The rows of texts' token ids, none of them padding."""
-    arrays = [np.array(ids, np.int64) for ids in texts]
-    return [Row(ids, np.ones_like(ids)) for ids in arrays]
+def rows(texts: Iterable[tuple[Sequence[int], int]]) -> list[Row]:
+    """The rows of texts' token ids, none of them padding, each given with its text's total."""
+    arrays = [(np.array(ids, np.int64), total) for ids, total in texts]
+    return [Row(ids, np.ones_like(ids), total) for ids, total in arrays]
 
 
 def pixel_rows(pictures: Iterable[np.ndarray], positions: int) -> list[Pixels]:
@@ -122,10 +124,10 @@ class Session:
         self._streams = streams
         self._threads = ThreadPoolExecutor(streams) if streams > 1 else None
 
-    def plan(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices of rows of these lengths in the micro-batches that cost least."""
+    def plan(self, lengths: Sequence[int], streams: int) -> list[list[int]]:
+        """Indices of rows of these lengths in the micro-batches that cost least in `streams`."""
         plan = batch.plan_packed if self._packed else batch.plan
-        return plan(lengths, self._streams, self._micro_batch_tokens)
+        return plan(lengths, streams, self._micro_batch_tokens)
 
     def run(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
         """Pooled vectors `[len(rows), dims]` float32, in the order of `rows`.
@@ -133,7 +135,7 @@ class Session:
         Rows run in micro-batches of like length, or several in one row of the model, so a row's
         vector does not depend on what is asked beside it beyond the last bits of float32.
         """
-        parts = self.plan([row.length for row in rows])
+        parts = self.plan([row.length for row in rows], self._streams)
         run = map if self._threads is None else self._threads.map
         results = list(run(lambda part: self.run_together([rows[i] for i in part]), parts))
         out = np.empty((len(rows), results[0].shape[1]), np.float32)

@@ -18,7 +18,11 @@ import triton_adapter as triton
 import triton_metrics
 
 from halimede_ops import batch, session, spec, sums
+from halimede_ops.continuous import Done
 from halimede_ops.errors import InvalidInput
+
+WAITING_BULK = 256
+"""Rows of bulk that may wait here; a picture's take 150 kB each."""
 
 
 class TritonPythonModel:
@@ -36,13 +40,14 @@ class TritonPythonModel:
             positions = int(config.parameter("max_tokens"))
             self.read = partial(_read_pixels, positions=positions)
         self.metrics = triton_metrics.Metrics(config, *triton_metrics.OF_RUNS)
-        self.batches = engine.open_batches(config, path, args["model_instance_kind"], self.metrics)
+        self.batches = engine.open_batches(
+            config, path, args["model_instance_kind"], self.metrics, waiting_bulk=WAITING_BULK
+        )
 
     def execute(self, requests: list[Any]) -> None:
         """Queue the rows of all requests; each request is answered when its rows have run."""
         triton.answer_later(requests, self.read, self.batches.submit, _write, self.metrics.failed)
-        self.batches.wait_for_room(bulk=False)
-        self.batches.wait_for_room(bulk=True)
+        self.batches.wait_for_room()
 
     def finalize(self) -> None:
         """Answer what waits."""
@@ -70,6 +75,7 @@ def _read_pixels(request: Any, positions: int) -> list[session.Pixels]:
     return session.pixel_rows(triton.tensor(request, spec.PIXELS).copy(), positions)
 
 
-def _write(rows: list[Any]) -> list[Any]:
+def _write(done: list[Done]) -> list[Any]:
     """The outputs of one request from those of its rows."""
-    return [triton.output(name, values) for name, values in session.joined(rows).items()]
+    outputs = session.joined([one.result for one in done])
+    return [triton.output(name, values) for name, values in outputs.items()]

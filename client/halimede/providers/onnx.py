@@ -269,7 +269,7 @@ def _embed_texts(opened: _Opened, request: Request) -> Answer:
     texts = base.texts(request, opened.served.name)
     decoded = [text.decode(value, row, opened.spec) for row, value in enumerate(texts)]
     tokens = opened.reader.encode(decoded, [request.input_type or None] * len(decoded))
-    pooled = _run(opened, session.rows(one.ids for one in tokens))
+    pooled = _run(opened, session.rows(tokens))
     totals = np.array([one.total for one in tokens], np.int32)
     return Answer(vectors.embed(pooled, opened.spec, request.dimensions), totals, opened.served)
 
