@@ -19,7 +19,7 @@ from halimede_ops.continuous import (
     ContinuousBatches,
     Outcome,
 )
-from halimede_ops.errors import RequestCancelled
+from halimede_ops.errors import RequestCancelled, ServerOverloaded
 from halimede_ops.session import Row
 
 TIMEOUT_S = 20.0
@@ -136,7 +136,7 @@ def test_a_request_whose_caller_has_gone_is_not_run(monkeypatch: pytest.MonkeyPa
     assert gate.parts == [[16], [16]]
 
 
-@pytest.mark.parametrize(("rows", "room"), [(1, WAITING_ROWS), (128, WAITING_BULK)])
+@pytest.mark.parametrize(("rows", "room"), [(1, WAITING_ROWS), (32, WAITING_BULK)])
 def test_the_caller_is_held_back_until_there_is_room(rows: int, room: int) -> None:
     """With more rows of a lane waiting than may, `wait_for_room` returns when runs took some."""
     gate = Gate()
@@ -154,6 +154,21 @@ def test_the_caller_is_held_back_until_there_is_room(rows: int, room: int) -> No
         gate.opened.set()
         caller.join(TIMEOUT_S)
         assert not caller.is_alive()
+
+
+def test_more_requests_than_may_wait_are_refused() -> None:
+    """One beyond the limit raises ServerOverloaded; each lane has its own, and answers make room."""
+    gate, answers = Gate(), [Answer() for _ in range(3)]
+    with closing(ContinuousBatches(gate.run, batch.plan, threads=1, most_requests=2)) as batches:
+        batches.submit([row(16)], answers[0])
+        batches.submit([row(16)], answers[1])
+        with pytest.raises(ServerOverloaded, match="2 requests wait"):
+            batches.submit([row(16)], Answer())
+        batches.submit([row(16)] * (INTERACTIVE_ROWS + 1), answers[2])
+        gate.opened.set()
+        for answer in answers:
+            answer.wait()
+        batches.submit([row(16)], Answer())
 
 
 def test_a_single_text_does_not_wait_for_bulk() -> None:

@@ -323,7 +323,10 @@ def one_process(
         input=[_text(), _input_type(), _dimensions()],
         output=_embedded(spec),
         instance_group=[_instances(device)],
-        dynamic_batching=_batching(),
+        # With priorities or a limit, Triton's batcher is not told of a request that comes while
+        # the backend reads others: it waits for the next one, or half a second. The backend has
+        # both.
+        dynamic_batching=pb.ModelDynamicBatching(),
         optimization=pb.ModelOptimizationPolicy(
             execution_accelerators=_accelerators(
                 device, tensorrt_parameters(spec, precision, text_shapes(spec))
@@ -342,7 +345,8 @@ def one_process(
             for length in warm_lengths(spec)
             for rows in WARM_ROWS
         ],
-        parameters=_text_facts(spec, precision, missed, twin) | _parameters(files),
+        parameters=_text_facts(spec, precision, missed, twin)
+        | _parameters(files | {"max_queue_size": str(MAX_QUEUE_SIZE)}),
     )
 
 

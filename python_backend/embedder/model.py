@@ -78,12 +78,13 @@ class TritonPythonModel:
             args["model_instance_kind"],
             self.metrics,
             read=self._tokenize,
+            most_requests=int(config.parameter("max_queue_size", "0")) or None,
         )
 
     def execute(self, requests: list[Any]) -> None:
         """Queue the texts of each request; it is answered when they have run."""
         triton.answer_later(requests, self._read, self._embed, self._write, self.metrics.failed)
-        self.batches.wait_for_room()
+        self.batches.gather()
 
     def finalize(self) -> None:
         """Answer what waits."""

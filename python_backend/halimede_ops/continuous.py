@@ -8,19 +8,20 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 from halimede_ops import batch
-from halimede_ops.errors import RequestCancelled
+from halimede_ops.errors import RequestCancelled, ServerOverloaded
 
 WAITING_ROWS = 128
 """Rows that a micro-batch is chosen from: enough for full ones, few enough to plan anew for each of
 them (0.2 ms). So many items of the interactive lane may wait before `wait_for_room` holds the
 caller back."""
 
-WAITING_BULK = 2048
-"""Items of bulk that may wait before `wait_for_room` holds back who brings them."""
+WAITING_BULK = 256
+"""Items of bulk that may wait before `wait_for_room` holds back who brings them: a picture's row
+has 150 kB."""
 
 GATHER_S = 0.001
-"""While every thread is busy, `wait_for_room` takes so long: what comes meanwhile is brought
-together, which costs less than one by one."""
+"""While every thread is busy, `gather` takes so long: what comes meanwhile is brought together,
+which costs less than one by one."""
 
 LONG_WAIT_RUNS = 16
 """Callers are asked whether they have gone only after so many runs: asking takes time too."""
@@ -85,7 +86,7 @@ class ContinuousBatches:
         tell: Callable[[Ran], None] = lambda ran: None,
         clock: Callable[[], float] = lambda: 0.0,
         run_alone: Run | None = None,
-        waiting_bulk: int = WAITING_BULK,
+        most_requests: int | None = None,
     ) -> None:
         """Threads that wait for items.
 
@@ -98,7 +99,7 @@ class ContinuousBatches:
             clock: seconds since any moment; without it, rows are said to have waited 0.
             run_alone: runs a micro-batch while no other is, and small requests beside bulk; None:
                 `run`.
-            waiting_bulk: items of bulk that may wait before `wait_for_room` holds the caller back.
+            most_requests: small ones, and as many of bulk, that may be unanswered.
         """
         self._run = run
         self._run_alone = run_alone or run
@@ -107,7 +108,7 @@ class ContinuousBatches:
         self._read = read
         self._tell = tell
         self._clock = clock
-        self._waiting_bulk = waiting_bulk
+        self._most_requests = most_requests
         self._unread: list[_Request] = []
         """In order of arrival, as what follows."""
         self._waiting: list[_Waiting] = []
@@ -121,6 +122,8 @@ class ContinuousBatches:
         """Micro-batches until now."""
         self._free = 0
         """Threads that wait for work."""
+        self._unanswered = {True: 0, False: 0}
+        """Requests of bulk, and small ones."""
         self._bulk_waiting = 0
         """Rows of bulk among those that wait."""
         self._bulk_running = 0
@@ -143,19 +146,30 @@ class ContinuousBatches:
 
         Rows whose turn comes late are not run when `is_cancelled`: the outcome is
         RequestCancelled.
+
+        Raises:
+            ServerOverloaded: as many requests as may be are unanswered.
         """
+        request = _Request(items, answer, is_cancelled, self._taken, self._clock())
         with self._lock:
-            self._unread.append(_Request(items, answer, is_cancelled, self._taken, self._clock()))
+            if self._unanswered[request.is_bulk] == self._most_requests:
+                raise ServerOverloaded(
+                    f"the queue is full: {self._most_requests:,} requests wait. Send again."
+                )
+            self._unanswered[request.is_bulk] += 1
+            self._unread.append(request)
             self._wake()
 
-    def wait_for_room(self) -> None:
-        """Return when no more items of either lane wait than may; while every thread is busy, let
-        some more come first.
-        """
+    def gather(self) -> None:
+        """While every thread is busy, return only when some more requests may have come."""
         with self._lock:
-            self._room.wait_for(self._has_room)
             if not self._free and not self._bulk_running:
                 self._room.wait(GATHER_S)
+
+    def wait_for_room(self) -> None:
+        """Return when no more items of either lane wait than may."""
+        with self._lock:
+            self._room.wait_for(self._has_room)
 
     def close(self) -> None:
         """Run and answer what waits, then end the threads."""
@@ -172,7 +186,7 @@ class ContinuousBatches:
         unread = sum(len(one.items) for one in self._unread)
         bulk = sum(len(one.items) for one in self._unread if one.is_bulk)
         return (
-            bulk + self._bulk_waiting <= self._waiting_bulk
+            bulk + self._bulk_waiting <= WAITING_BULK
             and unread - bulk + self._small_waiting() <= WAITING_ROWS
         )
 
@@ -233,8 +247,9 @@ class ContinuousBatches:
             return self._take_small()
 
     def _take_small(self) -> list[_Request]:
-        small = [one for one in self._unread if not one.is_bulk]
-        self._unread = [one for one in self._unread if one.is_bulk]
+        small = [one for one in self._unread if not one.is_bulk][:WAITING_ROWS]
+        taken = set(small)
+        self._unread = [one for one in self._unread if one not in taken]
         return small
 
     def _read_all(self, requests: Sequence[_Request]) -> None:
@@ -260,7 +275,7 @@ class ContinuousBatches:
         except Exception as error:
             if len(requests) > 1:
                 return [row for one in requests for row in self._rows_of([one])]
-            requests[0].fail(error)
+            self._finish(requests[0], error)
             return []
 
     def _next_part(self) -> _Part:
@@ -320,11 +335,22 @@ class ContinuousBatches:
         if self._waiting or self._unread:
             self._done.put((part, results))
         else:
-            _answer(part, results)
+            self._answer(part, results)
 
     def _answer_all(self) -> None:
         while done := self._done.get():
-            _answer(*done)
+            self._answer(*done)
+
+    def _answer(self, part: list[_Waiting], results: _Results) -> None:
+        for number, (request, place, row) in enumerate(part):
+            done = results if isinstance(results, Exception) else Done(row, results[number])
+            if request.put(place, done):
+                self._finish(request, request.outcome())
+
+    def _finish(self, request: _Request, outcome: Outcome) -> None:
+        with self._lock:
+            self._unanswered[request.is_bulk] -= 1
+        request.answer(outcome)
 
 
 def _results(rows: list[Any], run: Run) -> _Results:
@@ -332,14 +358,6 @@ def _results(rows: list[Any], run: Run) -> _Results:
         return run(rows)
     except Exception as error:
         return error
-
-
-def _answer(part: list[_Waiting], results: _Results) -> None:
-    for number, (request, place, row) in enumerate(part):
-        if isinstance(results, Exception):
-            request.put(place, results)
-        else:
-            request.put(place, Done(row, results[number]))
 
 
 class _Request:
@@ -359,26 +377,24 @@ class _Request:
         self.since = since
         """Micro-batches before it came."""
         self.came_at_s = came_at_s
-        self._answer = answer
+        self.answer = answer
         self._done: list[Any] = [None] * len(items)
         self._error: Exception | None = None
         self._missing = len(items)
         self._lock = threading.Lock()
 
-    def put(self, place: int, done: Done | Exception) -> None:
-        """Keep what the item at `place` gave; what one raised is the answer of all."""
+    def put(self, place: int, done: Done | Exception) -> bool:
+        """Keep what the item at `place` gave; whether it was the last that was missing."""
         if isinstance(done, Exception):
             self._error = done
         self._done[place] = done
         with self._lock:
             self._missing -= 1
-            last = not self._missing
-        if last:
-            self._answer(self._error or self._done)
+            return not self._missing
 
-    def fail(self, error: Exception) -> None:
-        """Answer with what reading the items raised."""
-        self._answer(error)
+    def outcome(self) -> Outcome:
+        """What every item gave, or what one raised."""
+        return self._error or self._done
 
 
 class _Waiting(NamedTuple):

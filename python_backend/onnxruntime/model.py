@@ -21,9 +21,6 @@ from halimede_ops import batch, session, spec, sums
 from halimede_ops.continuous import Done
 from halimede_ops.errors import InvalidInput
 
-WAITING_BULK = 256
-"""Rows of bulk that may wait here; a picture's take 150 kB each."""
-
 
 class TritonPythonModel:
     """One instance of an ONNX model."""
@@ -40,9 +37,7 @@ class TritonPythonModel:
             positions = int(config.parameter("max_tokens"))
             self.read = partial(_read_pixels, positions=positions)
         self.metrics = triton_metrics.Metrics(config, *triton_metrics.OF_RUNS)
-        self.batches = engine.open_batches(
-            config, path, args["model_instance_kind"], self.metrics, waiting_bulk=WAITING_BULK
-        )
+        self.batches = engine.open_batches(config, path, args["model_instance_kind"], self.metrics)
 
     def execute(self, requests: list[Any]) -> None:
         """Queue the rows of all requests; each request is answered when its rows have run."""
