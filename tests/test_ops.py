@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,43 @@ def test_a_packed_plan_holds_every_text_once(lengths: list[int], streams: int) -
     assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
     if streams == 1 and 0 < sum(lengths) <= batch.MICRO_BATCH_TOKENS:
         assert len(parts) == 1
+
+
+class Ran:
+    """Stands in for a Session: keeps what it was given, and says what is one run."""
+
+    def __init__(self) -> None:
+        self.runs: list[int] = []
+
+    def is_one_run(self, rows: Sequence[session.Row]) -> bool:
+        return len(rows) == 1
+
+    def run(self, rows: Sequence[session.Row]) -> np.ndarray:
+        self.runs.append(len(rows))
+        return np.zeros((len(rows), 4), np.float32)
+
+
+def test_lone_runs_get_all_threads_once_there_were_some() -> None:
+    """The second session is opened at the LONE_RUNS-th lone run, and has those from then on."""
+    shared, alone = Ran(), Ran()
+    opened: list[Ran] = []
+
+    def open_alone() -> Ran:
+        opened.append(alone)
+        return alone
+
+    engine = session.Engine(shared, open_alone)  # type: ignore[arg-type]
+    row = session.Row(np.ones(4, np.int64), np.ones(4, np.int64))
+    for _ in range(session.LONE_RUNS - 1):
+        engine.run([row])
+    engine.run([row, row])
+    assert not opened
+    for _ in range(3):
+        engine.run([row])
+    engine.run([row, row])
+    assert opened == [alone]
+    assert alone.runs == [1, 1, 1]
+    assert shared.runs == [1] * (session.LONE_RUNS - 1) + [2, 2]
 
 
 def test_used_lengths_sees_past_holes() -> None:

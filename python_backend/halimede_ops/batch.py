@@ -17,6 +17,9 @@ SHARED_MULTIPLE = 64
 """Of many texts, those that share rows fill them up to a multiple of this."""
 LONGEST_SHARED = 256
 """Texts share rows of at most so many tokens, or as many as the longest text has."""
+MOST_ROWS_A_TOKEN = 0.5
+"""Shared rows are at most so many for each token of their length: OpenVINO 2025.4 gives wrong
+vectors for more rows than their length, where every pair of tokens has its own mask."""
 ATTENTION_TOKENS = 700
 """Length of a row whose attention costs as much as all else: measured with OpenVINO in INT8."""
 MICRO_BATCH_TOKENS = 768
@@ -85,9 +88,9 @@ def pack(lengths: Sequence[int]) -> list[list[int]]:
         rows = _fill(lengths, partial(max, length))
         used = padded_length(max((sum(lengths[one] for one in row) for row in rows), default=0))
         price = _price(len(rows) * used, used)
-        if price < least:
+        if price < least and len(rows) <= used * MOST_ROWS_A_TOKEN:
             best, least = rows, price
-    return best
+    return best or rows
 
 
 def plan_packed(

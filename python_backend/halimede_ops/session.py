@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,10 @@ from halimede_ops.spec import PIXELS, POOLED
 FILE_NAME = "model.onnx"
 DATA_SUFFIX = ".data"
 """Weights of a model.onnx too large for one protobuf file lie in `model.onnx.data`."""
+
+LONE_RUNS = 8
+"""Runs after which an Engine opens the session that gives each all threads: that takes time and
+memory, as much as the first one."""
 
 PACKED = "packed"
 """Key of a model.onnx's metadata: its rows may have several texts, numbered by the mask."""
@@ -129,6 +134,10 @@ class Session:
         plan = batch.plan_packed if self._packed else batch.plan
         return plan(lengths, streams, self._micro_batch_tokens)
 
+    def is_one_run(self, rows: Sequence[Row | Pixels]) -> bool:
+        """Whether these rows are too few to be shared between the streams."""
+        return len(self.plan([row.length for row in rows], self._streams)) == 1
+
     def run(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
         """Pooled vectors `[len(rows), dims]` float32, in the order of `rows`.
 
@@ -192,6 +201,42 @@ class Session:
         most = None if self._packed else self._max_tokens
         rows = max(place.row for place in places) + 1
         return Layout(places, (rows, batch.padded_length(longest, most)))
+
+
+class Engine:
+    """A model's sessions: one whose streams share the threads, and for a program that runs little
+    at a time, once it has done so LONE_RUNS times, one that gives each run all of them. Safe to
+    call from several threads.
+    """
+
+    def __init__(self, shared: Session, open_alone: Callable[[], Session]) -> None:
+        self._shared = shared
+        self._open_alone = open_alone
+        self._alone: Session | None = None
+        self._lock = threading.Lock()
+        """Guards what follows."""
+        self._running = 0
+        self._lone = 0
+        """Runs until now that might have had all threads."""
+
+    def run(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
+        """Pooled vectors `[len(rows), dims]` float32, in the order of `rows`."""
+        session = self._enter(self._shared.is_one_run(rows))
+        try:
+            return session.run(rows)
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    def _enter(self, one_run: bool) -> Session:
+        with self._lock:
+            self._running += 1
+            if not one_run or self._running > 1:
+                return self._shared
+            self._lone += 1
+            if self._lone == LONE_RUNS:
+                self._alone = self._open_alone()
+            return self._alone or self._shared
 
 
 def _apart(count: int) -> list[Place]:

@@ -37,6 +37,8 @@ PARAMETERS: Mapping[str, Mapping[str, str]] = {
     "openvino": {"CPU_RUNTIME_CACHE_CAPACITY": "128"},
 }
 """Parameters of an accelerator in a process that is not the model's alone."""
+MOST_OPENED_TWICE_BYTES = 256_000_000
+"""Size of the largest model.onnx that is opened twice: it takes that memory again."""
 CODE_OF_MEMORY = ("memory", "alloc")
 """Words of onnxruntime's errors when an allocation fails."""
 
@@ -52,8 +54,9 @@ class Options(BaseOptions):
     threads: PositiveInt | None = None
     """CPU threads; None: as many as this process may use."""
     streams: PositiveInt | None = None
-    """Micro-batches at once, sharing the threads; None: one a thread. One gives a single text
-    soonest, many give most texts a second."""
+    """Micro-batches at once, sharing the threads; None: one a thread, and all threads for a lone
+    text after the first few, from a second copy of a small model. One gives a single text soonest,
+    many give most texts a second."""
 
 
 def connect(options: Options) -> Onnx:
@@ -182,19 +185,30 @@ class Onnx:
         if kind == "pair":
             return _Opened(served, facts, self._halves(stamp.pinned), None, stamp)
         reader = self._reader(kind, facts, steps)
-        opened, missing = session.open_session(
-            steps[f"{name}-onnx"] / session.FILE_NAME,
-            [session.Accelerator(one, PARAMETERS.get(one, {})) for one in self._accelerators()],
-            self._threads,
-            self._streams,
-            facts.max_tokens,
-        )
+        model = steps[f"{name}-onnx"] / session.FILE_NAME
+        accelerators = [
+            session.Accelerator(one, PARAMETERS.get(one, {})) for one in self._accelerators()
+        ]
+
+        def open_session(streams: int) -> tuple[Any, list[str]]:
+            return session.open_session(
+                model, accelerators, self._threads, streams, facts.max_tokens
+            )
+
+        opened, missing = open_session(self._streams)
         if missing and self._options.device != "auto":
             raise errors.MissingExtra(
                 f"this onnxruntime cannot run on {', '.join(missing)}. Install "
                 f"{_package(missing[0])}, or set device to cpu."
             )
+        if self._opens_twice(accelerators, session.file_bytes(model)):
+            opened = session.Engine(opened, lambda: open_session(1)[0])
         return _Opened(served, facts, reader, opened, stamp)
+
+    def _opens_twice(self, accelerators: Sequence[Any], size_bytes: int) -> bool:
+        on_cpu = not {"cuda", "tensorrt"} & {one.name for one in accelerators}
+        shared = self._options.streams is None and self._streams > 1
+        return on_cpu and shared and size_bytes <= MOST_OPENED_TWICE_BYTES
 
     def _halves(self, pinned: pins.Served) -> _Halves:
         """The fusion, with the two models that it was made for."""
