@@ -29,8 +29,7 @@ def open_batches(
     **waiting: Any,
 ) -> ContinuousBatches:
     """Continuous batches through the model.onnx at `path`, counted in `metrics`; `kind` is the
-    instance's, CPU or GPU; `waiting` is what
-    ContinuousBatches takes for what waits.
+    instance's, CPU or GPU; `waiting` is what ContinuousBatches takes for what waits.
     """
     accelerators = _accelerators(config, kind)
     threads = _threads(config)

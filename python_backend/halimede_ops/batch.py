@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,17 +12,11 @@ LENGTH_MULTIPLE = 16
 """Rows are padded to a multiple of this: OpenVINO prepares kernels per shape, so few shapes."""
 INTERACTIVE_ROWS = 8
 """Rows of the largest request of the interactive lane; larger ones are bulk."""
-SHARED_MULTIPLE = 64
-"""Of many texts, those that share rows fill them up to a multiple of this."""
-LONGEST_SHARED = 256
-"""Texts share rows of at most so many tokens, or as many as the longest text has."""
-MOST_ROWS_A_TOKEN = 0.5
-"""Shared rows are at most so many for each token of their length: OpenVINO 2025.4 gives wrong
-vectors for more rows than their length, where every pair of tokens has its own mask."""
-ATTENTION_TOKENS = 700
-"""Length of a row whose attention costs as much as all else: measured with OpenVINO in INT8."""
-MICRO_BATCH_TOKENS = 768
-"""Most padded tokens in one run. Measured on 2 cores: 512 to 1024 are alike, 2048 is slower."""
+PACKED_TOKENS = 64
+"""Texts packed into one row fill it up to a multiple of this: attention costs by the row's length,
+and more texts find their place in longer rows."""
+MICRO_BATCH_TOKENS = 512
+"""Most padded tokens in one run. Measured on 2 cores: 256 to 1024 are alike, 2048 is slower."""
 UNSHARED_TOKENS = 128
 """Padded tokens that are not worth two runs at the same time."""
 UNEVENNESS = 8192
@@ -74,45 +67,10 @@ def padded_length(tokens: int, most: int | None = None) -> int:
 
 
 def pack(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of `lengths` by the row that each shares with others, in rows of the one length that
-    costs least: longer ones are better filled, but attention costs by the row's length. A text
-    without tokens has a row to itself.
-    """
-    total = sum(lengths)
-    best: list[list[int]] = []
-    least = math.inf
-    shortest = padded_length(max(lengths, default=0))
-    for length in range(shortest, max(shortest, LONGEST_SHARED) + 1, LENGTH_MULTIPLE):
-        if _price(total, length) >= least:
-            break  # even with no token free
-        rows = _fill(lengths, partial(max, length))
-        used = padded_length(max((sum(lengths[one] for one in row) for row in rows), default=0))
-        price = _price(len(rows) * used, used)
-        if price < least and len(rows) <= used * MOST_ROWS_A_TOKEN:
-            best, least = rows, price
-    return best or rows
+    """Indices of `lengths` by the row that each shares with others, fullest use of rows first.
 
-
-def plan_packed(
-    lengths: Sequence[int], streams: int = 1, most_tokens: int = MICRO_BATCH_TOKENS
-) -> list[list[int]]:
-    """As `plan`, for a model that takes several texts a row."""
-    if streams == 1 and 0 < sum(lengths) <= most_tokens:
-        return [list(range(len(lengths)))]
-    # Short texts fill the rows that long ones need; then rows of like length run together.
-    rows = _fill(lengths, lambda length: -(-length // SHARED_MULTIPLE) * SHARED_MULTIPLE)
-    parts = plan([sum(lengths[index] for index in row) for row in rows], streams, most_tokens)
-    return [[index for row in part for index in rows[row]] for part in parts]
-
-
-def _price(tokens: int, length: int) -> float:
-    """What tokens cost in rows of this length."""
-    return tokens * (1 + length / ATTENTION_TOKENS)
-
-
-def _fill(lengths: Sequence[int], row_length: Callable[[int], int]) -> list[list[int]]:
-    """Indices of `lengths` by row: each, the longest first, goes to the row that it fills best;
-    where none has room, one is begun, as long as `row_length` says for it.
+    A text goes to the row that it fills best; where none has room, a row as long as the text,
+    rounded up to PACKED_TOKENS, is begun. A text without tokens has a row to itself.
     """
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []
@@ -124,10 +82,19 @@ def _fill(lengths: Sequence[int], row_length: Callable[[int], int]) -> list[list
             free, row = room.pop(place)
             rows[row].append(index)
         else:
-            free, row = row_length(length), len(rows)
+            free, row = -(-length // PACKED_TOKENS) * PACKED_TOKENS, len(rows)
             rows.append([index])
         bisect.insort(room, (free - length, row))
     return rows
+
+
+def plan_packed(
+    lengths: Sequence[int], streams: int = 1, most_tokens: int = MICRO_BATCH_TOKENS
+) -> list[list[int]]:
+    """As `plan`, for a model that takes several texts a row."""
+    rows = pack(lengths)
+    parts = plan([sum(lengths[index] for index in row) for row in rows], streams, most_tokens)
+    return [[index for row in part for index in rows[row]] for part in parts]
 
 
 def plan(
@@ -172,4 +139,4 @@ def _share(tokens: int, streams: int, most_tokens: int, unshared_tokens: float) 
         return tokens
     rounds = -(-tokens // (most_tokens * streams))
     share = -(-tokens // (rounds * streams))
-    return padded_length(share)
+    return -(-share // PACKED_TOKENS) * PACKED_TOKENS
