@@ -152,20 +152,10 @@ def answer_later(
         if isinstance(value, HalimedeError):
             send(value)
         else:
-            begin(start, value, send, sender.is_cancelled)
-
-
-def begin(
-    start: Callable[[T, Callable[[R | Exception], None], Callable[[], bool]], None],
-    value: T,
-    send: Callable[[R | Exception], None],
-    is_cancelled: Callable[[], bool],
-) -> None:
-    """Start a request; what is raised before it is queued is its answer."""
-    try:
-        start(value, send, is_cancelled)
-    except Exception as error:  # raised before the request was queued: nobody else answers it
-        send(error)
+            try:
+                start(value, send, sender.is_cancelled)
+            except Exception as error:  # before the request was queued: nobody else answers it
+                send(error)
 
 
 def _sending(

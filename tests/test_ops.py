@@ -122,15 +122,15 @@ def test_packed_rows_hold_every_text_once_and_leave_little_free(lengths: list[in
 
 
 class Ran:
-    """Stands in for a Session: keeps what it was given, and says what is one run."""
+    """Stands in for a Session: keeps what it was given, and makes each row a micro-batch."""
 
     def __init__(self) -> None:
         self.runs: list[int] = []
 
-    def is_one_run(self, rows: Sequence[session.Row]) -> bool:
-        return len(rows) == 1
+    def parts(self, rows: Sequence[session.Row]) -> list[list[int]]:
+        return [[index] for index in range(len(rows))]
 
-    def run(self, rows: Sequence[session.Row]) -> np.ndarray:
+    def run_parts(self, rows: Sequence[session.Row], parts: Sequence[Sequence[int]]) -> np.ndarray:
         self.runs.append(len(rows))
         return np.zeros((len(rows), 4), np.float32)
 

@@ -134,9 +134,9 @@ class Session:
         plan = batch.plan_packed if self._packed else batch.plan
         return plan(lengths, streams, self._micro_batch_tokens)
 
-    def is_one_run(self, rows: Sequence[Row | Pixels]) -> bool:
-        """Whether these rows are too few to be shared between the streams."""
-        return len(self.plan([row.length for row in rows], self._streams)) == 1
+    def parts(self, rows: Sequence[Row | Pixels]) -> list[list[int]]:
+        """Indices of these rows in the micro-batches that the streams share."""
+        return self.plan([row.length for row in rows], self._streams)
 
     def run(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
         """Pooled vectors `[len(rows), dims]` float32, in the order of `rows`.
@@ -144,7 +144,10 @@ class Session:
         Rows run in micro-batches of like length, or several in one row of the model, so a row's
         vector does not depend on what is asked beside it beyond the last bits of float32.
         """
-        parts = self.plan([row.length for row in rows], self._streams)
+        return self.run_parts(rows, self.parts(rows))
+
+    def run_parts(self, rows: Sequence[Row | Pixels], parts: Sequence[Sequence[int]]) -> np.ndarray:
+        """As `run`, in these micro-batches."""
         run = map if self._threads is None else self._threads.map
         results = list(run(lambda part: self.run_together([rows[i] for i in part]), parts))
         out = np.empty((len(rows), results[0].shape[1]), np.float32)
@@ -221,9 +224,10 @@ class Engine:
 
     def run(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
         """Pooled vectors `[len(rows), dims]` float32, in the order of `rows`."""
-        session = self._enter(self._shared.is_one_run(rows))
+        parts = self._shared.parts(rows)
+        session = self._enter(one_run=len(parts) == 1)
         try:
-            return session.run(rows)
+            return session.run_parts(rows, parts)
         finally:
             with self._lock:
                 self._running -= 1
