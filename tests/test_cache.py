@@ -1105,15 +1105,39 @@ def fill(folder: Path, part: int) -> None:
     asyncio.run(flow())
 
 
-def test_processes_share_a_disk(tmp_path: Path) -> None:
-    """Four processes that open, write and read one folder at once lose nothing."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=fill, args=(tmp_path, part)) for part in range(4)]
+def run_all(processes: Sequence[multiprocessing.process.BaseProcess]) -> None:
+    """Start the processes, and have each end well."""
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0] * 4
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def open_together(folder: Path, together: multiprocessing.synchronize.Barrier) -> None:
+    """One process's work: ask new folders' caches in the moment the others ask them too."""
+
+    async def flow() -> None:
+        for turn in range(30):
+            disk = Disk(folder / str(turn), 64 * MIB, timeout_s=PATIENCE_S)
+            together.wait(PATIENCE_S)
+            assert await disk.get([b"a"]) == [None]
+            await disk.close()
+
+    asyncio.run(flow())
+
+
+def test_processes_open_a_disk_together(tmp_path: Path) -> None:
+    """Who comes while the file is being made waits for it instead of failing."""
+    context = multiprocessing.get_context("spawn")
+    together = context.Barrier(4)
+    run_all([context.Process(target=open_together, args=(tmp_path, together)) for _ in range(4)])
+
+
+def test_processes_share_a_disk(tmp_path: Path) -> None:
+    """Four processes that open, write and read one folder at once lose nothing."""
+    context = multiprocessing.get_context("spawn")
+    run_all([context.Process(target=fill, args=(tmp_path, part)) for part in range(4)])
 
     async def flow() -> None:
         cache = Cache([Disk(tmp_path, 64 * MIB)])

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import tenacity
+
 from halimede.cache.tier import Item
 from halimede_ops.errors import InvalidInput
 
@@ -137,15 +139,24 @@ class _Connection:
             self._file = _identity(self._path)
             for setting, value in (
                 ("page_size", PAGE_BYTES),
-                ("journal_mode", "wal"),
                 ("synchronous", "off"),
                 ("wal_autocheckpoint", LOG_BYTES // PAGE_BYTES),
                 ("journal_size_limit", LOG_BYTES),
                 ("max_page_count", self.pages),
             ):
                 self._database.execute(f"PRAGMA {setting}={value}")
+            self._use_log(self._database)
             self._database.execute(SCHEMA)
         return self._database
+
+    def _use_log(self, database: sqlite3.Connection) -> None:
+        """Have a write-ahead log; SQLite itself does not wait where two connections ask for it."""
+        tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_is_locked),
+            stop=tenacity.stop_after_delay(self._timeout_s),
+            wait=tenacity.wait_random(0, 0.01),
+            reraise=True,
+        )(database.execute, "PRAGMA journal_mode=wal")
 
     def _disconnect(self) -> None:
         if self._database is not None:
@@ -172,6 +183,11 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def _is_broken(error: BaseException) -> bool:
     """Whether the file itself is at fault, and not its disk, its permissions or another process."""
     return type(error) is sqlite3.DatabaseError
+
+
+def _is_locked(error: BaseException) -> bool:
+    """Whether another connection holds the file; an error has a code from Python 3.11 on only."""
+    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
 
 
 def _select(
