@@ -19,6 +19,7 @@ COPY --from=ours /backends /opt/tritonserver/backends
 COPY --from=ours /start /opt/halimede
 # The root file system may be read-only.
 ENV TOKENIZERS_PARALLELISM=false \
+    MALLOC_MMAP_THRESHOLD_=1048576 \
     PYTHONDONTWRITEBYTECODE=1
 WORKDIR /opt/halimede
 USER triton-server
@@ -30,6 +31,7 @@ ENTRYPOINT ["python3", "-m", "tools.start", "tritonserver", \
     "--disable-auto-complete-config", "--exit-on-error=true", "--strict-readiness=true", \
     "--http-address=0.0.0.0", "--http-port=8000", \
     "--grpc-address=0.0.0.0", "--grpc-port=8001", \
+    "--grpc-infer-allocation-pool-size=1", \
     "--grpc-max-connection-age=300000", "--grpc-max-connection-age-grace=60000", \
     "--metrics-address=0.0.0.0", "--metrics-port=8002", \
     "--log-error=true", "--log-warning=true", "--log-info=false", "--log-verbose=0", \

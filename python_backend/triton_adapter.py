@@ -203,11 +203,19 @@ def _respond(
     outputs = result if isinstance(result, HalimedeError) else _try(write, result)
     if not isinstance(outputs, HalimedeError):
         return pb_utils.InferenceResponse(output_tensors=outputs)
+    _free(outputs)
     failed(outputs)
     code = getattr(pb_utils.TritonError, outputs.code)
     # The class goes first, so that the client raises the same one.
     message = f"{type(outputs).__name__}: {outputs}"
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def _free(error: Exception) -> None:
+    """Let go of where an error was raised: those frames hold the request, all its texts and the
+    error itself, so that they would stay until Python next looks for such circles.
+    """
+    error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
 def _internal(error: Exception) -> HalimedeError:

@@ -224,9 +224,9 @@ def test_scaling_is_part_of_the_graph(home: Settings, folder: Path, server: Any,
         assert np.abs(got[0] - pixel_values(data, processor)).max() <= 1e-5
 
 
-def test_vit_b32_as_published(tmp_path: Path) -> None:
-    """Twelve layers of 768, 224 pixels, random weights: FP32 and INT8 reach their bars, the files
-    are as large as they should be.
+def test_layers_of_vit_b32_as_published(tmp_path: Path) -> None:
+    """Layers of 768, 224 pixels, random weights: FP32 and INT8 reach their bars, the files are as
+    large as they should be.
     """
     from tools.export import export_images
     from tools.quantise import to_int8

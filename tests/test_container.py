@@ -28,7 +28,7 @@ import yaml
 
 from halimede import catalogue
 from halimede_ops.errors import ServeError
-from tools import container
+from tools import container, triton
 from tools.triton import Options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -270,7 +270,7 @@ def test_create_image_shm_labels(engine: Engine, repository: Path, options: Opti
     assert payload["HostConfig"]["ShmSize"] == 1024**3
     assert payload["HostConfig"]["AutoRemove"] is True
     assert payload["Labels"] == {"halimede": "triton"}
-    assert payload["Env"] == ["TOKENIZERS_PARALLELISM=false"]
+    assert payload["Env"] == ["TOKENIZERS_PARALLELISM=false", "MALLOC_MMAP_THRESHOLD_=1048576"]
 
 
 def test_create_mounts(engine: Engine, repository: Path, options: Options) -> None:
@@ -523,7 +523,7 @@ def test_compose_is_the_same_container() -> None:
     service = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["triton-gpu"]
     assert service["image"] == container.IMAGE
     assert service["shm_size"] == container.SHM_SIZE
-    assert service["environment"] == container.ENVIRONMENT
+    assert service["environment"] == triton.ENVIRONMENT
     wanted = container.mounts(ROOT / "model_repository", PYTHON_BACKEND)
     assert service["volumes"] == [
         f"./{source.relative_to(ROOT)}:{target}:ro" for target, source in wanted.items()

@@ -34,10 +34,6 @@ START = "/opt/halimede"
 """Where `tools.start` lies with what it imports, out of the way of Triton's own imports."""
 PACKAGES = ("tokenizers", "pillow")
 """What they need that NVIDIA's image does not have."""
-ENVIRONMENT = {
-    # The tokenizer's own threads would compete with the engine's for the same cores.
-    "TOKENIZERS_PARALLELISM": "false",
-}
 SHM_SIZE = "1g"
 """For the tensors that Triton and its Python backends exchange; Docker's default is 64 MB."""
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - from outside, the ports are reached where they are published
@@ -164,7 +160,7 @@ def _create(engine: Any, mounted: dict[str, Path], options: triton.Options, imag
             for target, source in mounted.items()
         ],
         ports={f"{port}/tcp": (address, port) for port in options.ports().values()},
-        environment=ENVIRONMENT,
+        environment=triton.ENVIRONMENT,
         shm_size=SHM_SIZE,
         device_requests=_gpus(engine),
         labels=LABELS,

@@ -32,7 +32,7 @@ from halimede_ops.spec import ModelSpec
 from tools import config, pictures
 from tools.config import Pin
 
-RECIPE = 2
+RECIPE = 3
 """To be raised when the build makes other vectors of the same weights, precision and options."""
 SUFFIXES = {"fp32": "", "fp16": "-fp16", "int8": "-int8"}
 ONE_PROCESS = f"{pins.ONE_PROCESS}.pbtxt"
@@ -186,7 +186,11 @@ def add(versions: Mapping[str, int], repository: Path) -> None:
 def switch(versions: Mapping[str, int], repository: Path, share: float | None = None) -> None:
     """Second move: these versions of ensembles are the served ones, of candidates with this share
     of their model's requests.
+
+    All files are renamed at the end, one right after the other: a process that is killed among
+    these renames leaves each ensemble whole, but some of another build than the rest.
     """
+    changed = {}
     for name, version in versions.items():
         folder = repository / name
         for kept, path in (
@@ -196,7 +200,8 @@ def switch(versions: Mapping[str, int], repository: Path, share: float | None = 
             if (folder / str(version) / kept).exists():
                 written = config.read(folder / str(version) / kept)
                 taking = written if share is None else config.taking(written, share)
-                _write_text(config.to_text(taking), path)
+                changed[path] = config.to_text(taking).encode()
+    _write_all(changed)
 
 
 def release(versions: Mapping[str, int], repository: Path) -> None:
@@ -452,11 +457,19 @@ def _write_text(content: str, path: Path) -> None:
 
 
 def _write_bytes(content: bytes, path: Path) -> None:
-    if path.exists() and path.read_bytes() == content:
-        return
-    part = _part(path)
-    part.write_bytes(content)
-    part.replace(path)
+    _write_all({path: content})
+
+
+def _write_all(contents: Mapping[Path, bytes]) -> None:
+    """Write files under other names first, so that all take their own in one moment."""
+    written = []
+    for path, content in contents.items():
+        if not path.exists() or path.read_bytes() != content:
+            part = _part(path)
+            part.write_bytes(content)
+            written.append((part, path))
+    for part, path in written:
+        part.replace(path)
 
 
 def _copy(source: Path, path: Path) -> None:
