@@ -31,6 +31,7 @@ from halimede import (
 )
 from halimede_ops import vectors
 from tools import check, triton
+from tools.bench import memory_bytes
 from tools.serve import curl
 from tools.settings import Settings
 from tools.soak import BAD_REQUESTS
@@ -337,6 +338,21 @@ def test_client_errors_are_typed(server: triton.Server, steps_server: triton.Ser
             embedder.embed("a")
     with pytest.raises(InvalidInput, match="host:port"):
         Embedder("ftp://127.0.0.1:1")
+
+
+def test_refused_texts_are_let_go(server: triton.Server) -> None:
+    """Texts of 4 MB that are refused take no memory for good."""
+    client = grpcclient.InferenceServerClient(server.grpc_address)
+    inputs = request(grpcclient, ["a" * (4 * 2**20 + 1)])
+
+    def refused(times: int) -> int:
+        for _ in range(times):
+            with pytest.raises(InferenceServerException, match="Split it into parts"):
+                client.infer(MODEL, inputs)
+        return memory_bytes(server.process.pid)
+
+    before = refused(5)
+    assert refused(30) - before < 40_000_000
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])

@@ -96,7 +96,7 @@ def test_requests_whose_callers_have_gone_are_counted(server: Server) -> None:
         server,
         lambda found: (
             found["halimede_cancelled_requests_total"] >= expected
-            and found["halimede_rows_total"] >= before["halimede_rows_total"] + 2 * 32
+            and found["halimede_rows_total"] >= before["halimede_rows_total"] + 2 * 64
             and found["nv_inference_pending_request_count"] == 0
         ),
         model=MODEL,

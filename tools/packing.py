@@ -52,8 +52,9 @@ class Packed(torch.nn.Module):
         self.padding_id = None if is_bert else embeddings.padding_idx
 
     def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Features with POOLED, `[rows * texts of the fullest row, dims]`: a row's texts side by
-        side, in order of their numbers, rows of fewer texts filled up with what means nothing.
+        """Features with POOLED, `[rows * places of a row, dims]`: a row's texts side by side,
+        in order of their numbers, then what means nothing. All rows have as many places, 1 where
+        none has more texts.
         """
         ids, texts = features["input_ids"], features["attention_mask"]
         same = (texts[:, :, None] == texts[:, None, :]) & (texts[:, None, :] > 0)
@@ -71,8 +72,8 @@ class Packed(torch.nn.Module):
         return features
 
 
-SOME = 8
-"""Texts of the fullest row are counted in steps of this."""
+STEP = 8
+"""The places of a row, one a text, are 1 or more by a multiple of this."""
 
 
 class _Pool(torch.nn.Module):
@@ -83,8 +84,8 @@ class _Pool(torch.nn.Module):
         self.mode = mode
 
     def forward(self, hidden: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        # Few lengths, since engines compile and keep kernels for each: one text, or up to 9, 17, …
-        most: Any = (texts.max() + 6) // SOME * SOME + 1
+        # Few numbers, since engines compile and keep kernels for each: 1, 9, 17, …
+        most: Any = (texts.max() + STEP - 2) // STEP * STEP + 1
         numbers = 1 + torch.arange(most)
         own = texts[:, None, :] == numbers[None, :, None]
         if self.mode == "cls":

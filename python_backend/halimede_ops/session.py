@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,11 @@ DATA_SUFFIX = ".data"
 LONE_RUNS = 8
 """Runs after which an Engine opens the session that gives each all threads: that takes time and
 memory, as much as the first one."""
+
+FIRST_RUNS = 2
+"""Runs of a shape that no other new shape's run may overlap. OpenVINO 2025.4 gave wrong vectors in
+about 1 of 40 processes whose streams both began with one shape at one moment, from then on: one
+stream for all runs of that shape, as if what it had prepared for it were broken."""
 
 PACKED = "packed"
 """Key of a model.onnx's metadata: its rows may have several texts, numbered by the mask."""
@@ -128,6 +134,9 @@ class Session:
         """Names of the outputs with one row a token."""
         self._streams = streams
         self._threads = ThreadPoolExecutor(streams) if streams > 1 else None
+        self._runs: Counter[tuple[int, ...]] = Counter()
+        """Of each shape, up to FIRST_RUNS."""
+        self._preparing = threading.Lock()
 
     def plan(self, lengths: Sequence[int], streams: int) -> list[list[int]]:
         """Indices of rows of these lengths in the micro-batches that cost least in `streams`."""
@@ -158,7 +167,7 @@ class Session:
     def run_together(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
         """Pooled vectors `[len(rows), dims]` float32 of one run."""
         places, feeds = self._placed(rows)
-        [pooled] = self._session.run([POOLED], feeds)
+        [pooled] = self._outputs([POOLED], feeds)
         return np.asarray(_of_texts(pooled, places))
 
     def run_with_heads(self, rows: Sequence[Row | Pixels]) -> list[dict[str, np.ndarray]]:
@@ -166,13 +175,22 @@ class Session:
         `[tokens of the row, width]` float32.
         """
         places, feeds = self._placed(rows)
-        pooled, *heads = self._session.run([POOLED, *self.heads], feeds)
+        pooled, *heads = self._outputs([POOLED, *self.heads], feeds)
         named = list(zip(self.heads, heads, strict=True))
         return [
             {POOLED: vector}
             | {name: values[place.row, place.start :][: row.length] for name, values in named}
             for row, place, vector in zip(rows, places, _of_texts(pooled, places), strict=True)
         ]
+
+    def _outputs(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        shape = next(iter(feeds.values())).shape
+        if self._streams == 1 or self._runs[shape] >= FIRST_RUNS:
+            return list(self._session.run(names, feeds))
+        with self._preparing:
+            outputs = list(self._session.run(names, feeds))
+            self._runs[shape] += 1
+        return outputs
 
     def padded_tokens(self, rows: Sequence[Row | Pixels]) -> int:
         """Tokens that one run of these rows has, padding among them; pictures are not padded."""
@@ -259,7 +277,7 @@ def _side_by_side(lengths: Sequence[int]) -> list[Place]:
 
 
 def _of_texts(pooled: np.ndarray, places: Sequence[Place]) -> np.ndarray:
-    """Each text's vector of those that a run gave, as many a row as the fullest row has texts."""
+    """Each text's vector of those that a run gave: as many of each row, for at least its texts."""
     rows = max(place.row for place in places) + 1
     each = len(pooled) // rows
     return pooled[[place.row * each + place.number for place in places]]
