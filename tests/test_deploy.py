@@ -18,7 +18,7 @@ from scrapes import figures
 
 from halimede import Embedder, UnknownInputType
 from tools import container
-from tools.triton import Options, Server
+from tools.triton import ENVIRONMENT, Options, Server
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
 OPERATIONS = DEPLOY.parent / "docs" / "operations.md"
@@ -111,7 +111,7 @@ def test_the_gpu_overlay_patches_what_is_there() -> None:
 
 
 def test_the_gpu_image_is_the_container_that_serve_starts() -> None:
-    """Same base, packages, backends and arguments; model control is closed."""
+    """Same base, packages, backends, arguments and environment; model control is closed."""
     dockerfile = (DEPLOY / "gpu.Dockerfile").read_text().replace("\\\n", "")
     assert f"ARG BASE={container.IMAGE}\n" in dockerfile
     for package in container.PACKAGES:
@@ -125,6 +125,8 @@ def test_the_gpu_image_is_the_container_that_serve_starts() -> None:
         *arguments,
         "--control-closed",
     ]
+    [environment] = re.findall(r"^ENV (.*)", dockerfile, re.MULTILINE)
+    assert {f"{name}={value}" for name, value in ENVIRONMENT.items()} <= set(environment.split())
 
 
 def probes() -> dict[str, list[str]]:

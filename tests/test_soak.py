@@ -13,7 +13,7 @@ from conftest import NAMES
 
 from tools import soak, triton
 
-SERVED = {NAMES["int8"]: "int8"}
+SERVED = {NAMES["fp32"]: "fp32", NAMES["int8"]: "int8"}
 
 
 def parts(**last: object) -> list[soak.Part]:
@@ -90,7 +90,7 @@ def test_answers_that_must_not_be_are_errors(server: triton.Server) -> None:
 
 
 def test_ten_thousand_mixed_and_bad_requests(server: triton.Server) -> None:
-    """10,000 requests: all answered, each vector its text's own, each bad one
+    """10,000 requests to two precisions: all answered, each vector its text's own, each bad one
     refused with its own error, memory flat.
     """
     family = psutil.Process(server.process.pid).children(recursive=True)

@@ -342,17 +342,17 @@ def test_client_errors_are_typed(server: triton.Server, steps_server: triton.Ser
 
 def test_refused_texts_are_let_go(server: triton.Server) -> None:
     """Texts of 4 MB that are refused take no memory for good."""
-    client = grpcclient.InferenceServerClient(server.grpc_address)
     inputs = request(grpcclient, ["a" * (4 * 2**20 + 1)])
+    with grpcclient.InferenceServerClient(server.grpc_address) as client:
 
-    def refused(times: int) -> int:
-        for _ in range(times):
-            with pytest.raises(InferenceServerException, match="Split it into parts"):
-                client.infer(MODEL, inputs)
-        return memory_bytes(server.process.pid)
+        def refused(times: int) -> int:
+            for _ in range(times):
+                with pytest.raises(InferenceServerException, match="Split it into parts"):
+                    client.infer(MODEL, inputs)
+            return memory_bytes(server.process.pid)
 
-    before = refused(5)
-    assert refused(30) - before < 40_000_000
+        before = refused(5)
+        assert refused(30) - before < 40_000_000
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])

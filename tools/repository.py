@@ -33,7 +33,8 @@ from tools import config, pictures
 from tools.config import Pin
 
 RECIPE = 3
-"""To be raised when the build makes other vectors of the same weights, precision and options."""
+"""To be raised when the build makes another graph, or other vectors, of the same weights, precision
+and options."""
 SUFFIXES = {"fp32": "", "fp16": "-fp16", "int8": "-int8"}
 ONE_PROCESS = f"{pins.ONE_PROCESS}.pbtxt"
 """File of an ensemble's second config, in `configs/` and in its version folders."""

@@ -62,7 +62,7 @@ def bucket(length: int, buckets: Sequence[int]) -> int:
 
 def padded_length(tokens: int, most: int | None = None) -> int:
     """`tokens` rounded up to a multiple of LENGTH_MULTIPLE, at least one; `most` is the limit."""
-    rounded = max(1, -(-tokens // LENGTH_MULTIPLE)) * LENGTH_MULTIPLE
+    rounded = _rounded_up(max(1, tokens), LENGTH_MULTIPLE)
     return rounded if most is None else max(tokens, min(rounded, most))
 
 
@@ -82,7 +82,7 @@ def pack(lengths: Sequence[int]) -> list[list[int]]:
             free, row = room.pop(place)
             rows[row].append(index)
         else:
-            free, row = -(-length // PACKED_TOKENS) * PACKED_TOKENS, len(rows)
+            free, row = _rounded_up(length, PACKED_TOKENS), len(rows)
             rows.append([index])
         bisect.insort(room, (free - length, row))
     return rows
@@ -139,4 +139,8 @@ def _share(tokens: int, streams: int, most_tokens: int, unshared_tokens: float) 
         return tokens
     rounds = -(-tokens // (most_tokens * streams))
     share = -(-tokens // (rounds * streams))
-    return -(-share // PACKED_TOKENS) * PACKED_TOKENS
+    return _rounded_up(share, PACKED_TOKENS)
+
+
+def _rounded_up(tokens: int, multiple: int) -> int:
+    return -(-tokens // multiple) * multiple
