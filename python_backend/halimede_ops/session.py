@@ -27,9 +27,12 @@ LONE_RUNS = 8
 memory, as much as the first one."""
 
 FIRST_RUNS = 2
-"""Runs of a shape that no other new shape's run may overlap. OpenVINO 2025.4 gave wrong vectors in
-about 1 of 40 processes whose streams both began with one shape at one moment, from then on: one
-stream for all runs of that shape, as if what it had prepared for it were broken."""
+"""Runs of a shape that no other new shape's run in the process may overlap. OpenVINO 2025.4 gave
+wrong vectors in about 1 of 70 processes whose streams both began with one shape at one moment, from
+then on: one stream for all runs of that shape, as if what it had prepared for it were broken."""
+_PREPARING = threading.Lock()
+"""Held by the first runs of a shape: some of what they prepare, such as oneDNN's compiled kernels,
+is the process's and not a session's."""
 
 PACKED = "packed"
 """Key of a model.onnx's metadata: its rows may have several texts, numbered by the mask."""
@@ -136,7 +139,6 @@ class Session:
         self._threads = ThreadPoolExecutor(streams) if streams > 1 else None
         self._runs: Counter[tuple[int, ...]] = Counter()
         """Of each shape, up to FIRST_RUNS."""
-        self._preparing = threading.Lock()
 
     def plan(self, lengths: Sequence[int], streams: int) -> list[list[int]]:
         """Indices of rows of these lengths in the micro-batches that cost least in `streams`."""
@@ -185,9 +187,9 @@ class Session:
 
     def _outputs(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         shape = next(iter(feeds.values())).shape
-        if self._streams == 1 or self._runs[shape] >= FIRST_RUNS:
+        if self._runs[shape] >= FIRST_RUNS:
             return list(self._session.run(names, feeds))
-        with self._preparing:
+        with _PREPARING:
             outputs = list(self._session.run(names, feeds))
             self._runs[shape] += 1
         return outputs
