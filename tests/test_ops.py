@@ -144,15 +144,15 @@ def test_lone_runs_get_all_threads_once_there_were_some() -> None:
         opened.append(alone)
         return alone
 
-    engine = session.Engine(shared, open_alone)  # type: ignore[arg-type]
+    sessions = session.Sessions(shared, open_alone)  # type: ignore[arg-type]
     row = session.Row(np.ones(4, np.int64), np.ones(4, np.int64))
     for _ in range(session.LONE_RUNS - 1):
-        engine.run([row])
-    engine.run([row, row])
+        sessions.run([row])
+    sessions.run([row, row])
     assert not opened
     for _ in range(3):
-        engine.run([row])
-    engine.run([row, row])
+        sessions.run([row])
+    sessions.run([row, row])
     assert opened == [alone]
     assert alone.runs == [1, 1, 1]
     assert shared.runs == [1] * (session.LONE_RUNS - 1) + [2, 2]

@@ -23,7 +23,7 @@ DATA_SUFFIX = ".data"
 """Weights of a model.onnx too large for one protobuf file lie in `model.onnx.data`."""
 
 LONE_RUNS = 8
-"""Runs after which an Engine opens the session that gives each all threads: that takes time and
+"""Runs after which Sessions opens the session that gives each all threads: that takes time and
 memory, as much as the first one."""
 
 FIRST_RUNS = 2
@@ -226,7 +226,7 @@ class Session:
         return Layout(places, (rows, batch.padded_length(longest, most)))
 
 
-class Engine:
+class Sessions:
     """A model's sessions: one whose streams share the threads, and for a program that runs little
     at a time, once it has done so LONE_RUNS times, one that gives each run all of them. Safe to
     call from several threads.
@@ -245,17 +245,17 @@ class Engine:
     def run(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
         """Pooled vectors `[len(rows), dims]` float32, in the order of `rows`."""
         parts = self._shared.parts(rows)
-        session = self._enter(one_run=len(parts) == 1)
+        with self._lock:
+            self._running += 1
         try:
-            return session.run_parts(rows, parts)
+            return self._session_for(parts).run_parts(rows, parts)
         finally:
             with self._lock:
                 self._running -= 1
 
-    def _enter(self, one_run: bool) -> Session:
+    def _session_for(self, parts: Sequence[Sequence[int]]) -> Session:
         with self._lock:
-            self._running += 1
-            if not one_run or self._running > 1:
+            if len(parts) > 1 or self._running > 1:
                 return self._shared
             self._lone += 1
             if self._lone == LONE_RUNS:

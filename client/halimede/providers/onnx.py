@@ -202,7 +202,7 @@ class Onnx:
                 f"{_package(missing[0])}, or set device to cpu."
             )
         if self._opens_twice(accelerators, session.file_bytes(model)):
-            opened = session.Engine(opened, lambda: open_session(1)[0])
+            opened = session.Sessions(opened, lambda: open_session(1)[0])
         return _Opened(served, facts, reader, opened, stamp)
 
     def _opens_twice(self, accelerators: Sequence[Any], size_bytes: int) -> bool:
