@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from opentelemetry import trace
@@ -29,6 +30,10 @@ NAMES = {"fp32": MODEL, "fp16": f"{MODEL}-fp16", "int8": f"{MODEL}-int8"}
 def pytest_configure() -> None:
     # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Examples may take as long as a busy machine needs.
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=slow)
+    hypothesis.settings.load_profile("untimed")
 
 
 def free_options(**fields: object) -> triton.Options:
