@@ -121,6 +121,18 @@ def test_packed_rows_hold_every_text_once_and_leave_little_free(lengths: list[in
     assert len(short) < 2 or short[0] + short[1] > batch.PACKED_TOKENS
 
 
+@given(st.lists(st.integers(1, 256), min_size=1, max_size=60), st.integers(1, 2))
+def test_packed_models_see_few_shapes(lengths: list[int], streams: int) -> None:
+    """Several rows are a multiple of PACKED_TOKENS long, and within the budget: 28 shapes."""
+    for part in batch.plan_packed(lengths, streams):
+        texts = [lengths[index] for index in part]
+        sums = [sum(texts[index] for index in row) for row in batch.pack(texts)]
+        if len(sums) > 1:
+            length = batch.packed_length(max(sums))
+            assert length % batch.PACKED_TOKENS == 0
+            assert length * len(sums) <= batch.MICRO_BATCH_TOKENS
+
+
 class Ran:
     """Stands in for a Session: keeps what it was given, and makes each row a micro-batch."""
 

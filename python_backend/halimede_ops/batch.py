@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 LENGTH_MULTIPLE = 16
-"""Rows are padded to a multiple of this: OpenVINO prepares kernels per shape, so few shapes."""
+"""Rows are padded to a multiple of this: OpenVINO prepares kernels per shape and keeps them, 1.4 MB
+in each stream of the default model, so few shapes."""
 INTERACTIVE_ROWS = 8
 """Rows of the largest request of the interactive lane; larger ones are bulk."""
 PACKED_TOKENS = 64
@@ -66,6 +67,13 @@ def padded_length(tokens: int, most: int | None = None) -> int:
     return rounded if most is None else max(tokens, min(rounded, most))
 
 
+def packed_length(tokens: int) -> int:
+    """As `padded_length`, for several rows of several texts: a multiple of PACKED_TOKENS, as nearly
+    all of them fill.
+    """
+    return _rounded_up(max(1, tokens), PACKED_TOKENS)
+
+
 def pack(lengths: Sequence[int]) -> list[list[int]]:
     """Indices of `lengths` by the row that each shares with others, fullest use of rows first.
 
@@ -93,24 +101,30 @@ def plan_packed(
 ) -> list[list[int]]:
     """As `plan`, for a model that takes several texts a row."""
     rows = pack(lengths)
-    parts = plan([sum(lengths[index] for index in row) for row in rows], streams, most_tokens)
+    sums = [sum(lengths[index] for index in row) for row in rows]
+    parts = plan(sums, streams, most_tokens, packed_length)
     return [[index for row in part for index in rows[row]] for part in parts]
 
 
 def plan(
-    lengths: Sequence[int], streams: int = 1, most_tokens: int = MICRO_BATCH_TOKENS
+    lengths: Sequence[int],
+    streams: int = 1,
+    most_tokens: int = MICRO_BATCH_TOKENS,
+    together: Callable[[int], int] = padded_length,
 ) -> list[list[int]]:
     """Indices of `lengths` in the micro-batches that cost least, longest rows first.
 
-    A micro-batch costs RUN_TOKENS for the run, its padded tokens, and a little more the larger it
-    is, so that those that run in `streams` at the same time are alike. Rows are taken in order of
-    length, and the cuts between micro-batches are chosen by dynamic programming. With other
-    `most_tokens` of a run, its other costs are in proportion.
+    A micro-batch costs RUN_TOKENS for the run, its padded tokens (`together` gives those of a row
+    for the longest's), and a little more the larger it is, so that those that run in `streams` at
+    the same time are alike. Rows are taken in order of length, and the cuts between micro-batches
+    are chosen by dynamic programming. With other `most_tokens` of a run, its other costs are in
+    proportion.
     """
     scale = most_tokens / MICRO_BATCH_TOKENS
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    padded = [padded_length(lengths[index]) for index in order]
-    most = _share(sum(padded), streams, most_tokens, UNSHARED_TOKENS * scale)
+    alone = [padded_length(lengths[index]) for index in order]
+    padded = [together(lengths[index]) for index in order]
+    most = _share(sum(alone), streams, most_tokens, UNSHARED_TOKENS * scale)
     cost = [0.0] * (len(order) + 1)
     """Least cost of the first rows."""
     start = [0] * (len(order) + 1)
@@ -118,8 +132,9 @@ def plan(
     for end in range(1, len(order) + 1):
         cost[end] = math.inf
         for first in range(end - 1, -1, -1):
-            tokens = padded[first] * (end - first)
-            if tokens > most and end - first > 1:
+            rows = end - first
+            tokens = padded[first] * rows if rows > 1 else alone[first]
+            if tokens > most and rows > 1:
                 break
             price = cost[first] + RUN_TOKENS * scale + tokens + tokens**2 / (UNEVENNESS * scale)
             if price < cost[end]:

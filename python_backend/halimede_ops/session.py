@@ -220,10 +220,12 @@ class Session:
         else:
             places = _apart(len(texts))
         longest = max(place.start + text.length for text, place in zip(texts, places, strict=True))
-        # A text's positions begin anew where it begins, so a packed row may have more of them.
-        most = None if self._packed else self._max_tokens
         rows = max(place.row for place in places) + 1
-        return Layout(places, (rows, batch.padded_length(longest, most)))
+        # A text's positions begin anew where it begins, so a packed row may have more of them.
+        if not self._packed:
+            return Layout(places, (rows, batch.padded_length(longest, self._max_tokens)))
+        padded_length = batch.packed_length if rows > 1 else batch.padded_length
+        return Layout(places, (rows, padded_length(longest)))
 
 
 class Sessions:
