@@ -14,7 +14,8 @@ from conftest import MODEL, free_options
 from tritonclient.utils import InferenceServerException
 
 from halimede import Embedder
-from halimede_ops.errors import HalimedeError, ServeError, ServerUnreachable
+from halimede.connection import Connection, Tls
+from halimede_ops.errors import HalimedeError, InvalidInput, ServeError, ServerUnreachable
 from tools import triton
 from tools.settings import Settings
 
@@ -96,6 +97,17 @@ def test_plain_grpc_is_refused(secured: triton.Server) -> None:
     with Embedder(secured.grpc_address, MODEL, deadline_s=3) as embedder:
         with pytest.raises(HalimedeError):
             embedder.embed([SECRET_TEXT])
+
+
+@pytest.mark.parametrize("url", ["localhost:8001", "http://localhost:8000"])
+def test_certificates_are_never_left_unused(files: dict[str, Path], url: str) -> None:
+    """Who gives some wants TLS: an address without it is refused, before anything is sent."""
+    tls = {"ca_file": str(files["ca.pem"])}
+    given = {"provider": "triton", "model_id": MODEL, "url": url, "tls": tls}
+    with pytest.raises(InvalidInput, match="certificates are given.* write (grpc|http)s://local"):
+        Embedder(config={"models": {"server": given}})
+    with pytest.raises(InvalidInput, match="certificates are given"):
+        Connection(url, Tls(**tls))
 
 
 def test_http_which_has_no_tls_stays_on_loopback() -> None:

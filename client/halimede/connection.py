@@ -124,9 +124,9 @@ class Connection:
         """Nothing is sent yet.
 
         Raises:
-            InvalidInput: the url is none.
+            InvalidInput: the url is none, or is without TLS although certificates are given.
         """
-        scheme, self.address = parse(url)
+        scheme, self.address = parse(url, tls)
         self.is_grpc = scheme.startswith("grpc")
         self.api: Any = importlib.import_module(f"tritonclient.{scheme.rstrip('s')}.aio")
         """tritonclient's module of the protocol."""
@@ -226,13 +226,22 @@ def _plain(message: str) -> str:
         return message
 
 
-def parse(url: str) -> tuple[str, str]:
-    """Protocol (`grpc`, `grpcs`, `http` or `https`) and `host:port` of a server's url."""
+def parse(url: str, tls: Tls | None = None) -> tuple[str, str]:
+    """Protocol (`grpc`, `grpcs`, `http` or `https`) and `host:port` of a server's url.
+
+    Raises:
+        InvalidInput: it is none; or `tls` has certificates, and the url would not use them.
+    """
     parts = urlsplit(url if "://" in url else f"grpc://{url}")
     if parts.scheme not in SCHEMES or not parts.netloc or "@" in parts.netloc:
         given = "has a user or password" if "@" in url else f"is {url!r}"
         raise errors.InvalidInput(
             f"url {given}; give host:port, grpc://host:port or http://host:port, with TLS "
             "grpcs:// or https://."
+        )
+    if tls not in (None, Tls()) and not parts.scheme.endswith("s"):
+        raise errors.InvalidInput(
+            f"certificates are given, but {url} is without TLS; "
+            f"write {parts.scheme}s://{parts.netloc}."
         )
     return parts.scheme, parts.netloc

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from halimede import canary, tracing
 from halimede.breaker import Breaker
@@ -72,6 +72,12 @@ class Options(BaseOptions):
         for url in value:
             parse(url)
         return value
+
+    @model_validator(mode="after")
+    def _certificates_are_used(self) -> Options:
+        for url in self.url:
+            parse(url, self.tls)
+        return self
 
 
 def connect(options: Options) -> Triton:
