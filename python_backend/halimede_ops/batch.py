@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 LENGTH_MULTIPLE = 16
-"""Rows are padded to a multiple of this: OpenVINO prepares kernels per shape and keeps them, 1.4 MB
-in each stream of the default model, so few shapes."""
+"""Rows are padded to a multiple of this: OpenVINO prepares kernels per shape and keeps them, about
+1 MB in each stream of the default model, so few shapes."""
 INTERACTIVE_ROWS = 8
 """Rows of the largest request of the interactive lane; larger ones are bulk."""
 PACKED_TOKENS = 64

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from halimede import canary, tracing
 from halimede.breaker import Breaker
@@ -52,10 +52,10 @@ class Options(BaseOptions):
     """A model served by Triton."""
 
     provider: str = "triton"
-    url: tuple[str, ...] = ("127.0.0.1:8001",)
+    tls: Tls = Field(default_factory=Tls)
+    url: tuple[str, ...] = Field(("127.0.0.1:8001",), validate_default=True)
     """Servers: `host:port` or `grpc://host:port` for gRPC, `http://host:port` for HTTP; with TLS
     `grpcs://` and `https://`."""
-    tls: Tls = Field(default_factory=Tls)
     follow_canary: bool = True
     """Whether a candidate that is served beside the model answers the share it is given."""
 
@@ -66,18 +66,12 @@ class Options(BaseOptions):
 
     @field_validator("url")
     @classmethod
-    def _at_least_one(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _at_least_one(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         if not value:
             raise ValueError("is empty; give at least one address")
         for url in value:
-            parse(url)
+            parse(url, info.data.get("tls"))  # none, where that was wrong itself
         return value
-
-    @model_validator(mode="after")
-    def _certificates_are_used(self) -> Options:
-        for url in self.url:
-            parse(url, self.tls)
-        return self
 
 
 def connect(options: Options) -> Triton:
