@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halimede_ops import batch, continuous
+from halimede_ops import batch
 from halimede_ops.batch import INTERACTIVE_ROWS
 from halimede_ops.continuous import (
     WAITING_BULK,
@@ -121,11 +121,11 @@ def test_a_failed_run_fails_its_requests_alone() -> None:
         assert good.wait() == [2]
 
 
-def test_a_request_whose_caller_has_gone_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_whose_caller_has_gone_is_not_run() -> None:
     """Its outcome is RequestCancelled; those that waited beside it are run."""
-    monkeypatch.setattr(continuous, "LONG_WAIT_RUNS", 0)
     gate, gone, stays = Gate(), Answer(), Answer()
-    with closing(ContinuousBatches(gate.run, batch.plan, threads=1)) as batches:
+    opened = ContinuousBatches(gate.run, batch.plan, threads=1, long_wait_runs=0)
+    with closing(opened) as batches:
         batches.submit([row(16)], Answer())
         assert gate.entered.wait(TIMEOUT_S)
         batches.submit([row(16, 1), row(16, 2)], gone, lambda: True)

@@ -133,41 +133,41 @@ def test_packed_models_see_few_shapes(lengths: list[int], streams: int) -> None:
             assert length * len(sums) <= batch.MICRO_BATCH_TOKENS
 
 
-class Ran:
-    """Stands in for a Session: keeps what it was given, and makes each row a micro-batch."""
+class Runs:
+    """Stands in for a Session: keeps how many rows each run had."""
 
     def __init__(self) -> None:
-        self.runs: list[int] = []
+        self.rows: list[int] = []
 
-    def parts(self, rows: Sequence[session.Row]) -> list[list[int]]:
-        return [[index] for index in range(len(rows))]
-
-    def run_parts(self, rows: Sequence[session.Row], parts: Sequence[Sequence[int]]) -> np.ndarray:
-        self.runs.append(len(rows))
+    def run_together(self, rows: Sequence[session.Row]) -> np.ndarray:
+        self.rows.append(len(rows))
         return np.zeros((len(rows), 4), np.float32)
 
 
 def test_lone_runs_get_all_threads_once_there_were_some() -> None:
-    """The second session is opened at the LONE_RUNS-th lone run, and has those from then on."""
-    shared, alone = Ran(), Ran()
-    opened: list[Ran] = []
+    """The second session is opened at the LONE_RUNS-th lone run on end, and has those after it."""
+    shared, alone = Runs(), Runs()
+    opened: list[Runs] = []
 
-    def open_alone() -> Ran:
+    def open_alone() -> Runs:
         opened.append(alone)
         return alone
 
     sessions = session.Sessions(shared, open_alone)  # type: ignore[arg-type]
     row = session.Row(np.ones(4, np.int64), np.ones(4, np.int64))
-    for _ in range(session.LONE_RUNS - 1):
-        sessions.run([row])
-    sessions.run([row, row])
+    for _ in range(2):
+        for _ in range(session.LONE_RUNS - 1):
+            sessions.run_alone([row])
+        sessions.run_together([row, row])
     assert not opened
-    for _ in range(3):
-        sessions.run([row])
-    sessions.run([row, row])
+    for _ in range(session.LONE_RUNS + 2):
+        sessions.run_alone([row])
+    sessions.run_together([row, row])
     assert opened == [alone]
-    assert alone.runs == [1, 1, 1]
-    assert shared.runs == [1] * (session.LONE_RUNS - 1) + [2, 2]
+    assert alone.rows == [1, 1, 1]
+    assert shared.rows == 2 * ([1] * (session.LONE_RUNS - 1) + [2]) + [1] * (
+        session.LONE_RUNS - 1
+    ) + [2]
 
 
 def test_used_lengths_sees_past_holes() -> None:

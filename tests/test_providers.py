@@ -9,8 +9,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from halimede import (
     HalimedeError,
     InvalidInput,
     InvalidModel,
+    InvalidText,
     MissingExtra,
     ModelNotFound,
     ServerError,
@@ -281,6 +284,55 @@ def test_onnx_notices_that_its_files_changed(settings: Settings, tmp_path: Path)
             text = (version_folder(settings.repository / MODEL) / file).read_text()
             path.write_text(text.replace(before.space, "e" * 16))
         assert embedder.embed("a").space == "e" * 16
+
+
+def test_onnx_runs_together_what_many_callers_ask(
+    settings: Settings, texts: list[str], expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Single texts of 16 threads share runs, and each gets its own vector; a bad one fails alone;
+    closed, it leaves no thread.
+    """
+    from halimede_ops import session
+
+    runs: list[int] = []
+    run_together = session.Session.run_together
+
+    def counted(self: session.Session, rows: Any) -> np.ndarray:
+        runs.append(len(rows))
+        return run_together(self, rows)
+
+    monkeypatch.setattr(session.Session, "run_together", counted)
+    threads = threading.active_count()
+    model = {"provider": "onnx", "model_id": MODEL, "path": str(settings.repository)}
+
+    def embed(row: int) -> np.ndarray | type:
+        try:
+            return embedder.embed(b"\xff" if row == 7 else texts[row]).vectors[0]
+        except HalimedeError as error:
+            return type(error)
+
+    with Embedder(config={"models": {"m": model}}) as embedder, ThreadPoolExecutor(16) as callers:
+        found = list(callers.map(embed, range(300)))
+    assert found.pop(7) is InvalidText
+    wanted = np.delete(expected[:300], 7, axis=0)
+    assert vectors.cosine(np.stack(found), wanted).min() >= 0.9999
+    assert sum(runs) == len(found)
+    assert len(runs) < len(found) / 2
+    assert threading.active_count() == threads
+
+
+def test_onnx_does_not_keep_a_program_from_its_end(settings: Settings) -> None:
+    """A program that never closes its embedder ends."""
+    model = {"provider": "onnx", "model_id": MODEL, "path": str(settings.repository)}
+    code = (
+        "from halimede import Embedder\n"
+        f"embedder = Embedder(config={{'models': {{'m': {model!r}}}}})\n"
+        "print(embedder.embed('a').vectors.shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert (done.stdout, done.stderr) == ("(1, 384)\n", "")
 
 
 def test_a_missing_extra_is_named() -> None:

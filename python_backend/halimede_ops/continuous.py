@@ -24,7 +24,8 @@ GATHER_S = 0.001
 which costs less than one by one."""
 
 LONG_WAIT_RUNS = 16
-"""Callers are asked whether they have gone only after so many runs: asking takes time too."""
+"""Callers are asked whether they have gone only after so many runs, unless that costs nothing: a
+message to Triton takes time too."""
 
 
 class Row(Protocol):
@@ -87,6 +88,7 @@ class ContinuousBatches:
         clock: Callable[[], float] = lambda: 0.0,
         run_alone: Run | None = None,
         most_requests: int | None = None,
+        long_wait_runs: int = LONG_WAIT_RUNS,
     ) -> None:
         """Threads that wait for items.
 
@@ -100,6 +102,7 @@ class ContinuousBatches:
             run_alone: runs a micro-batch while no other is, and small requests beside bulk; None:
                 `run`.
             most_requests: small ones, and as many of bulk, that may be unanswered.
+            long_wait_runs: micro-batches until a request's caller is asked whether it has gone.
         """
         self._run = run
         self._run_alone = run_alone or run
@@ -109,9 +112,12 @@ class ContinuousBatches:
         self._tell = tell
         self._clock = clock
         self._most_requests = most_requests
+        self._long_wait_runs = long_wait_runs
         self._unread: list[_Request] = []
         """In order of arrival, as what follows."""
         self._waiting: list[_Waiting] = []
+        self._planned: list[list[_Waiting]] = []
+        """Micro-batches of all that wait, the one whose turn it is first; or none."""
         self._lock = threading.Lock()
         """Guards all that changes."""
         self._work = threading.Condition(self._lock)
@@ -130,9 +136,9 @@ class ContinuousBatches:
         """Threads that read or run bulk now."""
         self._done: SimpleQueue[tuple[list[_Waiting], _Results] | None] = SimpleQueue()
         loops = [self._serve] * threads + [self._serve_small]
-        self._running = [threading.Thread(target=loop) for loop in loops]
+        self._running = [threading.Thread(target=loop, daemon=True) for loop in loops]
         # Under load another thread answers, so that those that run lose no time.
-        self._answering = threading.Thread(target=self._answer_all)
+        self._answering = threading.Thread(target=self._answer_all, daemon=True)
         for thread in (*self._running, self._answering):
             thread.start()
 
@@ -172,7 +178,9 @@ class ContinuousBatches:
             self._room.wait_for(self._has_room)
 
     def close(self) -> None:
-        """Run and answer what waits, then end the threads."""
+        """Run and answer what waits, then end the threads, which do not keep a program from its
+        end.
+        """
         with self._lock:
             self._closed = True
             self._work.notify_all()
@@ -253,15 +261,17 @@ class ContinuousBatches:
         return small
 
     def _read_all(self, requests: Sequence[_Request]) -> None:
-        """Read what these requests have; then their rows wait."""
+        """Read what these requests have; then their rows wait. No other thread is woken: this one
+        takes of them what it runs, and wakes the next for the rest.
+        """
         if not requests:
             return
         rows = self._rows_of(requests)
         with self._lock:
             self._waiting += rows
+            self._planned = []
             self._bulk_waiting += sum(one.request.is_bulk for one in rows)
             self._bulk_running -= requests[0].is_bulk
-            self._wake()
 
     def _rows_of(self, requests: Sequence[_Request]) -> list[_Waiting]:
         """The rows of these requests, read together; one that cannot be read fails alone."""
@@ -280,28 +290,32 @@ class ContinuousBatches:
 
     def _next_part(self) -> _Part:
         with self._lock:
-            part = self._cheapest(range(min(len(self._waiting), WAITING_ROWS)))
+            part = self._cheapest(self._waiting[:WAITING_ROWS])
             rest = self._waiting or self._unread or self._free < self._threads - 1
             return _Part(part, self._run if rest else self._run_alone)
 
     def _small_part(self) -> _Part:
         with self._lock:
-            small = [index for index, one in enumerate(self._waiting) if not one.request.is_bulk]
+            small = [one for one in self._waiting if not one.request.is_bulk]
+            self._planned = []
             return _Part(self._cheapest(small[:WAITING_ROWS]), self._run_alone)
 
-    def _cheapest(self, places: Sequence[int]) -> list[_Waiting]:
-        """The micro-batch with the first of these places among those that wait, and of the others
-        what costs least beside it, which then wait no more; empty without places.
+    def _cheapest(self, waiting: Sequence[_Waiting]) -> list[_Waiting]:
+        """The micro-batch with the first of these rows, and of the others what costs least beside
+        it, which then wait no more; empty without rows.
         """
-        if not places:
+        if not waiting:
             return []
-        lengths = [self._waiting[place].row.length for place in places]
-        parts = self._plan(lengths, 1 + self._free)
-        chosen = [places[index] for index in next(part for part in parts if 0 in part)]
-        part = [self._waiting[place] for place in chosen]
-        for place in sorted(chosen, reverse=True):
-            del self._waiting[place]
-        bulk = sum(waiting.request.is_bulk for waiting in part)
+        if not self._planned:
+            lengths = [one.row.length for one in waiting]
+            parts = sorted(self._plan(lengths, 1 + self._free), key=min)
+            self._planned = [[waiting[index] for index in part] for part in parts]
+        part, *others = self._planned
+        taken = set(map(id, part))
+        self._waiting = [one for one in self._waiting if id(one) not in taken]
+        # A plan of all that wait is good until more come.
+        self._planned = others if sum(map(len, others)) == len(self._waiting) else []
+        bulk = sum(one.request.is_bulk for one in part)
         self._bulk_waiting -= bulk
         self._bulk_running += bulk > 0
         self._taken += 1
@@ -328,7 +342,7 @@ class ContinuousBatches:
 
     def _gone(self, requests: set[_Request]) -> set[_Request]:
         """Those that waited long and whose callers have gone."""
-        early = self._taken - LONG_WAIT_RUNS
+        early = self._taken - self._long_wait_runs
         return {one for one in requests if one.since < early and one.is_cancelled()}
 
     def _give(self, part: list[_Waiting], results: _Results) -> None:

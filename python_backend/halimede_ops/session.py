@@ -23,8 +23,8 @@ DATA_SUFFIX = ".data"
 """Weights of a model.onnx too large for one protobuf file lie in `model.onnx.data`."""
 
 LONE_RUNS = 8
-"""Runs after which Sessions opens the session that gives each all threads: that takes time and
-memory, as much as the first one."""
+"""Runs on end after which Sessions opens the session that gives each all threads: that takes time
+and memory, as much as the first one."""
 
 FIRST_RUNS = 2
 """Runs of a shape that no other new shape's run in the process may overlap. OpenVINO 2025.4 gave
@@ -145,20 +145,13 @@ class Session:
         plan = batch.plan_packed if self._packed else batch.plan
         return plan(lengths, streams, self._micro_batch_tokens)
 
-    def parts(self, rows: Sequence[Row | Pixels]) -> list[list[int]]:
-        """Indices of these rows in the micro-batches that the streams share."""
-        return self.plan([row.length for row in rows], self._streams)
-
     def run(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
         """Pooled vectors `[len(rows), dims]` float32, in the order of `rows`.
 
         Rows run in micro-batches of like length, or several in one row of the model, so a row's
         vector does not depend on what is asked beside it beyond the last bits of float32.
         """
-        return self.run_parts(rows, self.parts(rows))
-
-    def run_parts(self, rows: Sequence[Row | Pixels], parts: Sequence[Sequence[int]]) -> np.ndarray:
-        """As `run`, in these micro-batches."""
+        parts = self.plan([row.length for row in rows], self._streams)
         run = map if self._threads is None else self._threads.map
         results = list(run(lambda part: self.run_together([rows[i] for i in part]), parts))
         out = np.empty((len(rows), results[0].shape[1]), np.float32)
@@ -230,7 +223,7 @@ class Session:
 
 class Sessions:
     """A model's sessions: one whose streams share the threads, and for a program that runs little
-    at a time, once it has done so LONE_RUNS times, one that gives each run all of them. Safe to
+    at a time, once LONE_RUNS runs on end were alone, one that gives each run all of them. Safe to
     call from several threads.
     """
 
@@ -240,29 +233,23 @@ class Sessions:
         self._alone: Session | None = None
         self._lock = threading.Lock()
         """Guards what follows."""
-        self._running = 0
         self._lone = 0
-        """Runs until now that might have had all threads."""
+        """Runs on end that were alone."""
 
-    def run(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
-        """Pooled vectors `[len(rows), dims]` float32, in the order of `rows`."""
-        parts = self._shared.parts(rows)
+    def run_together(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
+        """Pooled vectors `[len(rows), dims]` float32 of one run, which others may be beside."""
         with self._lock:
-            self._running += 1
-        try:
-            return self._session_for(parts).run_parts(rows, parts)
-        finally:
-            with self._lock:
-                self._running -= 1
+            self._lone = 0
+        return self._shared.run_together(rows)
 
-    def _session_for(self, parts: Sequence[Sequence[int]]) -> Session:
+    def run_alone(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
+        """As `run_together`, of a run that most likely has no other beside it."""
         with self._lock:
-            if len(parts) > 1 or self._running > 1:
-                return self._shared
             self._lone += 1
-            if self._lone == LONE_RUNS:
+            if self._lone == LONE_RUNS and self._alone is None:
                 self._alone = self._open_alone()
-            return self._alone or self._shared
+            chosen = self._alone or self._shared
+        return chosen.run_together(rows)
 
 
 def _apart(count: int) -> list[Place]:

@@ -30,6 +30,7 @@ make_base() {
     command -v debootstrap >/dev/null || apt-get install -y -qq debootstrap
     local root mirror
     root=$(mktemp -d)
+    chmod 755 "$root"  # every user of a container must reach what lies in it
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Codename: bookworm' | head -1)
     debootstrap --variant=minbase bookworm "$root" "$mirror"
     rm -f "$root"/etc/apt/sources.list "$root"/var/cache/apt/archives/*.deb

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import weakref
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import Field, PositiveInt
@@ -31,16 +32,11 @@ DEVICES = {
     "tensorrt": ("tensorrt", "cuda"),
 }
 """Execution accelerators of a device, best first; none is onnxruntime's own CPU engine."""
-PARAMETERS: Mapping[str, Mapping[str, str]] = {
-    # OpenVINO keeps 5000 compiled kernels and their memory: 10 MiB more after 1000 mixed texts in
-    # INT8. Few texts in ever new shapes take 5 % more CPU with 128; with 64, 100 texts take 4 %.
-    "openvino": {"CPU_RUNTIME_CACHE_CAPACITY": "128"},
-}
-"""Parameters of an accelerator in a process that is not the model's alone."""
 MOST_OPENED_TWICE_BYTES = 256_000_000
 """Size of the largest model.onnx that is opened twice: it takes that memory again."""
 CODE_OF_MEMORY = ("memory", "alloc")
 """Words of onnxruntime's errors when an allocation fails."""
+T = TypeVar("T")
 
 
 class Options(BaseOptions):
@@ -80,11 +76,38 @@ class _Opened(NamedTuple):
     served: ServedModel
     spec: Any
     reader: Any
-    """What makes rows of its items: a TextTokenizer, or the Reader of its images; of pairs the
-    Halves."""
-    session: Any
-    """What runs the rows; None for pairs."""
+    """What reads its items: a TextTokenizer, or the Reader of its images; of pairs the Halves."""
+    runs: _Runs | None
+    """What runs them; None for pairs."""
     stamp: _Stamp
+
+
+class _Runs:
+    """An opened model that runs what all callers ask, together; closed when nobody has it."""
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+        weakref.finalize(self, batches.close)
+
+    async def done(self, items: Sequence[Any]) -> Sequence[Any]:
+        """One `continuous.Done` an item, in order; what running them raised is raised."""
+        loop = asyncio.get_running_loop()
+        waiting: asyncio.Future[Sequence[Any]] = loop.create_future()
+
+        def settle(outcome: Any) -> None:
+            if waiting.done():
+                return
+            if isinstance(outcome, Exception):
+                waiting.set_exception(outcome)
+            else:
+                waiting.set_result(outcome)
+
+        def answer(outcome: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+                loop.call_soon_threadsafe(settle, outcome)
+
+        self._batches.submit(items, answer, waiting.cancelled)
+        return await waiting
 
 
 class _Halves(NamedTuple):
@@ -103,13 +126,11 @@ class Onnx:
         self._options = options
         self._threads = options.threads or len(os.sched_getaffinity(0))
         self._streams = min(options.streams or self._threads, self._threads)
-        self._workers = ThreadPoolExecutor(self._streams, thread_name_prefix="halimede-onnx")
         self._opening = asyncio.Lock()
         self._opened: dict[Kind, _Opened] = {}
 
     async def close(self) -> None:
         """Forget the model; a second call does nothing."""
-        self._workers.shutdown(wait=False, cancel_futures=True)
         self._opened.clear()
 
     async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
@@ -130,7 +151,7 @@ class Onnx:
     async def embed(self, request: Request, timeout_s: float) -> Answer:
         """The answer of the model in memory."""
         opened = await self._model(request.kind, timeout_s, again=False)
-        return await self._in_thread(timeout_s, EMBED[request.kind], opened, request)
+        return await self._within(timeout_s, EMBED[request.kind](opened, request))
 
     async def _model(self, kind: Kind | None, timeout_s: float, *, again: bool) -> _Opened:
         async with self._opening:
@@ -139,7 +160,8 @@ class Onnx:
                 kind, name = self._ensemble(kind)
                 opened = self._opened.get(kind)
                 if opened is None or opened.stamp != self._stamp(name):
-                    opened = await self._in_thread(timeout_s, self._open, kind, name)
+                    opening = asyncio.to_thread(self._open, kind, name)
+                    opened = await self._within(timeout_s, opening)
                     self._opened[kind] = opened
             return opened
 
@@ -157,8 +179,7 @@ class Onnx:
             raise base.unsupported(kind, self.name, own)
         return own, name
 
-    async def _in_thread(self, timeout_s: float, run: Any, *arguments: Any) -> Any:
-        working = asyncio.get_running_loop().run_in_executor(self._workers, run, *arguments)
+    async def _within(self, timeout_s: float, working: Awaitable[T]) -> T:
         try:
             return await asyncio.wait_for(working, timeout_s)
         except asyncio.TimeoutError:
@@ -177,18 +198,16 @@ class Onnx:
         return opened
 
     def _read(self, kind: Kind, name: str, stamp: _Stamp) -> _Opened:
-        from halimede_ops import session, spec
+        from halimede_ops import continuous, session, spec
 
         steps = stamp.pinned.steps
         facts = spec.load(stamp.pinned.folder)
         served = self._served(kind, name, stamp.pinned, facts)
         if kind == "pair":
             return _Opened(served, facts, self._halves(stamp.pinned), None, stamp)
-        reader = self._reader(kind, facts, steps)
+        reader, rows = self._reader(kind, facts, steps)
         model = steps[f"{name}-onnx"] / session.FILE_NAME
-        accelerators = [
-            session.Accelerator(one, PARAMETERS.get(one, {})) for one in self._accelerators()
-        ]
+        accelerators = [session.Accelerator(one) for one in self._accelerators()]
 
         def open_session(streams: int) -> tuple[Any, list[str]]:
             return session.open_session(
@@ -201,9 +220,14 @@ class Onnx:
                 f"this onnxruntime cannot run on {', '.join(missing)}. Install "
                 f"{_package(missing[0])}, or set device to cpu."
             )
+        run = run_alone = opened.run_together
         if self._opens_twice(accelerators, session.file_bytes(model)):
-            opened = session.Sessions(opened, lambda: open_session(1)[0])
-        return _Opened(served, facts, reader, opened, stamp)
+            sessions = session.Sessions(opened, lambda: open_session(1)[0])
+            run, run_alone = sessions.run_together, sessions.run_alone
+        batches = continuous.ContinuousBatches(
+            run, opened.plan, self._streams, rows, run_alone=run_alone, long_wait_runs=0
+        )
+        return _Opened(served, facts, reader, _Runs(batches), stamp)
 
     def _opens_twice(self, accelerators: Sequence[Any], size_bytes: int) -> bool:
         on_cpu = not {"cuda", "tensorrt"} & {one.name for one in accelerators}
@@ -225,15 +249,23 @@ class Onnx:
                 )
         return _Halves(made, text, image)
 
-    def _reader(self, kind: Kind, facts: Any, steps: Mapping[str, Path]) -> Any:
+    def _reader(
+        self, kind: Kind, facts: Any, steps: Mapping[str, Path]
+    ) -> tuple[Any, Callable[[Sequence[Any]], Sequence[Any]]]:
+        """What reads items as they come, and what makes rows of what it read."""
+        from halimede_ops import session
+
         if kind == "image":
             optional("PIL", "images")
             from halimede_ops import image
 
-            return image.Reader(facts.images(), self._threads)
+            taken = facts.images()
+            reader = image.Reader(taken, self._threads)
+            return reader, lambda pixels: session.pixel_rows(pixels, taken.positions)
         from halimede_ops import text
 
-        return text.load(steps[f"{facts.name}-tokenizer"], facts)
+        tokenizer = text.load(steps[f"{facts.name}-tokenizer"], facts)
+        return tokenizer, lambda prompted: session.rows(tokenizer.encode_prompted(prompted))
 
     def _served(self, kind: Kind, name: str, pinned: pins.Served, facts: Any) -> ServedModel:
         quality = json.loads((pinned.folder / "quality.json").read_text())
@@ -276,71 +308,77 @@ class Onnx:
         return DEVICES["openvino" if "OpenVINOExecutionProvider" in available else "cpu"]
 
 
-def _embed_texts(opened: _Opened, request: Request) -> Answer:
+async def _embed_texts(opened: _Opened, request: Request) -> Answer:
     """Tokenize, run, truncate, normalise: what Triton's three steps do."""
-    from halimede_ops import session, text
+    from halimede_ops import text
 
     texts = base.texts(request, opened.served.name)
     decoded = [text.decode(value, row, opened.spec) for row, value in enumerate(texts)]
-    tokens = opened.reader.encode(decoded, [request.input_type or None] * len(decoded))
-    pooled = _run(opened, session.rows(tokens))
-    totals = np.array([one.total for one in tokens], np.int32)
-    return Answer(vectors.embed(pooled, opened.spec, request.dimensions), totals, opened.served)
+    prompted = opened.reader.prompted(decoded, [request.input_type or None] * len(decoded))
+    done = await _run(opened, prompted)
+    totals = np.array([one.row.total for one in done], np.int32)
+    return Answer(_embeddings(opened, done, request), totals, opened.served)
 
 
-def _embed_images(opened: _Opened, request: Request) -> Answer:
+async def _embed_images(opened: _Opened, request: Request) -> Answer:
     """Decode, resize, run, truncate, normalise: what Triton's three steps do."""
-    from halimede_ops import session
-
-    pictures = [_good(picture) for picture in opened.reader.read(request.items)]
-    positions = opened.spec.images().positions
-    pooled = _run(opened, session.pixel_rows([one.pixels for one in pictures], positions))
+    pictures = await asyncio.to_thread(_read, opened.reader, request.items)
+    done = await _run(opened, [one.pixels for one in pictures])
     facts = [(one.width, one.height, one.format.encode()) for one in pictures]
     return Answer(
-        vectors.embed(pooled, opened.spec, request.dimensions),
+        _embeddings(opened, done, request),
         base.unknown_tokens(len(pictures)),
         opened.served,
         np.array(facts, IMAGE),
     )
 
 
-def _embed_pairs(opened: _Opened, request: Request) -> Answer:
+async def _embed_pairs(opened: _Opened, request: Request) -> Answer:
     """Embed what each pair has, fuse, truncate, normalise: what Triton's fusion does."""
-    fused = np.concatenate([_fused(opened.reader, pair, request) for pair in request.items])
+    fused = await asyncio.gather(*[_fused(opened.reader, pair, request) for pair in request.items])
     return Answer(
-        vectors.embed(fused, opened.spec, request.dimensions),
+        vectors.embed(np.concatenate(fused), opened.spec, request.dimensions),
         base.unknown_tokens(len(fused)),
         opened.served,
     )
 
 
-def _fused(halves: _Halves, pair: Any, request: Request) -> np.ndarray:
+async def _fused(halves: _Halves, pair: Any, request: Request) -> np.ndarray:
     """`[1, dims]` of one pair."""
     text = image = None
     if pair.text is not None:
-        text = _embed_texts(halves.text, Request([pair.text], "text", request.input_type)).vectors
+        asked = Request([pair.text], "text", request.input_type)
+        text = (await _embed_texts(halves.text, asked)).vectors
     if pair.image is not None:
-        image = _embed_images(halves.image, Request([pair.image], "image")).vectors
+        image = (await _embed_images(halves.image, Request([pair.image], "image"))).vectors
     return vectors.fuse(text, image, halves.fusion)
 
 
-EMBED: Mapping[Kind, Callable[[_Opened, Request], Answer]] = {
+EMBED: Mapping[Kind, Callable[[_Opened, Request], Awaitable[Answer]]] = {
     "text": _embed_texts,
     "image": _embed_images,
     "pair": _embed_pairs,
 }
 
 
-def _good(picture: Any) -> Any:
-    """The picture; what is wrong with it is raised."""
-    if isinstance(picture, errors.HalimedeError):
-        raise picture
-    return picture
+def _read(reader: Any, items: Sequence[Any]) -> list[Any]:
+    """The pictures; what is wrong with the first bad one is raised."""
+    pictures = list(reader.read(items))
+    for picture in pictures:
+        if isinstance(picture, errors.HalimedeError):
+            raise picture
+    return pictures
 
 
-def _run(opened: _Opened, rows: Any) -> np.ndarray:
+def _embeddings(opened: _Opened, done: Sequence[Any], request: Request) -> np.ndarray:
+    pooled = np.stack([one.result for one in done])
+    return vectors.embed(pooled, opened.spec, request.dimensions)
+
+
+async def _run(opened: _Opened, items: Sequence[Any]) -> Sequence[Any]:
+    assert opened.runs is not None
     try:
-        return np.asarray(opened.session.run(rows))
+        return await opened.runs.done(items)
     except MemoryError:
         raise
     except Exception as error:  # onnxruntime raises its own, undocumented classes
