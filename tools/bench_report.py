@@ -155,8 +155,7 @@ def _served(figures: Figures, precisions: Sequence[str]) -> list[str]:
         "*engine*: given all texts in one call. *of engine*: Triton's texts/s over it. "
         "*generator*: CPU that the load generator takes a text. *of what is left*: the same, with "
         f"the generator's CPU taken from the {cores} cores that Triton had. *adds*: p50 of one "
-        "request after the other, over that of the engine. Runs are short: in some, the last of "
-        "200 requests waited 0.5 s alone, which no median of latencies shows and the rate does.",
+        "request after the other, over that of the engine.",
         "",
         "| precision | engine texts/s | at a time | Triton texts/s | of engine | generator ms "
         "| of what is left | adds ms |",
