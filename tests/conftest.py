@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import random
 import signal
 import socket
 import sys
@@ -36,15 +36,26 @@ def pytest_configure() -> None:
     hypothesis.settings.load_profile("untimed")
 
 
+PORTS = range(10_000, 32_000)
+"""Below those that Linux gives to connections, so that none is taken before its server is up."""
+
+
 def free_options(**fields: object) -> triton.Options:
     """Options with three free ports."""
-    with contextlib.ExitStack() as open_sockets:
-        ports = []
-        for _ in range(3):
-            probe = open_sockets.enter_context(socket.socket())
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
-    return triton.Options(http_port=ports[0], grpc_port=ports[1], metrics_port=ports[2], **fields)
+    # The system's randomness: hypothesis seeds Python's, for every process alike.
+    ports = random.SystemRandom().sample(PORTS, 30)
+    http, grpc, metrics, *_ = filter(is_free, ports)
+    return triton.Options(http_port=http, grpc_port=grpc, metrics_port=metrics, **fields)
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody has this port."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def version_folder(model: Path) -> Path:

@@ -6,7 +6,6 @@ import collections
 import io
 import json
 import random
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,7 +83,7 @@ def mutated(count: int, seed: int = 0) -> Iterator[bytes]:
 
 def decode_all(count: int) -> dict[str, int]:
     """How many of `count` damaged files end how, and this process's peak memory in MB."""
-    from test_images import SPEC
+    from test_images import SPEC, peak_mb
 
     from halimede_ops import image
     from halimede_ops.errors import HalimedeError
@@ -97,8 +96,7 @@ def decode_all(count: int) -> dict[str, int]:
             outcomes["picture"] += 1
         except HalimedeError as error:
             outcomes[type(error).__name__] += 1
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return {**outcomes, "peak_mb": peak_mb}
+    return {**outcomes, "peak_mb": int(peak_mb())}
 
 
 if __name__ == "__main__":

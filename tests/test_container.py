@@ -6,7 +6,6 @@ on the port that was published.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import queue
@@ -25,6 +24,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import free_options
 
 from halimede import catalogue
 from halimede_ops.errors import ServeError
@@ -247,12 +247,7 @@ def repository(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def options() -> Options:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        http, grpc_, metrics = (probe.getsockname()[1] for probe in sockets)
-    return Options(http_port=http, grpc_port=grpc_, metrics_port=metrics)
+    return free_options()
 
 
 def created(engine: Engine, repository: Path, options: Options) -> dict[str, Any]:
