@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from halimede_ops import pins
 from tools import corpus, triton
+from tools.ports import free_ports
 from tools.settings import Settings
 
 MODEL = "all-MiniLM-L6-v2"
@@ -36,26 +35,10 @@ def pytest_configure() -> None:
     hypothesis.settings.load_profile("untimed")
 
 
-PORTS = range(10_000, 32_000)
-"""Below those that Linux gives to connections, so that none is taken before its server is up."""
-
-
 def free_options(**fields: object) -> triton.Options:
     """Options with three free ports."""
-    # The system's randomness: hypothesis seeds Python's, for every process alike.
-    ports = random.SystemRandom().sample(PORTS, 30)
-    http, grpc, metrics, *_ = filter(is_free, ports)
+    http, grpc, metrics = free_ports(3)
     return triton.Options(http_port=http, grpc_port=grpc, metrics_port=metrics, **fields)
-
-
-def is_free(port: int) -> bool:
-    """Whether nobody has this port."""
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 def version_folder(model: Path) -> Path:

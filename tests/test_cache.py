@@ -45,6 +45,7 @@ from halimede.items import Pair
 from halimede.results import IMAGE
 from halimede_ops.errors import HalimedeError, InvalidInput, MissingExtra
 from tools import redis
+from tools.ports import free_ports
 
 DIMS = 384
 EXPECT = Expect(DIMS)
@@ -875,7 +876,7 @@ def test_redis_that_dies_is_left_out_until_it_is_back(
 ) -> None:
     """Killed under use, Redis costs hits and one log line; started again, it is used again."""
     caplog.set_level(logging.INFO, "halimede.cache")
-    port = redis.free_port()
+    [port] = free_ports(1)
 
     async def flow() -> None:
         with contextlib.ExitStack() as stack:

@@ -165,9 +165,7 @@ def test_lone_runs_get_all_threads_once_there_were_some() -> None:
     sessions.run_together([row, row])
     assert opened == [alone]
     assert alone.rows == [1, 1, 1]
-    assert shared.rows == 2 * ([1] * (session.LONE_RUNS - 1) + [2]) + [1] * (
-        session.LONE_RUNS - 1
-    ) + [2]
+    assert shared.rows == 3 * ([1] * (session.LONE_RUNS - 1) + [2])
 
 
 def test_used_lengths_sees_past_holes() -> None:

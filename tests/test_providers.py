@@ -38,7 +38,7 @@ from halimede import (
 )
 from halimede.providers import open_provider, options_of
 from halimede.providers.sentence_transformers import WORKER
-from halimede_ops import vectors
+from halimede_ops import session, vectors
 from tools.settings import Settings
 
 REMOTE = {
@@ -292,8 +292,6 @@ def test_onnx_runs_together_what_many_callers_ask(
     """Single texts of 16 threads share runs, and each gets its own vector; a bad one fails alone;
     closed, it leaves no thread.
     """
-    from halimede_ops import session
-
     runs: list[int] = []
     run_together = session.Session.run_together
 

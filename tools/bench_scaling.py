@@ -22,7 +22,7 @@ import numpy as np
 from halimede import AsyncEmbedder
 from halimede_ops import pins, spec, text
 from tools import bench_process, corpus, machine, triton
-from tools.redis import free_port
+from tools.ports import free_ports
 from tools.repository import served_name
 from tools.settings import ROOT, Settings
 from tools.steps import console
@@ -74,9 +74,8 @@ def bench_scaling(settings: Settings, model: str, precisions: Sequence[str], rou
 @contextlib.contextmanager
 def _served(settings: Settings, name: str, core: int | None = None) -> Iterator[triton.Server]:
     """A server of one model, on one core or on all."""
-    options = triton.Options(
-        http_port=free_port(), grpc_port=free_port(), metrics_port=free_port(), models=(name,)
-    )
+    http, grpc, metrics = free_ports(3)
+    options = triton.Options(http_port=http, grpc_port=grpc, metrics_port=metrics, models=(name,))
     cores = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as run, contextlib.ExitStack() as stack:
         try:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from halimede_ops.errors import ServeError
+from tools.ports import free_ports
 
 READY_S = 10.0
 
@@ -25,7 +26,7 @@ def serve(folder: Path, *options: str, port: int | None = None) -> Iterator[str]
     program = shutil.which("redis-server")
     if program is None:
         raise ServeError("redis-server is not installed. On Debian: apt-get install redis-server")
-    port = port or free_port()
+    port = port or free_ports(1)[0]
     command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", *options]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
     try:
@@ -34,13 +35,6 @@ def serve(folder: Path, *options: str, port: int | None = None) -> Iterator[str]
     finally:
         process.kill()
         process.wait()
-
-
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait_until_ready(process: subprocess.Popen, port: int) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -91,23 +91,18 @@ class _Runs:
 
     async def done(self, items: Sequence[Any]) -> Sequence[Any]:
         """One `continuous.Done` an item, in order; what running them raised is raised."""
-        loop = asyncio.get_running_loop()
-        waiting: asyncio.Future[Sequence[Any]] = loop.create_future()
+        waiting: Future[Sequence[Any]] = Future()
 
-        def settle(outcome: Any) -> None:
-            if waiting.done():
+        def answer(outcome: Any) -> None:
+            if not waiting.set_running_or_notify_cancel():
                 return
             if isinstance(outcome, Exception):
                 waiting.set_exception(outcome)
             else:
                 waiting.set_result(outcome)
 
-        def answer(outcome: Any) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
-                loop.call_soon_threadsafe(settle, outcome)
-
         self._batches.submit(items, answer, waiting.cancelled)
-        return await waiting
+        return await asyncio.wrap_future(waiting)
 
 
 class _Halves(NamedTuple):
