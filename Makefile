@@ -52,9 +52,9 @@ up: default  ## The stack in containers: Triton, Redis, Prometheus, Grafana; PRO
 down:  ## Stop the stack and remove its containers, network and volumes
 	$(COMPOSE) --profile cpu --profile gpu down --volumes --remove-orphans
 
-test: env default  ## Lint, then run every test against a real Triton
+test: env default  ## Lint, then run every test against a real Triton, two files at a time
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-containers: env default  ## The stack in containers, really run; needs root
 	tests/containers/engine.sh $(BIN)/python -m pytest -m containers $(ARGS)

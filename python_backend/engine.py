@@ -1,14 +1,17 @@
 """An ONNX model as its config.pbtxt asks for it: `optimization.execution_accelerators`,
-`instance_group` and the parameters `intra_op_thread_count`, `streams`, `micro_batch_tokens` and
-`max_tokens`.
+`instance_group` and the parameters `intra_op_thread_count`, `streams`, `micro_batch_tokens`,
+`max_tokens` and `precision`, which an ensemble's step does not have.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import triton_adapter as triton
 import triton_metrics
@@ -19,6 +22,10 @@ from halimede_ops.continuous import ContinuousBatches
 STREAMS = 2
 """Micro-batches that one instance runs at the same time, each on its share of the threads, unless
 its config says otherwise."""
+NICENESS = 5
+"""Of the threads that run micro-batches side by side: a small request beside bulk gets three
+quarters of each core. 10 served it no sooner."""
+T = TypeVar("T")
 
 
 def open_batches(
@@ -36,18 +43,21 @@ def open_batches(
     streams = min(int(config.parameter("streams", str(STREAMS))), threads)
     max_tokens = int(config.parameter("max_tokens", "0")) or None
     micro_batch_tokens = int(config.parameter("micro_batch_tokens", str(batch.MICRO_BATCH_TOKENS)))
-    opened, missing = triton.load(
-        lambda: session.open_session(
-            path, accelerators, threads, streams, max_tokens, micro_batch_tokens
+
+    def opened_with(streams: int, **how: Any) -> tuple[session.Session, list[str]]:
+        return triton.load(
+            lambda: session.open_session(path, accelerators, threads, streams, max_tokens, **how)
         )
-    )
-    # OpenVINO shares the threads between the streams for good: what has them all, or runs beside
-    # the streams, needs a model of its own.
-    alone = opened
+
+    open_streams = partial(opened_with, streams, micro_batch_tokens=micro_batch_tokens)
     if kind == "CPU":
-        alone, _ = triton.load(
-            lambda: session.open_session(path, accelerators, threads, 1, max_tokens)
-        )
+        # OpenVINO shares the threads between the streams for good: what has them all, or runs
+        # beside the streams, needs a model of its own.
+        opened, missing = _giving_way(open_streams)
+        alone, _ = opened_with(1, pad_near=config.parameter("precision") in session.PADDED_NEAR)
+    else:
+        opened, missing = open_streams()
+        alone = opened
     for name in missing:
         triton.warn(
             f"{config.name}: this onnxruntime has no {name}; the CPU provider serves instead"
@@ -59,11 +69,23 @@ def open_batches(
         run,
         opened.plan,
         streams,
-        tell=lambda ran: metrics.ran(ran, opened.padded_tokens(ran.rows)),
+        tell=lambda ran: metrics.ran(
+            ran, (alone if ran.by_run_alone else opened).padded_tokens(ran.rows)
+        ),
         clock=time.monotonic,
         run_alone=run_alone,
         **waiting,
     )
+
+
+def _giving_way(open_streams: Callable[[], T]) -> T:
+    """What is opened; the threads it begins leave most of the cores to whatever else of this
+    process, and of the server, wants them. On Linux a thread has a niceness of its own, and those
+    it begins inherit it. Where a stream has several threads, OpenVINO takes the others from a pool
+    that all its models share: they may have either niceness.
+    """
+    with ThreadPoolExecutor(1, initializer=os.nice, initargs=(NICENESS,)) as lower:
+        return lower.submit(open_streams).result()
 
 
 def _accelerators(config: triton.ModelConfig, kind: str) -> list[session.Accelerator]:

@@ -63,7 +63,7 @@ def answer(
     each value it got, in order; `write` turns a result into output tensors; `failed` hears of each
     error.
     """
-    read_results = [_try(read, request) for request in requests]
+    read_results = [attempt(read, request) for request in requests]
     values = [value for value in read_results if not isinstance(value, HalimedeError)]
     computed = iter(_compute_all(compute, values))
     return [
@@ -86,7 +86,7 @@ async def answer_each(
     """One InferenceResponse a request, all computed at a time: `answer` for coroutines."""
 
     async def one(request: Any) -> Any:
-        value = _try(read, request)
+        value = attempt(read, request)
         if isinstance(value, HalimedeError):
             return _respond(value, write, failed)
         try:
@@ -148,7 +148,7 @@ def answer_later(
     for request in requests:
         sender = request.get_response_sender()
         send = _sending(sender, write, failed)
-        value = _try(read, request)
+        value = attempt(read, request)
         if isinstance(value, HalimedeError):
             send(value)
         else:
@@ -180,13 +180,16 @@ def _compute_all(
 ) -> Sequence[R | HalimedeError]:
     if not values:
         return []
-    results = _try(compute, values)
+    results = attempt(compute, values)
     if isinstance(results, HalimedeError):
         return [results] * len(values)
     return results
 
 
-def _try(function: Callable[[T], R], value: T) -> R | HalimedeError:
+def attempt(function: Callable[[T], R], value: T) -> R | HalimedeError:
+    """What `function` gives for `value`, or the error it raised; one nobody foresaw goes to the log
+    and becomes a plain one.
+    """
     try:
         return function(value)
     except HalimedeError as error:
@@ -200,7 +203,7 @@ def _respond(
     write: Callable[[R], list[Any]],
     failed: Callable[[HalimedeError], None],
 ) -> Any:
-    outputs = result if isinstance(result, HalimedeError) else _try(write, result)
+    outputs = result if isinstance(result, HalimedeError) else attempt(write, result)
     if not isinstance(outputs, HalimedeError):
         return pb_utils.InferenceResponse(output_tensors=outputs)
     _free(outputs)

@@ -106,6 +106,15 @@ def test_plan_never_costs_more_than_one_run_a_row(lengths: list[int]) -> None:
     assert cost(batch.plan(lengths)) <= cost([[index] for index in range(len(lengths))])
 
 
+def test_near_lengths_pad_little_and_are_few() -> None:
+    """At most an eighth is padding, or one token, where a multiple of 16 would be more."""
+    near = {tokens: batch.near_length(tokens) for tokens in range(1, 257)}
+    assert all(tokens <= near[tokens] <= batch.padded_length(tokens) for tokens in near)
+    assert all(near[tokens] - tokens <= max(1, tokens / 8) for tokens in range(1, 129))
+    assert len(set(near.values())) == 40
+    assert batch.near_length(30, most=31) == 30 and batch.near_length(33, most=34) == 34
+
+
 @given(st.lists(st.integers(0, 300), max_size=60))
 def test_packed_rows_hold_every_text_once_and_leave_little_free(lengths: list[int]) -> None:
     """A row is no longer than its longest text rounded up, one without tokens has its own row, and
@@ -260,8 +269,11 @@ def test_masked_rows_give_zeros_and_rows_are_alike_in_any_company(
     masked = session.Row(np.zeros(3, np.int64), np.zeros(3, np.int64))
     together = opened.run([masked, *rows])
     assert not together[0].any()
-    alone = np.concatenate([opened.run([row]) for row in rows])
-    assert vectors.cosine(together[1:], alone).min() >= 0.99999
+    near, _ = session.open_session(path, pad_near=True)
+    for engine in (opened, near):
+        alone = np.concatenate([engine.run([row]) for row in rows])
+        assert vectors.cosine(together[1:], alone).min() >= 0.99999
+    assert (opened.padded_tokens(rows[:1]), near.padded_tokens(rows[:1])) == (16, 4)
 
 
 def test_layer_norm_is_pytorchs() -> None:

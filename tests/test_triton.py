@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
@@ -481,3 +482,11 @@ def test_a_single_text_is_answered_before_bulk_that_came_first(server: triton.Se
         assert all(answered.wait(60) for answered in waiting)
     assert "error" not in order
     assert order.index("single") < 4
+
+
+def test_what_runs_bulk_leaves_the_cores_to_single_texts(server: triton.Server) -> None:
+    """In each backend process the streams' threads are nicer than all others."""
+    for process in psutil.Process(server.process.pid).children():
+        threads = [psutil.Process(thread.id).nice() for thread in process.threads()]
+        assert set(threads) == {process.nice(), process.nice() + 5}
+        assert threads.count(process.nice()) > 3

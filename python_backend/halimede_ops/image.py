@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from halimede_ops import memory
-from halimede_ops.errors import HalimedeError, ImageTooLarge, InvalidImage, OutOfMemory
+from halimede_ops.errors import ImageTooLarge, InvalidImage, OutOfMemory
 from halimede_ops.spec import ImageSpec
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -52,11 +52,15 @@ class Reader:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="halimede-image")
         self._room = _Room(spec.max_image_pixels)
 
-    def read(self, images: Sequence[bytes]) -> Iterator[Picture | HalimedeError]:
-        """Each encoded picture prepared, or what is wrong with it, in order; begun at once.
+    def read(self, images: Sequence[bytes]) -> Iterator[Picture]:
+        """Each encoded picture prepared, in order; begun at once.
 
         Pillow decodes and resizes without Python's lock, so pictures are prepared in parallel. No
         more than `max_image_pixels` are held decoded at a time.
+
+        Raises:
+            HalimedeError: as `prepare`, when the turn of a bad one comes; what is not begun yet is
+                given up.
         """
         return self._threads.map(self._read, images, range(len(images)))
 
@@ -64,14 +68,11 @@ class Reader:
         """End the threads."""
         self._threads.shutdown()
 
-    def _read(self, data: bytes, row: int) -> Picture | HalimedeError:
-        try:
-            with opened(data, self._spec, row) as image:
-                pixels = decoded(image, self._spec)
-                with self._room.taken(pixels), _freed(pixels), closing(image):
-                    return prepared(image, self._spec, row)
-        except HalimedeError as error:
-            return error
+    def _read(self, data: bytes, row: int) -> Picture:
+        with opened(data, self._spec, row) as image:
+            pixels = decoded(image, self._spec)
+            with self._room.taken(pixels), _freed(pixels), closing(image):
+                return prepared(image, self._spec, row)
 
 
 def prepare(data: bytes, spec: ImageSpec, row: int = 0) -> Picture:

@@ -34,6 +34,10 @@ _PREPARING = threading.Lock()
 """Held by the first runs of a shape: some of what they prepare, such as oneDNN's compiled kernels,
 is the process's and not a session's."""
 
+PADDED_NEAR = ("fp32", "fp16")
+"""Precisions that answer a lone text sooner with `pad_near`: on a CPU their tokens cost more than a
+change of shape."""
+
 PACKED = "packed"
 """Key of a model.onnx's metadata: its rows may have several texts, numbered by the mask."""
 
@@ -128,10 +132,13 @@ class Session:
         streams: int,
         max_tokens: int | None,
         micro_batch_tokens: int,
+        pad_near: bool,
     ) -> None:
         self._session = session
         self._max_tokens = max_tokens
         self._micro_batch_tokens = micro_batch_tokens
+        self._padded_length = batch.near_length if pad_near else batch.padded_length
+        """Of a row that runs alone."""
         self._packed = PACKED in session.get_modelmeta().custom_metadata_map
         self.heads = [node.name for node in session.get_outputs() if node.name != POOLED]
         """Names of the outputs with one row a token."""
@@ -214,11 +221,12 @@ class Session:
             places = _apart(len(texts))
         longest = max(place.start + text.length for text, place in zip(texts, places, strict=True))
         rows = max(place.row for place in places) + 1
+        if self._packed and rows > 1:
+            return Layout(places, (rows, batch.packed_length(longest)))
         # A text's positions begin anew where it begins, so a packed row may have more of them.
-        if not self._packed:
-            return Layout(places, (rows, batch.padded_length(longest, self._max_tokens)))
-        padded_length = batch.packed_length if rows > 1 else batch.padded_length
-        return Layout(places, (rows, padded_length(longest)))
+        most = None if self._packed else self._max_tokens
+        padded_length = batch.padded_length if rows > 1 else self._padded_length
+        return Layout(places, (rows, padded_length(longest, most)))
 
 
 class Sessions:
@@ -295,14 +303,16 @@ def open_session(
     streams: int = 1,
     max_tokens: int | None = None,
     micro_batch_tokens: int = batch.MICRO_BATCH_TOKENS,
+    *,
+    pad_near: bool = False,
 ) -> tuple[Session, list[str]]:
     """The session of a model.onnx, and the names of accelerators this onnxruntime lacks.
 
     `threads` CPU threads are shared by `streams` micro-batches that run at the same time: more
     streams give more texts a second, fewer give one text sooner. Rows are never padded beyond
     `max_tokens`, for which the model has positions; a run has at most `micro_batch_tokens`, or one
-    row. A missing accelerator falls back to the CPU
-    execution provider; the caller decides how to say so.
+    row. `pad_near` pads a run of one row to `batch.near_length` instead of `padded_length`. A
+    missing accelerator falls back to the CPU execution provider; the caller decides how to say so.
 
     Raises:
         InvalidModel: the file is missing or onnxruntime cannot read it, or an accelerator's
@@ -327,7 +337,7 @@ def open_session(
     _check_signature(session)
     # Compiling the model needed 70 MB more for the default model in INT8 with OpenVINO.
     memory.give_back()
-    return Session(session, streams, max_tokens, micro_batch_tokens), missing
+    return Session(session, streams, max_tokens, micro_batch_tokens, pad_near), missing
 
 
 def execution_providers(

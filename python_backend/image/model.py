@@ -17,8 +17,6 @@ import triton_metrics
 from halimede_ops import image, spec
 from halimede_ops.errors import HalimedeError
 
-Read = Sequence[image.Picture | HalimedeError]
-
 
 class TritonPythonModel:
     """One instance of an image model."""
@@ -41,21 +39,11 @@ class TritonPythonModel:
 
     def _prepare(self, requests: list[list[bytes]]) -> list[list[image.Picture] | HalimedeError]:
         begun = [self.reader.read(request) for request in requests]
-        return [_whole(list(pictures)) for pictures in begun]
+        return [triton.attempt(list, pictures) for pictures in begun]
 
 
 def _read(request: Any) -> list[bytes]:
     return list(triton.tensor(request, "IMAGE").reshape(-1))
-
-
-def _whole(
-    pictures: Sequence[image.Picture | HalimedeError],
-) -> list[image.Picture] | HalimedeError:
-    """The pictures of one request, or the error of its first bad one."""
-    for picture in pictures:
-        if isinstance(picture, HalimedeError):
-            return picture
-    return [picture for picture in pictures if isinstance(picture, image.Picture)]
 
 
 def _write(pictures: list[image.Picture]) -> list[Any]:

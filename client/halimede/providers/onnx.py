@@ -202,11 +202,15 @@ class Onnx:
             return _Opened(served, facts, self._halves(stamp.pinned), None, stamp)
         reader, rows = self._reader(kind, facts, steps)
         model = steps[f"{name}-onnx"] / session.FILE_NAME
-        accelerators = [session.Accelerator(one) for one in self._accelerators()]
+        names = self._accelerators()
+        accelerators = [session.Accelerator(name) for name in names]
+        on_cpu = not {"cuda", "tensorrt"} & set(names)
+        is_near = on_cpu and served.precision in session.PADDED_NEAR
 
         def open_session(streams: int) -> tuple[Any, list[str]]:
+            pad_near = is_near and streams == 1
             return session.open_session(
-                model, accelerators, self._threads, streams, facts.max_tokens
+                model, accelerators, self._threads, streams, facts.max_tokens, pad_near=pad_near
             )
 
         opened, missing = open_session(self._streams)
@@ -216,7 +220,7 @@ class Onnx:
                 f"{_package(missing[0])}, or set device to cpu."
             )
         run = run_alone = opened.run_together
-        if self._opens_twice(accelerators, session.file_bytes(model)):
+        if on_cpu and self._opens_twice(session.file_bytes(model)):
             sessions = session.Sessions(opened, lambda: open_session(1)[0])
             run, run_alone = sessions.run_together, sessions.run_alone
         batches = continuous.ContinuousBatches(
@@ -224,10 +228,9 @@ class Onnx:
         )
         return _Opened(served, facts, reader, _Runs(batches), stamp)
 
-    def _opens_twice(self, accelerators: Sequence[Any], size_bytes: int) -> bool:
-        on_cpu = not {"cuda", "tensorrt"} & {one.name for one in accelerators}
+    def _opens_twice(self, size_bytes: int) -> bool:
         shared = self._options.streams is None and self._streams > 1
-        return on_cpu and shared and size_bytes <= MOST_OPENED_TWICE_BYTES
+        return shared and size_bytes <= MOST_OPENED_TWICE_BYTES
 
     def _halves(self, pinned: pins.Served) -> _Halves:
         """The fusion, with the two models that it was made for."""
@@ -317,7 +320,7 @@ async def _embed_texts(opened: _Opened, request: Request) -> Answer:
 
 async def _embed_images(opened: _Opened, request: Request) -> Answer:
     """Decode, resize, run, truncate, normalise: what Triton's three steps do."""
-    pictures = await asyncio.to_thread(_read, opened.reader, request.items)
+    pictures = await asyncio.to_thread(lambda: list(opened.reader.read(request.items)))
     done = await _run(opened, [one.pixels for one in pictures])
     facts = [(one.width, one.height, one.format.encode()) for one in pictures]
     return Answer(
@@ -354,15 +357,6 @@ EMBED: Mapping[Kind, Callable[[_Opened, Request], Awaitable[Answer]]] = {
     "image": _embed_images,
     "pair": _embed_pairs,
 }
-
-
-def _read(reader: Any, items: Sequence[Any]) -> list[Any]:
-    """The pictures; what is wrong with the first bad one is raised."""
-    pictures = list(reader.read(items))
-    for picture in pictures:
-        if isinstance(picture, errors.HalimedeError):
-            raise picture
-    return pictures
 
 
 def _embeddings(opened: _Opened, done: Sequence[Any], request: Request) -> np.ndarray:
