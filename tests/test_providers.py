@@ -106,13 +106,13 @@ def test_statuses_are_typed_errors_without_text_or_key(
 
 def test_a_slow_or_absent_server(remote: str, simulated: simulations.Simulation) -> None:
     """A server that is too slow gives DeadlineExceeded, one that is not there ServerUnreachable."""
-    with Embedder(config=config(remote, simulated.url, timeout=0.3)) as embedder:
+    with Embedder(config=config(remote, simulated.url, timeout=3)) as embedder:
         embedder.embed("warm")
-        simulated.delay_s = 2
+        simulated.delay_s = 15
         began = time.monotonic()
-        with pytest.raises(DeadlineExceeded, match=r"0\.3 s"):
+        with pytest.raises(DeadlineExceeded, match="within 3 s"):
             embedder.embed(TEXT)
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 12
     nowhere = f"http://127.0.0.1:{free_options().http_port}"
     with Embedder(config=config(remote, nowhere)) as embedder:
         with pytest.raises(ServerUnreachable, match=remote):
