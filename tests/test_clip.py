@@ -211,8 +211,9 @@ def test_scaling_is_part_of_the_graph(home: Settings, folder: Path, server: Any,
     from test_images import expected as pixel_values
 
     from halimede_ops import image
+    from tools import graph
 
-    model = onnx.load(home.models / "clip" / "image-fp32" / session.FILE_NAME)
+    model = graph.load(home.models / "clip" / "image-fp32" / session.FILE_NAME)
     scaled = next(node.input[0] for node in model.graph.node if node.op_type == "Conv")
     model.graph.output.append(onnx.ValueInfoProto(name=scaled))
     run = onnxruntime.InferenceSession(model.SerializeToString()).run

@@ -244,28 +244,6 @@ def exported(source: Path, folder: Path) -> Engine:
     return Engine(folder / session.FILE_NAME, text_rows(folder, facts), facts)
 
 
-def test_weights_too_large_for_one_file_lie_beside_it(
-    folders: dict[str, Path], home: Settings, served: str, tmp_path: Path, texts: list[str]
-) -> None:
-    """A graph whose weights are kept in model.onnx.data gives the same vectors."""
-    import onnx
-
-    from tools import graph
-
-    step = home.models / "bert" / "fp32"
-    raw, target = tmp_path / "raw.onnx", tmp_path / session.FILE_NAME
-    graph.save(onnx.load(step / session.FILE_NAME), raw, large_bytes=1000)
-    assert [path.name for path in session.files(raw)] == ["raw.onnx", "raw.onnx.data"]
-    graph.optimise(raw, target, large_bytes=1000)
-    assert len(session.files(target)) == 2
-    facts = spec.load(step)
-    expected = Engine(step / session.FILE_NAME, text_rows(step, facts), facts).embed(texts)
-    assert (
-        vectors.cosine(Engine(target, text_rows(step, facts), facts).embed(texts), expected).min()
-        >= 0.99999
-    )
-
-
 @pytest.fixture
 def copied(folders: dict[str, Path], tmp_path: Path) -> Path:
     """A sentence-transformers folder to break."""
@@ -378,9 +356,7 @@ def test_outliers_go_their_own_way_in_fp32(copied: Path, tmp_path: Path) -> None
     """A channel of outliers is found, and without it the graph gives the same vectors; INT8 then
     leaves nothing else in FP32.
     """
-    import onnx
-
-    from tools import outliers, quantise
+    from tools import graph, outliers, quantise
 
     state = load_file(copied / "model.safetensors")
     state["encoder.layer.1.intermediate.dense.bias"][3] = 300.0
@@ -389,30 +365,29 @@ def test_outliers_go_their_own_way_in_fp32(copied: Path, tmp_path: Path) -> None
     texts = corpus.calibration_texts(24)
     expected = engine.embed(texts)
     path = tmp_path / "onnx" / session.FILE_NAME
-    model = onnx.load(path)
+    model = graph.load(path)
     feeds = [quantise.feed(row) for row in engine.rows(texts)]
     values = quantise.matmul_inputs(model, feeds)
     found = {name: outliers.channels(array) for name, array in values.items()}
     [name] = [name for name, some in found.items() if 3 in some]
     assert name.endswith("layer.1/output/dense/MatMul")
     assert outliers.take_apart(model, {name: found[name]}) == [name]
-    onnx.save(model, path)
+    assert quantise.matmul_inputs(model, feeds)[name].max() < 10
+    graph.save(model, path)
     opened, _ = session.open_session(path)
     assert vectors.cosine(opened.run(engine.rows(texts)), expected).min() >= 0.99999
-    assert quantise.matmul_inputs(model, feeds)[name].max() < 10
 
 
 def test_int8_looks_rows_up_before_they_are_dequantised(source: Path) -> None:
     """No table of embeddings is dequantised whole, and a row's values are what they were, to the
     bit: of tables with a scale a row, and with one for all.
     """
-    import onnx
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
     from tools import graph
 
-    made = onnx.load(source.parent / "int8" / session.FILE_NAME)
+    made = graph.load(source.parent / "int8" / session.FILE_NAME)
     tables = {entry.name for entry in made.graph.initializer if "embeddings" in entry.name}
     whole = [node for node in made.graph.node if node.op_type == "DequantizeLinear"]
     assert not [node for node in whole if tables & set(node.input[:1])]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from conftest import MODEL, version_folder
 from hypothesis import given
@@ -19,6 +20,8 @@ from halimede_ops.errors import (
     InvalidText,
     UnknownInputType,
 )
+from tools import graph
+from tools.repository import SUFFIXES, served_name
 from tools.settings import Settings
 
 TOKENIZER = version_folder(Settings().repository / f"{MODEL}-tokenizer")
@@ -254,6 +257,27 @@ def test_broken_model_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\x08\x07not onnx")
     with pytest.raises(InvalidModel, match="build the model again"):
         session.open_session(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("precision", SUFFIXES)
+def test_weights_lie_beside_their_graph(
+    tokenizer: text.TextTokenizer, tmp_path: Path, precision: str
+) -> None:
+    """Every graph that is built has its weights in a file of their own, which the user that Triton
+    runs as may read; in one file with them it gives the same vectors.
+    """
+    folder = version_folder(Settings().repository / f"{served_name(MODEL, precision)}-onnx")
+    weights, model = session.files(folder / session.FILE_NAME)
+    assert (weights.name, model.name) == ("model.onnx.data", "model.onnx")
+    assert model.stat().st_size < weights.stat().st_size / 10
+    assert weights.stat().st_mode == model.stat().st_mode
+    whole = tmp_path / "whole.onnx"
+    onnx.save(graph.load(model), whole)
+    rows = session.rows(
+        [(row.ids, row.total) for row in tokenizer.encode(["a cat", "dogs"], [None] * 2)]
+    )
+    found, expected = (session.open_session(path)[0].run(rows) for path in (whole, model))
+    assert vectors.cosine(found, expected).min() >= 0.99999
 
 
 def test_masked_rows_give_zeros_and_rows_are_alike_in_any_company(

@@ -34,7 +34,7 @@ from halimede_ops.errors import (
     ServerUnreachable,
     SpaceChange,
 )
-from tools import candidates, repository, shadow, triton
+from tools import candidates, graph, repository, shadow, triton
 from tools.build import make, order
 from tools.control import Control
 from tools.deploy import Deployment
@@ -60,14 +60,14 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> list[Built]:
 
 def other(built: Built, path: Path, seed: int) -> Built:
     """The same with noise on its largest weights: said to be built with other options."""
-    model = onnx.load(built.models["fp32"])
+    model = graph.load(built.models["fp32"])
     weights = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     values = onnx.numpy_helper.to_array(weights)
     noise = np.random.default_rng(seed).normal(size=values.shape) * values.std()
     noisy = onnx.numpy_helper.from_array((values + noise).astype(values.dtype), weights.name)
     weights.CopyFrom(noisy)
     path.parent.mkdir()
-    onnx.save(model, path)
+    graph.save(model, path)
     return dataclasses.replace(built, models={"fp32": path}, options={"fp32": str(seed)})
 
 

@@ -11,8 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
+
+from halimede_ops import session
 from halimede_ops.errors import DownloadError, HalimedeError
-from tools import corpus
+from tools import corpus, graph
 from tools.repository import served_name
 from tools.settings import ROOT, Settings
 from tools.steps import console
@@ -136,7 +139,7 @@ def model_folder(settings: Settings, model: str) -> Path:
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(built / "source", part)
-    shutil.copy2(built / "fp32" / "model.onnx", part / POOLED)
+    onnx.save(graph.load(built / "fp32" / session.FILE_NAME), part / POOLED)
     _limit_tokenizer(part)
     calibration = part / "calibration.txt"
     calibration.write_text("\n".join(" ".join(t.split()) for t in corpus.calibration_texts()))

@@ -23,7 +23,7 @@ import onnxruntime
 from halimede.providers.onnx import DEVICES
 from halimede_ops import pins, session, spec
 from halimede_ops.errors import HalimedeError
-from tools import bench, bench_report, build, check, config, corpus, machine, repository
+from tools import bench, bench_report, build, check, config, corpus, graph, machine, repository
 from tools.bench_peers import Engine
 from tools.settings import ROOT, Settings
 from tools.steps import alone, console
@@ -238,12 +238,12 @@ def packing(steps: Steps, device: str, extent: Extent) -> dict[tuple[str, int], 
 
 def one_text_a_row(model: Path, folder: Path) -> Path:
     """A copy of a packed model that says nothing of packing, so its rows have one text each."""
-    copied = onnx.load(model)
+    copied = graph.load(model)
     kept = [entry for entry in copied.metadata_props if entry.key != session.PACKED]
     del copied.metadata_props[:]
     copied.metadata_props.extend(kept)
     path = folder / session.FILE_NAME
-    onnx.save(copied, path)
+    graph.save(copied, path)
     return path
 
 

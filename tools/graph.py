@@ -10,25 +10,41 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx import compose, helper, numpy_helper
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from halimede_ops.errors import InvalidModel
-from halimede_ops.session import DATA_SUFFIX, PACKED, file_bytes
+from halimede_ops.session import PACKED, data_of
 from halimede_ops.spec import POOLED, TOKEN_EMBEDDINGS
 
 INPUTS = ("input_ids", "attention_mask")
 HIDDEN, MASK, TAIL = "hidden", "mask", "tail/"
-LARGE_BYTES = 1_900_000_000
-"""A protobuf file holds less than 2 GiB: the weights of larger models lie beside it."""
 
 
-def save(model: onnx.ModelProto, path: Path, large_bytes: int = LARGE_BYTES) -> None:
-    """Write a model; large weights go to `<name>.data` beside it."""
-    onnx.save(
-        model,
-        path,
-        save_as_external_data=model.ByteSize() > large_bytes,
-        location=path.name + DATA_SUFFIX,
-    )
+def load(path: Path) -> onnx.ModelProto:
+    """A model that `save` or `optimise` wrote, with its weights.
+
+    onnx's own loader refuses weights whose file has a second name, as the store and the repository
+    share theirs.
+    """
+    model = onnx.load(path, load_external_data=False)
+    weights = [entry for entry in model.graph.initializer if uses_external_data(entry)]
+    if weights:
+        data = np.memmap(data_of(path), np.uint8, "r")
+        for entry in weights:
+            told = ExternalDataInfo(entry)
+            entry.raw_data = data[told.offset or 0 :][: told.length].tobytes()
+            entry.data_location = onnx.TensorProto.DEFAULT
+            del entry.external_data[:]
+    return model
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model with its weights beside it, which `model` no longer has then."""
+    weights = data_of(path)
+    weights.unlink(missing_ok=True)  # onnx would write behind what is there
+    onnx.save(model, path, save_as_external_data=True, location=weights.name)
+    if weights.exists():
+        weights.chmod(path.stat().st_mode)  # onnx lets nobody else read it
 
 
 def keep_outputs(path: Path, widths: Mapping[str, int]) -> None:
@@ -44,7 +60,7 @@ def keep_outputs(path: Path, widths: Mapping[str, int]) -> None:
     save(model, path)
 
 
-def optimise(raw: Path, target: Path, large_bytes: int = LARGE_BYTES) -> None:
+def optimise(raw: Path, target: Path) -> None:
     """Fold constants and drop dead nodes; nothing that only onnxruntime understands, so that
     OpenVINO and TensorRT read the same file.
     """
@@ -52,11 +68,24 @@ def optimise(raw: Path, target: Path, large_bytes: int = LARGE_BYTES) -> None:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(target)
     options.log_severity_level = 3
-    if file_bytes(raw) > large_bytes:
-        options.add_session_config_entry(
-            "session.optimized_model_external_initializers_file_name", target.name + DATA_SUFFIX
-        )
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", data_of(target).name
+    )
     onnxruntime.InferenceSession(str(raw), options, providers=["CPUExecutionProvider"])
+    # onnxruntime 1.24 writes the constants of an If's branches twice where weights lie beside.
+    model = onnx.load(target, load_external_data=False)
+    _keep_each_constant_once(model.graph)
+    onnx.save(model, target)
+
+
+def _keep_each_constant_once(graph: onnx.GraphProto) -> None:
+    kept = {entry.name: entry for entry in graph.initializer}
+    if len(kept) < len(graph.initializer):
+        del graph.initializer[:]
+        graph.initializer.extend(kept.values())
+    for node in graph.node:
+        for attribute in node.attribute:
+            _keep_each_constant_once(attribute.g)
 
 
 def dequantise_what_is_looked_up(model: onnx.ModelProto) -> None:

@@ -15,7 +15,7 @@ import onnxruntime
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from halimede_ops import vectors
-from halimede_ops.session import DATA_SUFFIX, Pixels, Row
+from halimede_ops.session import Pixels, Row
 from halimede_ops.spec import PIXELS, ModelSpec
 from tools import graph, outliers, packing
 from tools.check import Engine, Tower
@@ -39,7 +39,7 @@ ALWAYS_FP32 = (outliers.APART, packing.POOL)
 def to_fp16(fp32: Path, target: Path) -> None:
     """Write `target`: weights in float16, inputs and outputs as before."""
     model = convert_float_to_float16(
-        onnx.load(fp32), keep_io_types=True, op_block_list=list(KEPT_FP32)
+        graph.load(fp32), keep_io_types=True, op_block_list=list(KEPT_FP32)
     )
     graph.save(model, target)
 
@@ -66,7 +66,7 @@ def to_int8(
     rows = tower.rows(fp32.parent, spec)
     expected = Engine(fp32, rows, spec).embed(inputs)
     feeds = [feed(row) for row in rows(calibration)]
-    model = onnx.load(fp32)
+    model = graph.load(fp32)
     values = matmul_inputs(model, feeds[:RANKING_INPUTS])
     found = {name: outliers.channels(array) for name, array in values.items()}
     apart = outliers.take_apart(model, {name: some for name, some in found.items() if some})
@@ -144,8 +144,6 @@ def _quantise(
         ),
     )
     graph.dequantise_what_is_looked_up(quantised)
-    for path in (target, target.with_name(target.name + DATA_SUFFIX)):
-        path.unlink(missing_ok=True)
     graph.save(quantised, target)
 
 

@@ -19,8 +19,6 @@ from halimede_ops.errors import InvalidModel
 from halimede_ops.spec import PIXELS, POOLED
 
 FILE_NAME = "model.onnx"
-DATA_SUFFIX = ".data"
-"""Weights of a model.onnx too large for one protobuf file lie in `model.onnx.data`."""
 
 LONE_RUNS = 8
 """Runs on end after which Sessions opens the session that gives each all threads: that takes time
@@ -48,10 +46,17 @@ OPENVINO_PROPERTIES = {
 }
 
 
+def data_of(path: Path) -> Path:
+    """Where a built model.onnx has its weights: a file that engines map where they would copy what
+    a protobuf holds, so the model opens sooner and needs less memory.
+    """
+    return path.with_name(path.name + ".data")
+
+
 def files(path: Path) -> list[Path]:
-    """A model.onnx and, where its weights lie beside it, their file."""
-    data = path.with_name(path.name + DATA_SUFFIX)
-    return [path, data] if data.exists() else [path]
+    """The file of a model.onnx's weights, where it has them beside it, and the model.onnx."""
+    data = data_of(path)
+    return [data, path] if data.exists() else [path]
 
 
 def file_bytes(path: Path) -> int:
