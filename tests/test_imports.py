@@ -52,12 +52,20 @@ def test_client_imports_neither_tools_nor_what_builds() -> None:
     assert not names & BUILD_ONLY
 
 
-def test_optional_packages_are_imported_on_first_use() -> None:
-    """Opening an embedder over Triton imports no SDK, no engine and no cache server's client."""
-    optional = ["openai", "ollama", "huggingface_hub", "onnxruntime", "redis", "torch"]
+OPTIONAL = ["openai", "ollama", "huggingface_hub", "onnxruntime", "redis", "torch"]
+
+
+@pytest.mark.parametrize(
+    ("module", "later"),
+    [("halimede", [*OPTIONAL, "rich", "yaml"]), ("halimede.cli", OPTIONAL)],
+)
+def test_packages_are_imported_on_first_use(module: str, later: list[str]) -> None:
+    """Opening an embedder over Triton imports no SDK, no engine and no cache server's client, and
+    outside the command line nothing that draws or reads a configuration's file.
+    """
     code = (
-        "import sys, halimede, halimede.cli; halimede.Embedder().close(); "
-        f"print([name for name in {optional} if name in sys.modules])"
+        f"import sys, halimede, {module}; halimede.Embedder().close(); "
+        f"print([name for name in {later} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

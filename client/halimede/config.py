@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from halimede import providers
@@ -71,6 +70,8 @@ def load(path: Path) -> Config:
         InvalidConfig: it cannot be read, is no YAML, has an unknown key, an impossible value or
             a secret.
     """
+    import yaml
+
     try:
         raw = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
