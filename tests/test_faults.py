@@ -191,14 +191,14 @@ def test_a_full_disk(right: np.ndarray, settings: Settings, tmp_path: Path) -> N
     assert printed.count("\n") == 1
 
 
-@pytest.mark.parametrize("file", ["model.onnx", "tokenizer.json"])
+@pytest.mark.parametrize("file", ["model.onnx", "model.onnx.data", "tokenizer.json"])
 def test_a_changed_byte_is_not_served(settings: Settings, tmp_path: Path, file: str) -> None:
     """One bit of the weights or of the tokenizer would give vectors that look right: the model does
     not load, and one line names the file and what to do.
     """
     damaged = tmp_path / "repository"
     shutil.copytree(settings.repository, damaged)
-    step = "onnx" if file == "model.onnx" else "tokenizer"
+    step = "tokenizer" if file == "tokenizer.json" else "onnx"
     path = version_folder(damaged / f"{MODEL}-{step}") / file
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

@@ -68,10 +68,14 @@ def test_control_is_closed_or_behind_a_key(folder: Path, repository: Path) -> No
     assert "--control-" not in told
 
 
-@pytest.mark.parametrize("step", ["onnx", "tokenizer"])
-def test_a_changed_byte_is_not_started(folder: Path, repository: Path, step: str) -> None:
+@pytest.mark.parametrize(
+    ("step", "file"),
+    [("onnx", "model.onnx"), ("onnx", "model.onnx.data"), ("tokenizer", "tokenizer.json")],
+)
+def test_a_changed_byte_is_not_started(
+    folder: Path, repository: Path, step: str, file: str
+) -> None:
     """One line names model, file and what to do; nothing is started."""
-    file = {"onnx": "model.onnx", "tokenizer": "tokenizer.json"}[step]
     path = version_folder(repository / f"{MODEL}-{step}") / file
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
