@@ -57,7 +57,7 @@ OPTIONAL = ["openai", "ollama", "huggingface_hub", "onnxruntime", "redis", "torc
 
 @pytest.mark.parametrize(
     ("module", "later"),
-    [("halimede", [*OPTIONAL, "rich", "yaml"]), ("halimede.cli", OPTIONAL)],
+    [("halimede", [*OPTIONAL, "rich", "yaml", "opentelemetry"]), ("halimede.cli", OPTIONAL)],
 )
 def test_packages_are_imported_on_first_use(module: str, later: list[str]) -> None:
     """Opening an embedder over Triton imports no SDK, no engine and no cache server's client, and

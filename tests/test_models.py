@@ -378,6 +378,23 @@ def test_outliers_go_their_own_way_in_fp32(copied: Path, tmp_path: Path) -> None
     assert vectors.cosine(opened.run(engine.rows(texts)), expected).min() >= 0.99999
 
 
+def test_int8_weights_have_no_zero_points_of_nothing(source: Path) -> None:
+    """None is subtracted where it is 0; every quantised weight has a scale."""
+    from onnx import numpy_helper
+
+    from tools import graph
+
+    made = graph.load(source.parent / "int8" / session.FILE_NAME)
+    constants = {entry.name: numpy_helper.to_array(entry) for entry in made.graph.initializer}
+    zeros = [
+        [constants[zero].any() for zero in node.input[2:]]
+        for node in made.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants
+    ]
+    assert len(zeros) > 30
+    assert all(all(some) for some in zeros)
+
+
 def test_int8_looks_rows_up_before_they_are_dequantised(source: Path) -> None:
     """No table of embeddings is dequantised whole, and a row's values are what they were, to the
     bit: of tables with a scale a row, and with one for all.

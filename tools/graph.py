@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,20 @@ def dequantise_what_is_looked_up(model: onnx.ModelProto) -> None:
     _drop_unused(model, "DequantizeLinear")
 
 
+def drop_zero_points(model: onnx.ModelProto) -> None:
+    """Drop the zero points of weights where all are 0, which is what none means: engines would
+    subtract them from every weight, or spend time on finding that they need not.
+    """
+    constants = {entry.name: entry for entry in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear" or not set(node.input) <= set(constants):
+            continue
+        for zero in node.input[2:]:
+            if not numpy_helper.to_array(constants[zero]).any():
+                del node.input[2]
+    drop_unused_constants(model)
+
+
 def _axis(node: onnx.NodeProto, default: int) -> int:
     return next((entry.i for entry in node.attribute if entry.name == "axis"), default)
 
@@ -133,7 +147,7 @@ def _look_up_quantised(graph: Any, lookup: Any, table: str, scale: np.ndarray) -
 def _drop_unused(model: onnx.ModelProto, operator: str) -> None:
     """Drop the operator's nodes that give nothing that is used, with the constants left over."""
     graph: Any = model.graph
-    used = {name for node in graph.node for name in node.input}
+    used = set(_taken(graph))
     for node in [node for node in graph.node if node.op_type == operator]:
         if not used & set(node.output):
             graph.node.remove(node)
@@ -143,9 +157,17 @@ def _drop_unused(model: onnx.ModelProto, operator: str) -> None:
 def drop_unused_constants(model: onnx.ModelProto) -> None:
     """Drop the constants that no node takes."""
     graph: Any = model.graph
-    used = {name for node in graph.node for name in node.input}
+    used = set(_taken(graph))
     for entry in [entry for entry in graph.initializer if entry.name not in used]:
         graph.initializer.remove(entry)
+
+
+def _taken(graph: Any) -> Iterator[str]:
+    """What a graph's nodes take, and those of their branches."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            yield from _taken(attribute.g)
 
 
 def opset(model: onnx.ModelProto) -> int:

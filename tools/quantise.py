@@ -144,6 +144,7 @@ def _quantise(
         ),
     )
     graph.dequantise_what_is_looked_up(quantised)
+    graph.drop_zero_points(quantised)
     graph.save(quantised, target)
 
 

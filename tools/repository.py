@@ -32,7 +32,7 @@ from halimede_ops.spec import ModelSpec
 from tools import config, pictures
 from tools.config import Pin
 
-RECIPE = 3
+RECIPE = 4
 """To be raised when the build makes another graph, or other vectors, of the same weights, precision
 and options."""
 SUFFIXES = {"fp32": "", "fp16": "-fp16", "int8": "-int8"}

@@ -1,27 +1,23 @@
-"""An OpenTelemetry span around each call, and its context on each request to Triton, where
-OpenTelemetry is installed. Never a text.
+"""An OpenTelemetry span around each call, and its context on each request to Triton, where the
+program uses OpenTelemetry. Never a text.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 from halimede.items import Kind
-
-try:
-    trace: Any = importlib.import_module("opentelemetry.trace")
-    propagation: Any = importlib.import_module("opentelemetry.trace.propagation.tracecontext")
-except ImportError:
-    trace = None
 
 
 @contextlib.contextmanager
 def span(name: str, kind: Kind, items: int) -> Iterator[dict[str, Any]]:
     """A span of this name; what is put into the mapping becomes its attributes."""
     facts: dict[str, Any] = {f"halimede.{kind}s": items}
+    trace = _api()
     if trace is None:
         yield facts
         return
@@ -44,6 +40,14 @@ def headers() -> dict[str, str]:
     part of its trace; empty without a span.
     """
     carried: dict[str, str] = {}
-    if trace is not None:
+    if _api() is not None:
+        propagation = importlib.import_module("opentelemetry.trace.propagation.tracecontext")
         propagation.TraceContextTextMapPropagator().inject(carried)
     return carried
+
+
+def _api() -> Any:
+    """OpenTelemetry's API, where anything of this process has imported it: before that there is
+    no span to be part of, and nobody to tell of one.
+    """
+    return sys.modules.get("opentelemetry.trace")

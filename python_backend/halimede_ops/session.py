@@ -39,6 +39,7 @@ change of shape."""
 PACKED = "packed"
 """Key of a model.onnx's metadata: its rows may have several texts, numbered by the mask."""
 
+OPENVINO = "OpenVINOExecutionProvider"
 OPENVINO_PROPERTIES = {
     # OpenVINO pins the threads of every process to the same first cores: two instances of one
     # model would share one core and leave the other idle.
@@ -329,6 +330,9 @@ def open_session(
     options.intra_op_num_threads = max(1, threads // streams)
     # Threads that spin between operators starve the other instance on the same cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if providers[0][0] == OPENVINO:
+        # It takes the graph as a whole and optimises it itself.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime raises its own, undocumented classes
@@ -372,7 +376,7 @@ def _provider(accelerator: Accelerator, threads: int, streams: int) -> tuple[str
             "num_of_threads": str(threads),
             "num_streams": str(streams),
         }
-        return "OpenVINOExecutionProvider", options
+        return OPENVINO, options
     if accelerator.name == "cuda":
         return "CUDAExecutionProvider", parameters
     if accelerator.name == "tensorrt":
