@@ -12,6 +12,8 @@ from typing import Any
 
 from halimede.items import Kind
 
+API = "opentelemetry.trace"
+
 
 @contextlib.contextmanager
 def span(name: str, kind: Kind, items: int) -> Iterator[dict[str, Any]]:
@@ -41,7 +43,7 @@ def headers() -> dict[str, str]:
     """
     carried: dict[str, str] = {}
     if _api() is not None:
-        propagation = importlib.import_module("opentelemetry.trace.propagation.tracecontext")
+        propagation = importlib.import_module(f"{API}.propagation.tracecontext")
         propagation.TraceContextTextMapPropagator().inject(carried)
     return carried
 
@@ -50,4 +52,5 @@ def _api() -> Any:
     """OpenTelemetry's API, where anything of this process has imported it: before that there is
     no span to be part of, and nobody to tell of one.
     """
-    return sys.modules.get("opentelemetry.trace")
+    # import_module waits for a thread that is importing it at this moment.
+    return importlib.import_module(API) if API in sys.modules else None

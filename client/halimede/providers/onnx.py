@@ -290,7 +290,9 @@ class Onnx:
     def _stamp(self, name: str) -> _Stamp:
         pinned = pins.read(self._options.path, name)
         files = [pinned.folder / "spec.json", pinned.folder / "quality.json"]
-        files += [step / "model.onnx" for name, step in pinned.steps.items() if "-onnx" in name]
+        models = [step / "model.onnx" for name, step in pinned.steps.items() if "-onnx" in name]
+        weights = [model.with_name("model.onnx.data") for model in models]
+        files += [*models, *filter(Path.exists, weights)]
         try:
             return _Stamp(pinned, tuple((s.st_mtime_ns, s.st_size) for s in map(os.stat, files)))
         except OSError:
