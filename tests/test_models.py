@@ -378,8 +378,8 @@ def test_outliers_go_their_own_way_in_fp32(copied: Path, tmp_path: Path) -> None
     assert vectors.cosine(opened.run(engine.rows(texts)), expected).min() >= 0.99999
 
 
-def test_int8_weights_have_no_zero_points_of_nothing(source: Path) -> None:
-    """None is subtracted where it is 0; every quantised weight has a scale."""
+def test_int8_weights_have_no_zero_points_of_0(source: Path) -> None:
+    """Nothing is subtracted from a weight where its zero point is 0."""
     from onnx import numpy_helper
 
     from tools import graph

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from conftest import MODEL, version_folder
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
 
 from halimede_ops import batch, heads, session, spec, text, vectors
 from halimede_ops.errors import (
@@ -278,6 +280,47 @@ def test_weights_lie_beside_their_graph(
     )
     found, expected = (session.open_session(path)[0].run(rows) for path in (whole, model))
     assert vectors.cosine(found, expected).min() >= 0.99999
+
+
+def test_constants_of_branches_keep_their_values(tmp_path: Path) -> None:
+    """Large constants within an If lie beside the graph too, and are read back, each once."""
+    values = [np.full(1024, value, np.float32) for value in (1.0, 2.0)]
+    branches = [
+        helper.make_graph(
+            [helper.make_node("Add", ["x", "c"], [f"out{number}"])],
+            "branch",
+            [],
+            [helper.make_tensor_value_info(f"out{number}", TensorProto.FLOAT, [1024])],
+            [numpy_helper.from_array(value, "c")],
+        )
+        for number, value in enumerate(values)
+    ]
+    made = helper.make_model(
+        helper.make_graph(
+            [
+                helper.make_node(
+                    "If", ["first"], ["y"], then_branch=branches[0], else_branch=branches[1]
+                )
+            ],
+            "choice",
+            [
+                helper.make_tensor_value_info("first", TensorProto.BOOL, []),
+                helper.make_tensor_value_info("x", TensorProto.FLOAT, [1024]),
+            ],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1024])],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=10,
+    )
+    raw, target = tmp_path / "raw.onnx", tmp_path / session.FILE_NAME
+    graph.save(made, raw)
+    graph.optimise(raw, target)
+    assert len(session.files(raw)) == len(session.files(target)) == 2
+    for content in (str(raw), str(target), graph.load(target).SerializeToString()):
+        run = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]).run
+        for first, value in zip((True, False), values, strict=True):
+            [y] = run(["y"], {"first": np.array(first), "x": np.zeros(1024, np.float32)})
+            assert np.array_equal(y, value)
 
 
 def test_masked_rows_give_zeros_and_rows_are_alike_in_any_company(

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx import compose, helper, numpy_helper
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+from onnx.external_data_helper import ExternalDataInfo, set_external_data, uses_external_data
 
 from halimede_ops.errors import InvalidModel
 from halimede_ops.session import PACKED, data_of
@@ -18,6 +18,8 @@ from halimede_ops.spec import POOLED, TOKEN_EMBEDDINGS
 
 INPUTS = ("input_ids", "attention_mask")
 HIDDEN, MASK, TAIL = "hidden", "mask", "tail/"
+SMALLEST_BYTES = 1024
+"""Of a constant that lies beside the graph, as onnxruntime writes them too."""
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -27,7 +29,7 @@ def load(path: Path) -> onnx.ModelProto:
     share theirs.
     """
     model = onnx.load(path, load_external_data=False)
-    weights = [entry for entry in model.graph.initializer if uses_external_data(entry)]
+    weights = [entry for entry in _constants(model.graph) if uses_external_data(entry)]
     if weights:
         data = np.memmap(data_of(path), np.uint8, "r")
         for entry in weights:
@@ -42,7 +44,10 @@ def save(model: onnx.ModelProto, path: Path) -> None:
     """Write a model with its weights beside it, which `model` no longer has then."""
     weights = data_of(path)
     weights.unlink(missing_ok=True)  # onnx would write behind what is there
-    onnx.save(model, path, save_as_external_data=True, location=weights.name)
+    for entry in _constants(model.graph):
+        if len(entry.raw_data) >= SMALLEST_BYTES:
+            set_external_data(entry, weights.name)
+    onnx.save(model, path)
     if weights.exists():
         weights.chmod(path.stat().st_mode)  # onnx lets nobody else read it
 
@@ -74,18 +79,26 @@ def optimise(raw: Path, target: Path) -> None:
     onnxruntime.InferenceSession(str(raw), options, providers=["CPUExecutionProvider"])
     # onnxruntime 1.24 writes the constants of an If's branches twice where weights lie beside.
     model = onnx.load(target, load_external_data=False)
-    _keep_each_constant_once(model.graph)
+    for graph in _graphs(model.graph):
+        kept = {entry.name: entry for entry in graph.initializer}
+        if len(kept) < len(graph.initializer):
+            del graph.initializer[:]
+            graph.initializer.extend(kept.values())
     onnx.save(model, target)
 
 
-def _keep_each_constant_once(graph: onnx.GraphProto) -> None:
-    kept = {entry.name: entry for entry in graph.initializer}
-    if len(kept) < len(graph.initializer):
-        del graph.initializer[:]
-        graph.initializer.extend(kept.values())
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph, and those of its nodes' branches."""
+    yield graph
     for node in graph.node:
         for attribute in node.attribute:
-            _keep_each_constant_once(attribute.g)
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
+
+
+def _constants(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """The constants of a graph and its branches."""
+    return (entry for part in _graphs(graph) for entry in part.initializer)
 
 
 def dequantise_what_is_looked_up(model: onnx.ModelProto) -> None:
@@ -115,11 +128,11 @@ def drop_zero_points(model: onnx.ModelProto) -> None:
     """
     constants = {entry.name: entry for entry in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type != "DequantizeLinear" or not set(node.input) <= set(constants):
+        if node.op_type != "DequantizeLinear" or len(node.input) < 3:
             continue
-        for zero in node.input[2:]:
-            if not numpy_helper.to_array(constants[zero]).any():
-                del node.input[2]
+        of_constant = all(name in constants for name in node.input)
+        if of_constant and not numpy_helper.to_array(constants[node.input[2]]).any():
+            del node.input[2]
     drop_unused_constants(model)
 
 
@@ -162,12 +175,9 @@ def drop_unused_constants(model: onnx.ModelProto) -> None:
         graph.initializer.remove(entry)
 
 
-def _taken(graph: Any) -> Iterator[str]:
-    """What a graph's nodes take, and those of their branches."""
-    for node in graph.node:
-        yield from node.input
-        for attribute in node.attribute:
-            yield from _taken(attribute.g)
+def _taken(graph: onnx.GraphProto) -> Iterator[str]:
+    """What a graph's nodes take, and those of its branches."""
+    return (name for part in _graphs(graph) for node in part.node for name in node.input)
 
 
 def opset(model: onnx.ModelProto) -> int:

@@ -388,9 +388,15 @@ def _place_vision(built: Built, precision: str, model: Path, pin: Pin, repositor
 
 def _copy_model(model: Path, folder: Path) -> None:
     files = session.files(model)
-    for file in files:
-        _copy(file, folder / file.name)
-    _seal(folder / file.name for file in files)
+    paths = [folder / file.name for file in files]
+    if not all(map(_is_copied, files, paths)):
+        parts = [_copied(file, path) for file, path in zip(files, paths, strict=True)]
+        # Killed before the graph is there, a build leaves what does not open, never one graph with
+        # another's weights.
+        (folder / session.FILE_NAME).unlink(missing_ok=True)
+        for part, path in zip(parts, paths, strict=True):
+            part.replace(path)
+    _seal(paths)
 
 
 def _seal(files: Iterable[Path]) -> None:
@@ -474,15 +480,23 @@ def _write_all(contents: Mapping[Path, bytes]) -> None:
 
 
 def _copy(source: Path, path: Path) -> None:
-    if path.exists() and (path.samefile(source) or filecmp.cmp(source, path, shallow=False)):
-        return
+    if not _is_copied(source, path):
+        _copied(source, path).replace(path)
+
+
+def _is_copied(source: Path, path: Path) -> bool:
+    return path.exists() and (path.samefile(source) or filecmp.cmp(source, path, shallow=False))
+
+
+def _copied(source: Path, path: Path) -> Path:
+    """A copy beside the path, to be put in its place."""
     part = _part(path)
     part.unlink(missing_ok=True)
     try:
         os.link(source, part)
     except OSError:  # another file system
         shutil.copyfile(source, part)
-    part.replace(path)
+    return part
 
 
 def _part(path: Path) -> Path:

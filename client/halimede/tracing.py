@@ -52,5 +52,9 @@ def _api() -> Any:
     """OpenTelemetry's API, where anything of this process has imported it: before that there is
     no span to be part of, and nobody to tell of one.
     """
-    # import_module waits for a thread that is importing it at this moment.
-    return importlib.import_module(API) if API in sys.modules else None
+    if sys.modules.get(API) is None:
+        return None
+    try:
+        return importlib.import_module(API)  # waits for a thread that is importing it
+    except ImportError:
+        return None

@@ -55,7 +55,7 @@ def data_of(path: Path) -> Path:
 
 
 def files(path: Path) -> list[Path]:
-    """The file of a model.onnx's weights, where it has them beside it, and the model.onnx."""
+    """The file of a model.onnx's weights, where it has them beside it, then the model.onnx."""
     data = data_of(path)
     return [data, path] if data.exists() else [path]
 
@@ -331,7 +331,7 @@ def open_session(
     # Threads that spin between operators starve the other instance on the same cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if providers[0][0] == OPENVINO:
-        # It takes the graph as a whole and optimises it itself.
+        # It optimises what it takes, as a rule the whole graph, itself.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)

@@ -288,11 +288,13 @@ class Onnx:
         )
 
     def _stamp(self, name: str) -> _Stamp:
+        from halimede_ops import session
+
         pinned = pins.read(self._options.path, name)
         files = [pinned.folder / "spec.json", pinned.folder / "quality.json"]
-        models = [step / "model.onnx" for name, step in pinned.steps.items() if "-onnx" in name]
-        weights = [model.with_name("model.onnx.data") for model in models]
-        files += [*models, *filter(Path.exists, weights)]
+        for step, folder in pinned.steps.items():
+            if "-onnx" in step:
+                files += session.files(folder / session.FILE_NAME)
         try:
             return _Stamp(pinned, tuple((s.st_mtime_ns, s.st_size) for s in map(os.stat, files)))
         except OSError:
