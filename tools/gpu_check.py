@@ -186,10 +186,9 @@ def placed(model: Path, device: str) -> dict[str, Counter[str]]:
 
     Between two providers values are copied; on a GPU, what only the CPU takes costs such copies.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     asked, _ = session.execution_providers(accelerators(device), 1, 1)
+    options = session.session_options(asked)
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     opened = onnxruntime.InferenceSession(str(model), options, providers=asked)
     found: dict[str, Counter[str]] = {name: Counter() for name, _ in asked}
     for part in opened.get_provider_graph_assignment_info():

@@ -325,14 +325,8 @@ def open_session(
             name is unknown.
     """
     providers, missing = execution_providers(accelerators, threads, streams)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options(providers)
     options.intra_op_num_threads = max(1, threads // streams)
-    # Threads that spin between operators starve the other instance on the same cores.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if providers[0][0] == OPENVINO:
-        # It optimises what it takes, as a rule the whole graph, itself.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime raises its own, undocumented classes
@@ -347,6 +341,20 @@ def open_session(
     # Compiling the model needed 70 MB more for the default model in INT8 with OpenVINO.
     memory.give_back()
     return Session(session, streams, max_tokens, micro_batch_tokens, pad_near), missing
+
+
+def session_options(
+    providers: Sequence[tuple[str, Mapping[str, str]]],
+) -> onnxruntime.SessionOptions:
+    """How onnxruntime opens a model for these execution providers, on any number of threads."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Threads that spin between operators starve the other instance on the same cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if providers[0][0] == OPENVINO:
+        # It optimises what it takes, as a rule the whole graph, itself.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
 
 
 def execution_providers(
