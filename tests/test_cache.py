@@ -973,7 +973,7 @@ def test_redis_that_stalls_makes_one_call_wait(url: str) -> None:
     async def flow() -> None:
         proxy = Proxy(int(url.split(":")[2].split("/")[0]))
         async with proxy.listening() as stalling:
-            cache = Cache([Redis(stalling, timeout_s=0.5)])
+            cache = Cache([Redis(stalling, timeout_s=0.2)])
             await ask(cache, some(5))
             await cache.flush()
             assert (await ask(cache, some(5)))[1].all()

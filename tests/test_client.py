@@ -261,8 +261,8 @@ def test_an_interrupt_ends_a_blocking_call(server: triton.Server) -> None:
         interrupt.start()
         began = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            embedder.embed(["word " * 100] * 6000)
-        assert time.monotonic() - began < 10
+            embedder.embed(["word " * 100] * 3000)
+        assert time.monotonic() - began < 3
         assert len(embedder.embed("still here")) == 1
 
 
