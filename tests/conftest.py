@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import hypothesis
 import numpy as np
+import psutil
 import pytest
+from filelock import FileLock
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 
@@ -17,8 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from halimede_ops import pins
-from tools import corpus, triton
-from tools.ports import free_ports
+from tools import corpus, ports, triton
 from tools.settings import Settings
 
 MODEL = "all-MiniLM-L6-v2"
@@ -33,11 +35,16 @@ def pytest_configure() -> None:
     slow = [hypothesis.HealthCheck.too_slow]
     hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=slow)
     hypothesis.settings.load_profile("untimed")
+    # A port is free until its server is up: no other process of these tests may draw it meanwhile.
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    mine = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    each = len(ports.PORTS) // processes
+    ports.PORTS = ports.PORTS[mine * each : (mine + 1) * each]
 
 
 def free_options(**fields: object) -> triton.Options:
     """Options with three free ports."""
-    http, grpc, metrics = free_ports(3)
+    http, grpc, metrics = ports.free_ports(3)
     return triton.Options(http_port=http, grpc_port=grpc, metrics_port=metrics, **fields)
 
 
@@ -47,9 +54,29 @@ def version_folder(model: Path) -> Path:
     return model / str(version)
 
 
+def own_bytes(pid: int) -> int:
+    """Memory of a process and its children, without files they map: of those, what counts as
+    theirs changes with every other server that maps them.
+    """
+    parent = psutil.Process(pid)
+    total_kb = 0
+    for process in (parent, *parent.children(recursive=True)):
+        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
+            name, *values = line.split()
+            total_kb += int(values[0]) if name in ("Pss_Anon:", "Pss_Shmem:") else 0
+    return 1024 * total_kb
+
+
 @pytest.fixture(scope="session")
 def settings() -> Settings:
     return Settings()
+
+
+@pytest.fixture
+def sole_build(settings: Settings) -> Iterator[None]:
+    """Meanwhile no other test builds or deploys the default model: one of both would be refused."""
+    with FileLock(settings.home / "tests.lock"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import httpx
 
 from tools.triton import Server
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 SAMPLE = re.compile(r"^(\w+)(?:{(.*)})? (\S+)$", re.MULTILINE)
 LABEL = re.compile(r'(\w+)="([^"]*)"')
 
@@ -24,7 +24,8 @@ def figures(
     """
     deadline = time.monotonic() + TIMEOUT_S
     while True:
-        told = httpx.get(f"http://127.0.0.1:{server.options.metrics_port}/metrics").text
+        address = f"http://127.0.0.1:{server.options.metrics_port}/metrics"
+        told = httpx.get(address, timeout=TIMEOUT_S).text
         found: Counter[str] = Counter()
         for name, series, value in SAMPLE.findall(told):
             if labels.items() <= dict(LABEL.findall(series)).items():

@@ -14,9 +14,15 @@ from tools.settings import Settings
 
 
 @pytest.fixture(scope="module")
-def engine(settings: Settings) -> Iterator[bench.Process]:
+def own_home(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings with a folder for the benchmark's files that no other process writes."""
+    return settings.model_copy(update={"home": tmp_path_factory.mktemp("home")})
+
+
+@pytest.fixture(scope="module")
+def engine(own_home: Settings) -> Iterator[bench.Process]:
     """Our own engine in a process, as the benchmark starts it."""
-    process = bench.Process(bench_peers.ours("fp32")[0], settings, MODEL)
+    process = bench.Process(bench_peers.ours("fp32")[0], own_home, MODEL)
     yield process
     process.close()
 
@@ -53,8 +59,8 @@ def test_operations_are_those_of_the_matrices(settings: Settings) -> None:
     assert work.operations([100]) == pytest.approx(weights * 100 + products * 100**2, rel=0.01)
 
 
-def test_an_engine_that_ends_is_an_error(settings: Settings) -> None:
+def test_an_engine_that_ends_is_an_error(own_home: Settings) -> None:
     """The error names the engine and where to read more."""
     unknown = bench_peers.Engine("nothing", "fp32", ("nothing",))
     with pytest.raises(bench.HalimedeError, match="nothing, fp32 ended by itself"):
-        bench.Process(unknown, settings, MODEL)
+        bench.Process(unknown, own_home, MODEL)

@@ -84,12 +84,14 @@ def test_write_touches_nothing_that_is_equal(built: repository.Built, tmp_path: 
     assert state() == before
 
 
+@pytest.mark.usefixtures("sole_build")
 def test_build_again_keeps_everything(settings: Settings, capfd: pytest.CaptureFixture) -> None:
     """A second build of an intact model runs no step."""
     assert build(order(MODEL), settings) == list(NAMES.values())
     assert capfd.readouterr().err.count("kept") == 5
 
 
+@pytest.mark.usefixtures("sole_build")
 def test_two_builds_at_once(settings: Settings) -> None:
     """A build beside a running one ends with one line that says so."""
     lock = settings.home / "models" / MODEL / ".lock"

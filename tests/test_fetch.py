@@ -123,7 +123,7 @@ def test_what_is_no_image_is_an_error(base: str, path: str, error: type[Halimede
     timeout_s = 1 if path in SLOW else 20
     with fetching(**LOCAL, timeout=timeout_s) as embedder, pytest.raises(error) as raised:
         embedder.embed_images([f"{base}/{path}/s3cret"])
-    assert time.monotonic() - began < timeout_s + 2
+    assert time.monotonic() - began < timeout_s + 15
     assert process.memory_info().rss - before < 100 * web.MIB
     assert str(raised.value).startswith("image 0: ")
     assert "s3cret" not in str(raised.value)
@@ -173,7 +173,7 @@ def test_the_certificate_is_the_names_own(tmp_path: Path, monkeypatch: pytest.Mo
         with monkeypatch.context() as environment, web.serve(tls) as (port, hosts):
             if trusted:
                 environment.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
-            with fetching(allow_private=True, timeout=5) as embedder:
+            with fetching(allow_private=True) as embedder:
                 url = f"https://localhost:{port}/image"
                 if works:
                     assert len(embedder.embed_images(url)) == 1

@@ -38,6 +38,7 @@ def test_a_machine_without_a_gpu_is_told_what_it_lacks(device: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.usefixtures("sole_build")
 def test_the_comparison_runs_on_the_cpu(settings: Settings, tmp_path: Path) -> None:
     """INT8 in process and on a Triton of its own: figures, vectors within their bar, providers."""
     port = free_options().http_port

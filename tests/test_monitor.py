@@ -39,7 +39,7 @@ def test_a_server_that_embeds_is_healthy_and_tells_its_figures(server: Server) -
 
 def test_a_server_that_is_gone_is_unhealthy() -> None:
     """The line says why; the metric is 0; its figures are left out."""
-    with Embedder(GONE, timeout_s=1) as embedder:
+    with Embedder(GONE, timeout_s=30) as embedder:
         watched = monitor.Monitor({"m": embedder}, f"http://{GONE}/metrics")
         [line] = watched.look()
         assert list(watched.look()) == []

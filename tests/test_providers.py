@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -106,13 +107,13 @@ def test_statuses_are_typed_errors_without_text_or_key(
 
 def test_a_slow_or_absent_server(remote: str, simulated: simulations.Simulation) -> None:
     """A server that is too slow gives DeadlineExceeded, one that is not there ServerUnreachable."""
-    with Embedder(config=config(remote, simulated.url, timeout=3)) as embedder:
+    with Embedder(config=config(remote, simulated.url, timeout=5)) as embedder:
         embedder.embed("warm")
-        simulated.delay_s = 15
+        simulated.delay_s = 30
         began = time.monotonic()
-        with pytest.raises(DeadlineExceeded, match="within 3 s"):
+        with pytest.raises(DeadlineExceeded, match="within 5 s"):
             embedder.embed(TEXT)
-        assert time.monotonic() - began < 12
+        assert time.monotonic() - began < 25
     nowhere = f"http://127.0.0.1:{free_options().http_port}"
     with Embedder(config=config(remote, nowhere)) as embedder:
         with pytest.raises(ServerUnreachable, match=remote):
@@ -211,7 +212,13 @@ def sentence_transformers(source: Path, **options: Any) -> dict[str, Any]:
 
 def workers() -> list[psutil.Process]:
     mine = psutil.Process().children()
-    return [process for process in mine if WORKER in process.cmdline()]
+    return [process for process in mine if WORKER in command_line(process)]
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.NoSuchProcess):  # also one that nobody has waited for
+        return process.cmdline()
+    return []
 
 
 def test_the_process_is_started_again_when_it_dies(source: Path) -> None:
@@ -286,6 +293,12 @@ def test_onnx_notices_that_its_files_changed(settings: Settings, tmp_path: Path)
         assert embedder.embed("a").space == "e" * 16
 
 
+def engine_threads() -> set[threading.Thread]:
+    """Those of ContinuousBatches."""
+    loops = ("(_serve)", "(_serve_small)", "(_answer_all)")
+    return {thread for thread in threading.enumerate() if thread.name.endswith(loops)}
+
+
 def test_onnx_runs_together_what_many_callers_ask(
     settings: Settings, texts: list[str], expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,10 +310,11 @@ def test_onnx_runs_together_what_many_callers_ask(
 
     def counted(self: session.Session, rows: Any) -> np.ndarray:
         runs.append(len(rows))
+        time.sleep(0.01)  # on any machine texts come meanwhile
         return run_together(self, rows)
 
     monkeypatch.setattr(session.Session, "run_together", counted)
-    threads = threading.active_count()
+    before = engine_threads()
     model = {"provider": "onnx", "model_id": MODEL, "path": str(settings.repository)}
 
     def embed(row: int) -> np.ndarray | type:
@@ -316,7 +330,8 @@ def test_onnx_runs_together_what_many_callers_ask(
     assert vectors.cosine(np.stack(found), wanted).min() >= 0.9999
     assert sum(runs) == len(found)
     assert len(runs) < len(found) / 2
-    assert threading.active_count() == threads
+    gc.collect()  # the bad text's error refers to the model
+    assert engine_threads() <= before
 
 
 def test_onnx_does_not_keep_a_program_from_its_end(settings: Settings) -> None:

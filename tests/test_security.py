@@ -88,7 +88,7 @@ def test_a_client_with_a_certificate_embeds_over_tls(
 def test_a_client_without_its_own_or_the_servers_certificate_is_refused(
     secured: triton.Server, files: dict[str, Path], shown: tuple[str, ...]
 ) -> None:
-    with Embedder(config=config(secured, files, *shown), timeout_s=3) as embedder:
+    with Embedder(config=config(secured, files, *shown), timeout_s=30) as embedder:
         with pytest.raises(ServerUnreachable):
             embedder.embed([SECRET_TEXT])
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import psutil
 import pytest
-from conftest import NAMES
+from conftest import NAMES, own_bytes
 
 from tools import soak, triton
 
@@ -89,10 +89,13 @@ def test_answers_that_must_not_be_are_errors(server: triton.Server) -> None:
     assert part.requests == 5
 
 
-def test_ten_thousand_mixed_and_bad_requests(server: triton.Server) -> None:
+def test_ten_thousand_mixed_and_bad_requests(
+    server: triton.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """10,000 requests to two precisions: all answered, each vector its text's own, each bad one
     refused with its own error, memory flat.
     """
+    monkeypatch.setattr(soak, "memory_bytes", own_bytes)
     family = psutil.Process(server.process.pid).children(recursive=True)
     found = asyncio.run(soak.load(server, SERVED, requests=10_000, concurrency=16))
     assert sum(part.requests for part in found) == 10_000

@@ -21,7 +21,7 @@ from halimede import Embedder
 from tools import triton
 from tools.settings import Settings
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 90.0
 SECRET_TEXT = "the text that no trace may hold"
 
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
-from conftest import MODEL, NAMES, PRECISIONS, free_options
+from conftest import MODEL, NAMES, PRECISIONS, free_options, own_bytes
 from tritonclient.utils import InferenceServerException
 
 from halimede import (
@@ -32,7 +32,6 @@ from halimede import (
 )
 from halimede_ops import vectors
 from tools import check, triton
-from tools.bench import memory_bytes
 from tools.serve import curl
 from tools.settings import Settings
 from tools.soak import BAD_REQUESTS
@@ -77,7 +76,7 @@ def test_vectors_are_those_of_sentence_transformers(
     server: triton.Server, precision: str, texts: list[str], expected: np.ndarray
 ) -> None:
     """600 odd and ordinary texts reach the mean cosine of SPEC's table in every precision."""
-    with Embedder(server.grpc_address, NAMES[precision]) as embedder:
+    with Embedder(server.grpc_address, NAMES[precision], timeout_s=120) as embedder:
         result = embedder.embed(texts)
     cosines = vectors.cosine(result.vectors, expected)
     assert result.precision == precision
@@ -269,7 +268,10 @@ def test_one_process_gives_what_the_steps_give(
     server: triton.Server, steps_server: triton.Server, texts: list[str]
 ) -> None:
     """Vectors, token counts, refusals and what a client reads of the model are the same."""
-    with Embedder(server.grpc_address) as one, Embedder(steps_server.grpc_address) as steps:
+    with (
+        Embedder(server.grpc_address, timeout_s=120) as one,
+        Embedder(steps_server.grpc_address, timeout_s=120) as steps,
+    ):
         for options in ({}, {"dimensions": 100, "input_type": "query"}):
             ours, theirs = one.embed(texts, **options), steps.embed(texts, **options)
             assert vectors.cosine(ours.vectors, theirs.vectors).min() >= 0.99999
@@ -350,7 +352,7 @@ def test_refused_texts_are_let_go(server: triton.Server) -> None:
             for _ in range(times):
                 with pytest.raises(InferenceServerException, match="Split it into parts"):
                     client.infer(MODEL, inputs)
-            return memory_bytes(server.process.pid)
+            return own_bytes(server.process.pid)
 
         before = refused(5)
         assert refused(30) - before < 40_000_000
@@ -446,7 +448,9 @@ def test_stopping_under_load_answers_what_waits(settings: Settings, tmp_path) ->
                     request(grpcclient, [text.encode()]),
                     lambda result, error, index=index: outcomes.__setitem__(index, error or result),
                 )
-            time.sleep(0.1)
+            deadline = time.monotonic() + 60
+            while not outcomes and time.monotonic() < deadline:
+                time.sleep(0.001)
             server.process.terminate()
             server.process.wait(60)
             deadline = time.monotonic() + 20
@@ -477,7 +481,7 @@ def test_a_single_text_is_answered_before_bulk_that_came_first(server: triton.Se
             client.async_infer(NAMES["int8"], inputs, receive, priority=priority)
             return answered
 
-        bulk = [ask("bulk", [b"word " * 40] * 128, priority=2) for _ in range(8)]
+        bulk = [ask("bulk", [b"word " * 80] * 128, priority=2) for _ in range(8)]
         waiting = [*bulk, ask("single", [b"hello world"], priority=0)]
         assert all(answered.wait(60) for answered in waiting)
     assert "error" not in order

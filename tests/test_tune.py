@@ -69,6 +69,7 @@ def test_the_choice_and_its_table_lie_with_the_model(tuned: Settings) -> None:
     assert all(row["texts_per_s"] > 0 and row["single_ms"] > 0 for row in first + last)
 
 
+@pytest.mark.usefixtures("sole_build")
 def test_configs_ask_for_the_choice_and_a_build_keeps_it(tuned: Settings) -> None:
     """Of the version that is served, both ways to serve it; the other precisions have none."""
     way = dataclasses.replace(PLAIN, micro_batch_tokens=256)
