@@ -46,7 +46,9 @@ def open_batches(
 
     def opened_with(streams: int, **how: Any) -> tuple[session.Session, list[str]]:
         return triton.load(
-            lambda: session.open_session(path, accelerators, threads, streams, max_tokens, **how)
+            lambda: session.open_session(
+                path, accelerators, threads, streams, max_tokens, tell=metrics.ran_tokens, **how
+            )
         )
 
     open_streams = partial(opened_with, streams, micro_batch_tokens=micro_batch_tokens)
@@ -69,9 +71,7 @@ def open_batches(
         run,
         opened.plan,
         streams,
-        tell=lambda ran: metrics.ran(
-            ran, (alone if ran.by_run_alone else opened).padded_tokens(ran.rows)
-        ),
+        tell=metrics.ran,
         clock=time.monotonic,
         run_alone=run_alone,
         **waiting,

@@ -93,14 +93,17 @@ class Metrics:
         else:
             self._count(ERRORS, 1, type(error).__name__)
 
-    def ran(self, ran: Ran, padded_tokens: int) -> None:
-        """Count a run that had so many tokens, padding among them."""
+    def ran_tokens(self, tokens: int) -> None:
+        """Count the tokens of a run, padding among them."""
+        self._count(PADDED_TOKENS, tokens)
+
+    def ran(self, ran: Ran) -> None:
+        """Count a run's rows, their own tokens and how long they waited."""
         rows = len(ran.rows)
         tokens = sum(row.length for row in ran.rows)
         with self._lock:
             self._counted[ROWS, ""] += rows
             self._counted[TOKENS, ""] += tokens
-            self._counted[PADDED_TOKENS, ""] += padded_tokens
             self._counted[WAIT_SECONDS, ""] += ran.waited_s
             self._run_rows.append(rows)
 

@@ -227,7 +227,7 @@ def test_scaling_is_part_of_the_graph(home: Settings, folder: Path, server: Any,
 
 def test_layers_of_vit_b32_as_published(tmp_path: Path) -> None:
     """Layers of 768, 224 pixels, random weights: FP32 and INT8 reach their bars, the files are as
-    large as they should be.
+    large as they should be, and INT8 needs no OpenVINO.
     """
     from tools.export import export_images
     from tools.quantise import to_int8
@@ -247,6 +247,9 @@ def test_layers_of_vit_b32_as_published(tmp_path: Path) -> None:
         engine = check.Engine(path, check.image_rows(fp32.parent, facts), facts)
         record = check.check(precision, path, fp32, engine, check.IMAGES, some, reference)
         assert record["missed"] == []
+    plain, _ = session.open_session(int8)  # onnxruntime's own kernels, as where OpenVINO is not
+    rows = engine.rows(some)
+    assert vectors.cosine(plain.run(rows), engine.session.run(rows)).min() >= 0.999
 
 
 def test_preprocessing_of_another_kind_is_refused(folder: Path, tmp_path: Path) -> None:

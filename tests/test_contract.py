@@ -76,7 +76,7 @@ def config(
         "huggingface": {"model_id": MODEL, "url": simulated["huggingface"].url},
         "hash": {"model_id": "hash"},
     }[kind]
-    model = {"provider": kind.partition("-")[0], "timeout": 60, **options}
+    model = {"provider": kind.partition("-")[0], "timeout": 180, **options}
     return {"models": {"only": model}}
 
 

@@ -97,7 +97,7 @@ def config(kind: str, server: triton.Server, home: Settings, source: Path) -> di
         "sentence_transformers": {"model_id": "clip", "path": str(source)},
         "hash": {"model_id": "hash"},
     }[kind]
-    return {"models": {"only": {"provider": kind.partition("-")[0], "timeout": 60, **options}}}
+    return {"models": {"only": {"provider": kind.partition("-")[0], "timeout": 180, **options}}}
 
 
 @pytest.fixture(scope="module")

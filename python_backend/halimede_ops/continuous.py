@@ -67,8 +67,6 @@ class Ran(NamedTuple):
     rows: Sequence[Any]
     waited_s: float
     """From `submit` until it was taken, of all rows together."""
-    by_run_alone: bool
-    """Whether `run_alone` ran it, not `run`."""
 
 
 class ContinuousBatches:
@@ -338,7 +336,7 @@ class ContinuousBatches:
             rows = [waiting.row for waiting in wanted]
             self._give(wanted, _results(rows, part.run))
             waited_s = sum(taken_at_s - waiting.request.came_at_s for waiting in wanted)
-            self._tell(Ran(rows, waited_s, part.run is self._run_alone))
+            self._tell(Ran(rows, waited_s))
         with self._lock:
             self._bulk_running -= any(waiting.request.is_bulk for waiting in part.rows)
 

@@ -36,6 +36,9 @@ PADDED_NEAR = ("fp32", "fp16")
 """Precisions that answer a lone text sooner with `pad_near`: on a CPU their tokens cost more than a
 change of shape."""
 
+Tell = Callable[[int], None]
+"""What hears of a run's tokens, padding among them."""
+
 PACKED = "packed"
 """Key of a model.onnx's metadata: its rows may have several texts, numbered by the mask."""
 
@@ -109,6 +112,17 @@ class Layout(NamedTuple):
     """Rows, and tokens of each."""
 
 
+class Inputs(NamedTuple):
+    """A model's inputs for one run."""
+
+    places: list[Place]
+    """Of each text or picture."""
+    feeds: dict[str, np.ndarray]
+    """By name."""
+    tokens: int
+    """That the run costs, padding among them; pictures are not padded."""
+
+
 class Pixels(NamedTuple):
     """One picture as it comes from a request."""
 
@@ -139,8 +153,10 @@ class Session:
         max_tokens: int | None,
         micro_batch_tokens: int,
         pad_near: bool,
+        tell: Tell,
     ) -> None:
         self._session = session
+        self._tell = tell
         self._max_tokens = max_tokens
         self._micro_batch_tokens = micro_batch_tokens
         self._padded_length = batch.near_length if pad_near else batch.padded_length
@@ -174,16 +190,17 @@ class Session:
 
     def run_together(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
         """Pooled vectors `[len(rows), dims]` float32 of one run."""
-        places, feeds = self._placed(rows)
-        [pooled] = self._outputs([POOLED], feeds)
-        return np.asarray(_of_texts(pooled, places))
+        inputs = self._inputs(rows)
+        [pooled] = self._outputs([POOLED], inputs)
+        return np.asarray(_of_texts(pooled, inputs.places))
 
     def run_with_heads(self, rows: Sequence[Row | Pixels]) -> list[dict[str, np.ndarray]]:
         """Every output of one run, by row: POOLED `[dims]` float32, and each of `heads`
         `[tokens of the row, width]` float32.
         """
-        places, feeds = self._placed(rows)
-        pooled, *heads = self._outputs([POOLED, *self.heads], feeds)
+        inputs = self._inputs(rows)
+        places = inputs.places
+        pooled, *heads = self._outputs([POOLED, *self.heads], inputs)
         named = list(zip(self.heads, heads, strict=True))
         return [
             {POOLED: vector}
@@ -191,25 +208,22 @@ class Session:
             for row, place, vector in zip(rows, places, _of_texts(pooled, places), strict=True)
         ]
 
-    def _outputs(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        shape = next(iter(feeds.values())).shape
+    def _outputs(self, names: list[str], inputs: Inputs) -> list[np.ndarray]:
+        self._tell(inputs.tokens)
+        shape = next(iter(inputs.feeds.values())).shape
         if self._runs[shape] >= FIRST_RUNS:
-            return list(self._session.run(names, feeds))
+            return list(self._session.run(names, inputs.feeds))
         with _PREPARING:
-            outputs = list(self._session.run(names, feeds))
+            outputs = list(self._session.run(names, inputs.feeds))
             self._runs[shape] += 1
         return outputs
 
-    def padded_tokens(self, rows: Sequence[Row | Pixels]) -> int:
-        """Tokens that one run of these rows has, padding among them; pictures are not padded."""
-        texts = [row for row in rows if isinstance(row, Row)]
-        return math.prod(self._layout(texts).shape) if texts else sum(row.length for row in rows)
-
-    def _placed(self, rows: Sequence[Row | Pixels]) -> tuple[list[Place], dict[str, np.ndarray]]:
-        """Where each row lies in the model's inputs, and the inputs, for rows that run together."""
+    def _inputs(self, rows: Sequence[Row | Pixels]) -> Inputs:
+        """The inputs of rows that run together."""
         pictures = [row.values for row in rows if isinstance(row, Pixels)]
         if pictures:
-            return _apart(len(rows)), {PIXELS: np.stack(pictures)}
+            tokens = sum(row.length for row in rows)
+            return Inputs(_apart(len(rows)), {PIXELS: np.stack(pictures)}, tokens)
         texts = [row for row in rows if isinstance(row, Row)]
         places, shape = self._layout(texts)
         ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -217,7 +231,7 @@ class Session:
             end = place.start + text.length
             ids[place.row, place.start : end] = text.ids
             mask[place.row, place.start : end] = text.mask * (place.number + 1)
-        return places, {"input_ids": ids, "attention_mask": mask}
+        return Inputs(places, {"input_ids": ids, "attention_mask": mask}, math.prod(shape))
 
     def _layout(self, texts: Sequence[Row]) -> Layout:
         if self._packed:
@@ -311,13 +325,15 @@ def open_session(
     micro_batch_tokens: int = batch.MICRO_BATCH_TOKENS,
     *,
     pad_near: bool = False,
+    tell: Tell = lambda tokens: None,
 ) -> tuple[Session, list[str]]:
     """The session of a model.onnx, and the names of accelerators this onnxruntime lacks.
 
     `threads` CPU threads are shared by `streams` micro-batches that run at the same time: more
     streams give more texts a second, fewer give one text sooner. Rows are never padded beyond
     `max_tokens`, for which the model has positions; a run has at most `micro_batch_tokens`, or one
-    row. `pad_near` pads a run of one row to `batch.near_length` instead of `padded_length`. A
+    row. `pad_near` pads a run of one row to `batch.near_length` instead of `padded_length`.
+    `tell` hears of the tokens of each run, padding among them. A
     missing accelerator falls back to the CPU execution provider; the caller decides how to say so.
 
     Raises:
@@ -340,7 +356,7 @@ def open_session(
     _check_signature(session)
     # Compiling the model needed 70 MB more for the default model in INT8 with OpenVINO.
     memory.give_back()
-    return Session(session, streams, max_tokens, micro_batch_tokens, pad_near), missing
+    return Session(session, streams, max_tokens, micro_batch_tokens, pad_near, tell), missing
 
 
 def session_options(
