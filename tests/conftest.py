@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -46,6 +47,14 @@ def free_options(**fields: object) -> triton.Options:
     """Options with three free ports."""
     http, grpc, metrics = ports.free_ports(3)
     return triton.Options(http_port=http, grpc_port=grpc, metrics_port=metrics, **fields)
+
+
+def wait_until(holds: Callable[[], object], timeout_s: float = 60.0) -> None:
+    """Return as soon as it holds; on any machine it does in a part of this time."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s"
+        time.sleep(0.01)
 
 
 def version_folder(model: Path) -> Path:

@@ -16,7 +16,6 @@ import socketserver
 import struct
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import free_options
+from conftest import free_options, wait_until
 
 from halimede import catalogue
 from halimede_ops.errors import ServeError
@@ -428,10 +427,7 @@ def test_ends_while_serving(engine: Engine, repository: Path, options: Options) 
         (name,) = engine.containers
         engine.containers[name].output.put(b"out of memory\n")
         engine.end(name)
-        deadline = time.monotonic() + 60
-        while server.is_running() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not server.is_running()
+        wait_until(lambda: not server.is_running())
         ended = server.how_it_ended()
     assert ended == "Triton's container ended; its last line: out of memory"
 

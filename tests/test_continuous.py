@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from conftest import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -256,13 +256,6 @@ def test_bulk_is_read_one_request_at_a_time() -> None:
     assert reads.index(100) < 4
 
 
-def wait_until_idle(batches: ContinuousBatches, threads: int) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while batches._free < threads:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 def test_what_has_all_threads_is_run_alone() -> None:
     """While nothing else waits or is run, `run_alone` has the micro-batch; else `run` has."""
     gate, alone = Gate(), []
@@ -274,10 +267,10 @@ def test_what_has_all_threads_is_run_alone() -> None:
     batches = ContinuousBatches(gate.run, batch.plan, threads=2, run_alone=run_alone)
     with closing(batches):
         single = Answer()
-        wait_until_idle(batches, threads=2)
+        wait_until(lambda: batches._free == 2)
         batches.submit([row(16, 1)], single)
         assert single.wait() == [1]
-        wait_until_idle(batches, threads=2)
+        wait_until(lambda: batches._free == 2)
         batches.submit([row(256, 2), row(256, 3)], Answer())
         assert gate.entered.wait(TIMEOUT_S)
         gate.opened.set()

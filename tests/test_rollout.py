@@ -22,7 +22,7 @@ import pytest
 import small_models
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
-from conftest import MODEL, ROOT, free_options
+from conftest import MODEL, ROOT, free_options, wait_until
 from test_versions import TEXTS, bare_caller, calling
 
 from halimede import Config, Embedder, Embeddings, canary
@@ -180,10 +180,8 @@ def check_swaps(served: Served, versions: list[Built], swaps: int) -> None:
             served.publish(built)
             if swap == 0:
                 served.deployment.canary(0.2)
-                deadline = time.monotonic() + 60
-                while number(built) not in {result.versions[0] for _, result in list(outcomes)}:
-                    assert time.monotonic() < deadline
-                    time.sleep(0.1)
+                followed = number(built)
+                wait_until(lambda: followed in {one.versions[0] for _, one in list(outcomes)})
             served.deployment.promote()
             assert repository.served(served.folder / MODEL) == {number(built)}
             if swap % 2:

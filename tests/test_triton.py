@@ -17,7 +17,7 @@ import psutil
 import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
-from conftest import MODEL, NAMES, PRECISIONS, free_options, own_bytes
+from conftest import MODEL, NAMES, PRECISIONS, free_options, own_bytes, wait_until
 from tritonclient.utils import InferenceServerException
 
 from halimede import (
@@ -448,15 +448,10 @@ def test_stopping_under_load_answers_what_waits(settings: Settings, tmp_path) ->
                     request(grpcclient, [text.encode()]),
                     lambda result, error, index=index: outcomes.__setitem__(index, error or result),
                 )
-            deadline = time.monotonic() + 60
-            while not outcomes and time.monotonic() < deadline:
-                time.sleep(0.001)
+            wait_until(lambda: outcomes)
             server.process.terminate()
             server.process.wait(60)
-            deadline = time.monotonic() + 20
-            while len(outcomes) < len(texts) and time.monotonic() < deadline:
-                time.sleep(0.05)
-    assert len(outcomes) == len(texts)
+            wait_until(lambda: len(outcomes) == len(texts))
     answered = {index: got for index, got in outcomes.items() if not isinstance(got, Exception)}
     assert answered
     for index, got in answered.items():

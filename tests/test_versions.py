@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
-from conftest import MODEL, free_options, version_folder
+from conftest import MODEL, free_options, version_folder, wait_until
 
 from halimede import Embedder, Embeddings, ModelNotFound
 from halimede_ops import pins, vectors
@@ -228,7 +228,8 @@ def test_swaps_under_load_are_never_mislabelled(
             for one in itertools.islice(itertools.cycle((other, built)), SWAPS):
                 time.sleep(0.5)
                 swap(one, folder, control)
-                wait_for_answers(outcomes, one.spec.space)
+                wanted = {("triton", one.spec.space), ("onnx", one.spec.space)}
+                wait_until(lambda: wanted <= {(r.provider, r.space) for _, r in list(outcomes)})
             time.sleep(1)
     assert vectors.cosine(own[built.spec.space], own[OTHER]).max() < 0.9999
     spaces = {str(one.version("fp32")): one.spec.space for one in (built, other)}
@@ -240,15 +241,6 @@ def test_swaps_under_load_are_never_mislabelled(
         assert seen == set(own)
     for row, result in outcomes:
         assert vectors.cosine(result.vectors, own[result.space][row : row + 1])[0] >= 0.99999
-
-
-def wait_for_answers(outcomes: list[tuple[int, Embeddings]], space: str) -> None:
-    """Until both providers have answered in the space."""
-    deadline = time.monotonic() + 60
-    wanted = {("triton", space), ("onnx", space)}
-    while not wanted <= {(one.provider, one.space) for _, one in list(outcomes)}:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def configured(url: str, cache: Path) -> dict[str, Any]:
