@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import signal
-import statistics
 import threading
 import time
 from collections import Counter
@@ -332,8 +331,7 @@ def test_triton_killed_three_times_under_load(
     used = Counter(result.provider for _, result, _ in outcomes)
     assert used["onnx"] > 0
     print(f"back on Triton {[round(one, 2) for one in backs_s]} s after its return; {dict(used)}")
-    # One probe of a busy machine may come too late.
-    assert statistics.median(backs_s) <= 5
+    assert max(backs_s) <= 5
 
 
 def test_several_servers_share_the_load(
