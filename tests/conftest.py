@@ -63,13 +63,23 @@ def version_folder(model: Path) -> Path:
     return model / str(version)
 
 
+def family(pid: int) -> list[psutil.Process]:
+    """A process and its children."""
+    parent = psutil.Process(pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process and its children, what they share counted in each."""
+    return sum(process.memory_info().rss for process in family(pid))
+
+
 def own_bytes(pid: int) -> int:
     """Memory of a process and its children, without files they map: of those, what counts as
     theirs changes with every other server that maps them.
     """
-    parent = psutil.Process(pid)
     total_kb = 0
-    for process in (parent, *parent.children(recursive=True)):
+    for process in family(pid):
         for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
             name, *values = line.split()
             total_kb += int(values[0]) if name in ("Pss_Anon:", "Pss_Shmem:") else 0

@@ -18,6 +18,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,9 +108,9 @@ def patient_disk(folder: Path, max_bytes: int = 64 * MIB, timeout_s: float = PAT
     return Disk(folder, max_bytes, timeout_s=timeout_s)
 
 
-def patient_redis(url: str) -> Redis:
+def patient_redis(url: str, **options: Any) -> Redis:
     """A tier that a busy machine does not make fail."""
-    return Redis(url, timeout_s=PATIENCE_S)
+    return Redis(url, timeout_s=PATIENCE_S, **options)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -492,10 +493,7 @@ def test_each_tier_forgets_after_its_time(tmp_path: Path, url: str) -> None:
     """A disk or Redis value past its tier's `ttl_s` is a miss."""
 
     async def flow() -> None:
-        for tier in (
-            Disk(tmp_path, 64 * MIB, ttl_s=0.05),
-            Redis(url, ttl_s=0.05, timeout_s=PATIENCE_S),
-        ):
+        for tier in (Disk(tmp_path, 64 * MIB, ttl_s=0.05), patient_redis(url, ttl_s=0.05)):
             await tier.put([(b"a", b"1")])
             await asyncio.sleep(1.1)  # SQLite's row holds whole seconds
             assert await tier.get([b"a"]) == [None]
@@ -525,7 +523,7 @@ def test_clear_leaves_what_is_not_ours(url: str) -> None:
     """Redis keys outside the tier's own prefix stay, also such as its pattern could match."""
 
     async def flow() -> None:
-        tier = Redis(url, prefix="h?[a]*", timeout_s=PATIENCE_S)
+        tier = patient_redis(url, prefix="h?[a]*")
         client = Client.from_url(url)
         for name in (b"other", b"h?[a]*:redisX", b"hXa:redis:1", b"h?[a]*:redis2:1"):
             client.set(name, b"theirs")

@@ -12,10 +12,9 @@ from typing import Any
 
 import mutations
 import numpy as np
-import psutil
 import pytest
 import small_models
-from conftest import ROOT, free_options, version_folder
+from conftest import ROOT, free_options, resident_bytes, version_folder
 from test_images import bad_files
 from tritonclient import grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
@@ -155,7 +154,7 @@ def test_two_thousand_images_with_broken_ones(
 
     def send(number: int) -> None:
         if number in (1000, 1999):
-            memory.append(resident(server))
+            memory.append(resident_bytes(server.process.pid))
         if number % 20 == 19:
             data, error, _ = bad[number // 20 % len(bad)]
             with pytest.raises(InferenceServerException, match=f"{error.__name__}: image 0"):
@@ -168,12 +167,6 @@ def test_two_thousand_images_with_broken_ones(
         list(senders.map(send, range(2000)))
     first, second = memory
     assert second < 1.05 * first + 20e6
-
-
-def resident(server: triton.Server) -> int:
-    """Bytes of memory of the server and its backends' processes."""
-    top = psutil.Process(server.process.pid)
-    return sum(one.memory_info().rss for one in [top, *top.children(recursive=True)])
 
 
 def test_damaged_files_crash_nothing() -> None:

@@ -22,7 +22,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from conftest import MODEL, free_options, version_folder, wait_until
+from conftest import MODEL, free_options, resident_bytes, version_folder, wait_until
 from test_serve import read_until, start
 
 from halimede import Embedder
@@ -225,16 +225,10 @@ def test_clients_that_never_read(server: triton.Server, right: np.ndarray) -> No
     head = (
         f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    whole = psutil.Process(server.process.pid)
-
-    def resident_bytes() -> int:
-        family = [whole, *whole.children(recursive=True)]
-        return sum(one.memory_info().rss for one in family)
-
     with contextlib.ExitStack() as opened:
         load = Load(server.grpc_address, right, callers=2)
         load.wait_for_answers(60)
-        before = resident_bytes()
+        before = resident_bytes(server.process.pid)
         for _ in range(20):
             client = opened.enter_context(
                 socket.create_connection(("127.0.0.1", server.options.http_port))
@@ -245,7 +239,7 @@ def test_clients_that_never_read(server: triton.Server, right: np.ndarray) -> No
                 client.send(head.encode() + body)
         for _ in range(3):
             load.wait_for_answers(40)
-        during = resident_bytes()
+        during = resident_bytes(server.process.pid)
     load.wait_for_answers(30)
     outcomes = load.stop()
     assert set(outcomes) <= {"right", "ServerOverloaded"}

@@ -293,10 +293,10 @@ def test_onnx_notices_that_its_files_changed(settings: Settings, tmp_path: Path)
         assert embedder.embed("a").space == "e" * 16
 
 
-def engine_threads() -> set[threading.Thread]:
-    """Those of ContinuousBatches."""
-    loops = ("(_serve)", "(_serve_small)", "(_answer_all)")
-    return {thread for thread in threading.enumerate() if thread.name.endswith(loops)}
+def threads() -> set[threading.Thread]:
+    """All but those of the process's event loop, which stay."""
+    kept = ("halimede", "asyncio_")
+    return {thread for thread in threading.enumerate() if not thread.name.startswith(kept)}
 
 
 def test_onnx_runs_together_what_many_callers_ask(
@@ -314,7 +314,7 @@ def test_onnx_runs_together_what_many_callers_ask(
         return run_together(self, rows)
 
     monkeypatch.setattr(session.Session, "run_together", counted)
-    before = engine_threads()
+    before = threads()
     model = {"provider": "onnx", "model_id": MODEL, "path": str(settings.repository)}
 
     def embed(row: int) -> np.ndarray | type:
@@ -331,7 +331,7 @@ def test_onnx_runs_together_what_many_callers_ask(
     assert sum(runs) == len(found)
     assert len(runs) < len(found) / 2
     gc.collect()  # the bad text's error refers to the model
-    assert engine_threads() <= before
+    assert threads() <= before
 
 
 def test_onnx_does_not_keep_a_program_from_its_end(settings: Settings) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import MODEL, ROOT, free_options, version_folder
+from conftest import MODEL, ROOT, family, free_options, version_folder
 
 from halimede_ops.errors import ServeError
 from tools import triton
@@ -166,7 +166,5 @@ def test_ready_means_fast(settings: Settings, tmp_path: Path) -> None:
 
 def cpu_s(pid: int) -> float:
     """CPU seconds until now of a process and its children: what else runs does not count."""
-    parent = psutil.Process(pid)
-    family = [parent, *parent.children(recursive=True)]
     # Linux has a clock of each process (clock_getcpuclockid), finer than what /proc tells.
-    return sum(time.clock_gettime((~process.pid << 3) | 2) for process in family)
+    return sum(time.clock_gettime((~process.pid << 3) | 2) for process in family(pid))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
-from conftest import MODEL
+from conftest import MODEL, wait_until
 from scrapes import figures
 
 from halimede import Embedder, UnknownInputType
@@ -36,14 +36,17 @@ def served(request: pytest.FixtureRequest) -> tuple[Server, str, str]:
 
 def wait_until_published(server: Server) -> None:
     """Until nothing is left of what was counted before, such as while the server warmed up."""
-    last: dict[str, float] = {}
-    while True:
+
+    def ours() -> dict[str, float]:
         told = figures(server).items()
-        ours = {name: value for name, value in told if name.startswith("halimede_")}
-        if ours == last:
-            return
-        last = ours
+        return {name: value for name, value in told if name.startswith("halimede_")}
+
+    def is_published() -> bool:
+        before = ours()
         time.sleep(2 * PUBLISHED_EVERY_S)
+        return ours() == before
+
+    wait_until(is_published)
 
 
 def grown(before: Counter[str], after: Counter[str]) -> Counter[str]:

@@ -333,8 +333,8 @@ def open_session(
     streams give more texts a second, fewer give one text sooner. Rows are never padded beyond
     `max_tokens`, for which the model has positions; a run has at most `micro_batch_tokens`, or one
     row. `pad_near` pads a run of one row to `batch.near_length` instead of `padded_length`.
-    `tell` hears of the tokens of each run, padding among them. A
-    missing accelerator falls back to the CPU execution provider; the caller decides how to say so.
+    `tell` hears of the tokens of each run, padding among them. A missing accelerator falls back to
+    the CPU execution provider; the caller decides how to say so.
 
     Raises:
         InvalidModel: the file is missing or onnxruntime cannot read it, or an accelerator's
