@@ -29,17 +29,17 @@ env: .venv/.installed  ## Make the virtual environment
 	@touch $@
 
 build: env  ## Build MODEL (a name or a folder) into model_repository/; NAME=…, DEVICE=cuda
-	$(BIN)/python -m tools build $(MODEL) $(if $(NAME),--name $(NAME)) --device $(DEVICE) $(ARGS)
+	$(BIN)/python -m halimede_tools build $(MODEL) $(if $(NAME),--name $(NAME)) --device $(DEVICE) $(ARGS)
 
 .PHONY: default
 default: env
-	@$(BIN)/python -m tools build
+	@$(BIN)/python -m halimede_tools build
 
 serve: env  ## Build what is missing and serve; ARGS='--http-port 9000 …'
-	@exec $(BIN)/python -m tools serve $(ARGS)
+	@exec $(BIN)/python -m halimede_tools serve $(ARGS)
 
 deploy: env  ## A candidate beside, or in place of, a served model; ARGS='canary NAME --share 0.1'
-	@$(BIN)/python -m tools deploy $(ARGS)
+	@$(BIN)/python -m halimede_tools deploy $(ARGS)
 
 up: default  ## The stack in containers: Triton, Redis, Prometheus, Grafana; PROFILE=gpu
 	$(COMPOSE) --profile $(PROFILE) up --detach --build
@@ -64,7 +64,7 @@ test-faults: env default  ## What fails around a server, with a minute of overlo
 
 security: env default  ## Who may do what, what the logs hold, secrets, known vulnerabilities
 	$(BIN)/python -m pytest tests/test_security.py tests/test_audit.py $(ARGS)
-	$(BIN)/python -m tools audit
+	$(BIN)/python -m halimede_tools audit
 
 lint: env  ## Linter, formatter and type checker
 	$(BIN)/ruff check .
@@ -76,25 +76,25 @@ format: env  ## Format the code
 	$(BIN)/ruff format .
 
 perf: env default  ## Server against bare engine with perf_analyzer; report in docs/benchmarks/
-	$(BIN)/python -m tools perf $(ARGS)
+	$(BIN)/python -m halimede_tools perf $(ARGS)
 
 sts: env  ## STS Spearman through a running server; ARGS='--file stsb-dev.tsv'
-	$(BIN)/python -m tools sts $(ARGS)
+	$(BIN)/python -m halimede_tools sts $(ARGS)
 
 bench: env default  ## Every engine against its peers, in one run; report in docs/benchmarks/
-	$(BIN)/python -m tools bench --model $(MODEL) $(ARGS)
+	$(BIN)/python -m halimede_tools bench --model $(MODEL) $(ARGS)
 
 bench-cache: env  ## Cache hits and hash embeddings against the texts/s they must reach
-	$(BIN)/python -m tools bench-cache
+	$(BIN)/python -m halimede_tools bench-cache
 
 soak: env default  ## 500,000 mixed requests, each checked: errors, memory, drift; report in docs/
-	$(BIN)/python -m tools soak --model $(MODEL) $(ARGS)
+	$(BIN)/python -m halimede_tools soak --model $(MODEL) $(ARGS)
 
 gpu-check: env  ## On a machine with an NVIDIA GPU: vectors and speed there; DEVICE=tensorrt
-	$(BIN)/python -m tools gpu-check --model $(MODEL) --device $(if $(filter cpu,$(DEVICE)),cuda,$(DEVICE)) $(ARGS)
+	$(BIN)/python -m halimede_tools gpu-check --model $(MODEL) --device $(if $(filter cpu,$(DEVICE)),cuda,$(DEVICE)) $(ARGS)
 
 tune: env default  ## Threads, streams, provider and tokens a run for MODEL on this machine
-	$(BIN)/python -m tools tune --model $(MODEL) $(ARGS)
+	$(BIN)/python -m halimede_tools tune --model $(MODEL) $(ARGS)
 
 clean:  ## Remove environment, downloads and built files
 	rm -rf .venv .halimede model_repository/*/[0-9]* model_repository/*/warmup

@@ -6,16 +6,15 @@ RUN apt-get update \
 WORKDIR /source
 # What is installed changes rarely, the code often: two layers.
 COPY LICENSE README.md constraints-py311.txt pyproject.toml ./
-RUN mkdir client python_backend \
+RUN mkdir client python_backend tools \
     && python3 -m venv /opt/halimede \
     && /opt/halimede/bin/pip install --no-cache-dir --constraint constraints-py311.txt '.[server]' \
     && /opt/halimede/bin/pip uninstall --yes halimede mpmath sympy
 COPY . .
 RUN /opt/halimede/bin/pip install --no-cache-dir --no-deps . \
     && /opt/halimede/bin/pip uninstall --yes pip setuptools \
-    && mv tools /opt/halimede/ \
     && cd /opt/halimede \
-    && bin/python -c 'from pathlib import Path; from tools.triton import lay_out; lay_out(Path("/source/python_backend"), Path("backends"))'
+    && bin/python -c 'from pathlib import Path; from halimede_tools.serve.wheel import lay_out; lay_out(Path("/source/python_backend"), Path("backends"))'
 
 FROM debian:bookworm-slim
 RUN apt-get update \
@@ -33,5 +32,5 @@ USER 10001
 VOLUME /models
 EXPOSE 8000 8001 8002
 HEALTHCHECK --interval=15s --timeout=10s --start-period=2m --retries=3 CMD ["halimede", "health"]
-ENTRYPOINT ["python", "-m", "tools", "serve", "--exec"]
+ENTRYPOINT ["python", "-m", "halimede_tools", "serve", "--exec"]
 CMD ["--host", "0.0.0.0"]

@@ -7,11 +7,13 @@ COPY python_backend/tokenizer /backends/tokenizer
 COPY python_backend/pooler /backends/pooler
 COPY python_backend/image /backends/image
 COPY python_backend/fusion /backends/fusion
+COPY python_backend/adapter /backends/adapter
+COPY python_backend/halimede_engine /backends/halimede_engine
 COPY python_backend/halimede_ops /backends/halimede_ops
-COPY python_backend/triton_adapter.py /backends/
-COPY python_backend/triton_metrics.py /backends/
+COPY python_backend/halimede_repository /backends/halimede_repository
+COPY python_backend/halimede_launch /start/halimede_launch
 COPY python_backend/halimede_ops /start/halimede_ops
-COPY tools /start/tools
+COPY python_backend/halimede_repository /start/halimede_repository
 
 FROM ${BASE}
 RUN python3 -m pip install --no-cache-dir --no-deps tokenizers==0.22.2 pillow==12.3.0
@@ -23,9 +25,9 @@ ENV TOKENIZERS_PARALLELISM=false \
     PYTHONDONTWRITEBYTECODE=1
 WORKDIR /opt/halimede
 USER triton-server
-# What `tools serve --host 0.0.0.0` starts; a test compares them. Model control is closed unless
+# What `halimede serve --host 0.0.0.0` starts; a test compares them. Model control is closed unless
 # `--control-key-file=…` stands behind it.
-ENTRYPOINT ["python3", "-m", "tools.start", "tritonserver", \
+ENTRYPOINT ["python3", "-m", "halimede_launch.start", "tritonserver", \
     "--model-repository=/models", \
     "--model-control-mode=explicit", "--load-model=*", \
     "--disable-auto-complete-config", "--exit-on-error=true", "--strict-readiness=true", \

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +17,10 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from halimede_ops import pins
-from tools import corpus, ports, triton
-from tools.settings import Settings
+from halimede_repository import configs
+from halimede_tools.build.samples import corpus
+from halimede_tools.serve import ports, wheel
+from halimede_tools.settings import Settings
 
 MODEL = "all-MiniLM-L6-v2"
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -43,10 +41,10 @@ def pytest_configure() -> None:
     ports.PORTS = ports.PORTS[mine * each : (mine + 1) * each]
 
 
-def free_options(**fields: object) -> triton.Options:
+def free_options(**fields: object) -> wheel.Options:
     """Options with three free ports."""
     http, grpc, metrics = ports.free_ports(3)
-    return triton.Options(http_port=http, grpc_port=grpc, metrics_port=metrics, **fields)
+    return wheel.Options(http_port=http, grpc_port=grpc, metrics_port=metrics, **fields)
 
 
 def wait_until(holds: Callable[[], object], timeout_s: float = 60.0) -> None:
@@ -59,7 +57,7 @@ def wait_until(holds: Callable[[], object], timeout_s: float = 60.0) -> None:
 
 def version_folder(model: Path) -> Path:
     """The one version folder that a model's config names."""
-    [version] = pins.versions((model / pins.CONFIG).read_text())
+    [version] = configs.versions((model / configs.CONFIG).read_text())
     return model / str(version)
 
 
@@ -107,21 +105,21 @@ def tracers() -> TracerProvider:
 
 
 @pytest.fixture(scope="session")
-def server(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[triton.Server]:
+def server(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[wheel.Server]:
     """A running Triton with all precisions of the default model, each in one process."""
     run = tmp_path_factory.mktemp("triton")
-    with triton.serve(settings.repository, settings.python_backend, run, free_options()) as running:
+    with wheel.serve(settings.repository, settings.python_backend, run, free_options()) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def steps_server(
     settings: Settings, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[triton.Server]:
+) -> Iterator[wheel.Server]:
     """A running Triton with the default model in FP32, as an ensemble of its steps."""
     run = tmp_path_factory.mktemp("steps")
     options = free_options(models=(MODEL,), steps=True)
-    with triton.serve(settings.repository, settings.python_backend, run, options) as running:
+    with wheel.serve(settings.repository, settings.python_backend, run, options) as running:
         yield running
 
 
@@ -140,7 +138,7 @@ def source(settings: Settings) -> Path:
 @pytest.fixture(scope="session")
 def expected(source: Path, texts: list[str]) -> np.ndarray:
     """sentence-transformers' embeddings of `texts`."""
-    from tools.check import reference
-    from tools.describe import Reading
+    from halimede_tools.build.check import reference
+    from halimede_tools.build.describe import Reading
 
     return reference(source, texts, Reading(MODEL))

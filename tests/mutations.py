@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).parent / "backend"))  # as a command
 
-from tools import pictures
+from halimede_tools.build.samples import pictures
 
 SIZES = ((90, 70), (33, 64), (128, 128))
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import httpx
 
-from tools.triton import Server
+from halimede_tools.serve.wheel import Server
 
 TIMEOUT_S = 60.0
 SAMPLE = re.compile(r"^(\w+)(?:{(.*)})? (\S+)$", re.MULTILINE)

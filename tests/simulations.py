@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from halimede import hashing
+from halimede.providers import hashing
 
 DIMS = 384
 

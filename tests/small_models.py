@@ -28,7 +28,7 @@ from tokenizers import (
     trainers,
 )
 
-from tools.corpus import SENTENCES
+from halimede_tools.build.samples.corpus import SENTENCES
 
 VOCABULARY = 1500
 BGE_QUERY = "Represent this sentence for searching relevant passages: "

@@ -1,9 +1,9 @@
 """halimede: embeddings from Triton and other providers, with results that say what they are."""
 
-from halimede.config import Config
+from halimede.config.file import Config
 from halimede.embedder import AsyncEmbedder, Embedder
+from halimede.inputs.images import find_images
 from halimede.results import Embeddings, ImageInfo, ServedModel
-from halimede.sources import find_images
 from halimede_ops.errors import (
     AccessDenied,
     DeadlineExceeded,

@@ -13,19 +13,19 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from typing_extensions import Unpack
 
-from halimede import loop, requests
-from halimede.chain import Chain
-from halimede.config import Config, resolve
-from halimede.fetch import Fetch
-from halimede.flow import Call, Flow
-from halimede.items import Given, Kind
-from halimede.link import Link
-from halimede.progress import bar
+from halimede.config.file import Config, resolve
+from halimede.inputs.images import Image, pairs, source, sources
+from halimede.inputs.items import Given, Kind
+from halimede.inputs.urls import Fetch
+from halimede.observability.progress import bar
+from halimede.observability.statistics import Statistics
+from halimede.pipeline import loop, requests
+from halimede.pipeline.chain import Chain
+from halimede.pipeline.flow import Call, Flow
+from halimede.pipeline.link import Link
+from halimede.pipeline.stream import Stream
 from halimede.providers import Options, Provider
 from halimede.results import Embeddings, ServedModel
-from halimede.sources import Image, pairs, source, sources
-from halimede.statistics import Statistics
-from halimede.stream import Stream
 from halimede_ops.errors import InvalidInput
 from halimede_ops.quantise import OutputType
 

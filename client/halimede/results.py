@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from halimede.items import Kind
+from halimede.inputs.items import Kind
 from halimede_ops.errors import HalimedeError
 
 UNKNOWN_TOKENS = -1

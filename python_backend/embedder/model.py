@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
-import engine
-import triton_adapter as triton
-import triton_metrics
-
-from halimede_ops import batch, heads, session, spec, sums, text, vectors
-from halimede_ops.continuous import Outcome
-from halimede_ops.recent import Embedded, Recent
+from adapter import engine, metrics, triton
+from halimede_engine import batching, session
+from halimede_engine.response_cache import Embedded, Recent
+from halimede_engine.scheduler import Outcome
+from halimede_ops import heads, spec, text, vectors
+from halimede_repository import checksums
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A text takes 50 µs; waking more threads for a few of them takes the cores from the model.
@@ -60,14 +59,14 @@ class TritonPythonModel:
         onnx = config.repository / config.parameter("onnx")
         tokenizer = config.repository / config.parameter("tokenizer")
         for folder in (onnx, tokenizer):
-            triton.load(partial(sums.check, folder))
+            triton.load(partial(checksums.check, folder))
         self.spec = triton.load(lambda: spec.load(tokenizer))
         self.tokenizer = triton.load(lambda: text.load(tokenizer, self.spec))
-        self.metrics = triton_metrics.Metrics(
+        self.metrics = metrics.Metrics(
             config,
-            *triton_metrics.OF_RUNS,
-            triton_metrics.TRUNCATED_TEXTS,
-            triton_metrics.CACHED_TEXTS,
+            *metrics.OF_RUNS,
+            metrics.TRUNCATED_TEXTS,
+            metrics.CACHED_TEXTS,
         )
         # Rows of further heads are as large as their texts are long: they are not kept.
         cache_mb = 0 if self.spec.heads else int(os.environ.get(CACHE_MB, "0"))
@@ -140,5 +139,5 @@ class TritonPythonModel:
             return {}
         lengths = [row.length for row in rows]
         longest = max(lengths)
-        ids = batch.pad([row.ids for row in rows], longest)
-        return heads.outputs(outputs, ids, batch.mask(lengths, longest), self.spec)
+        ids = batching.pad([row.ids for row in rows], longest)
+        return heads.outputs(outputs, ids, batching.mask(lengths, longest), self.spec)

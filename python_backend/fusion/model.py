@@ -15,9 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
-import triton_adapter as triton
-import triton_metrics
-
+from adapter import metrics, triton
 from halimede_ops import fusion, spec, vectors
 
 
@@ -40,7 +38,7 @@ class TritonPythonModel:
         self.fusion = triton.load(lambda: fusion.load(config.version_folder))
         self.text_version = int(config.parameter("text_version"))
         self.image_version = int(config.parameter("image_version"))
-        self.metrics = triton_metrics.Metrics(config)
+        self.metrics = metrics.Metrics(config)
 
     async def execute(self, requests: list[Any]) -> list[Any]:
         """Ask both models for all requests at a time, then fuse each."""

@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
-import triton_adapter as triton
-import triton_metrics
-
+from adapter import metrics, triton
 from halimede_ops import image, spec
 from halimede_ops.errors import HalimedeError
 
@@ -26,7 +24,7 @@ class TritonPythonModel:
         config = triton.ModelConfig(args)
         taken = triton.load(lambda: spec.load(config.version_folder).images())
         self.reader = image.Reader(taken, threads=len(os.sched_getaffinity(0)))
-        self.metrics = triton_metrics.Metrics(config)
+        self.metrics = metrics.Metrics(config)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Prepare the pictures of all requests together."""

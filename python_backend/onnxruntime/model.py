@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent))
-import engine
-import triton_adapter as triton
-import triton_metrics
-
-from halimede_ops import batch, session, spec, sums
-from halimede_ops.continuous import Done
+from adapter import engine, metrics, triton
+from halimede_engine import batching, session
+from halimede_engine.scheduler import Done
+from halimede_ops import spec
 from halimede_ops.errors import InvalidInput
+from halimede_repository import checksums
 
 
 class TritonPythonModel:
@@ -31,12 +30,12 @@ class TritonPythonModel:
         path = config.version_folder / (
             config.fields.get("default_model_filename") or session.FILE_NAME
         )
-        triton.load(lambda: sums.check(config.version_folder))
+        triton.load(lambda: checksums.check(config.version_folder))
         self.read = _read
         if [entry["name"] for entry in config.fields["input"]] == [spec.PIXELS]:
             positions = int(config.parameter("max_tokens"))
             self.read = partial(_read_pixels, positions=positions)
-        self.metrics = triton_metrics.Metrics(config, *triton_metrics.OF_RUNS)
+        self.metrics = metrics.Metrics(config, *metrics.OF_RUNS)
         self.batches = engine.open_batches(config, path, args["model_instance_kind"], self.metrics)
 
     def execute(self, requests: list[Any]) -> None:
@@ -58,7 +57,7 @@ def _read(request: Any) -> list[session.Row]:
             f"input_ids is {list(ids.shape)} and attention_mask {list(mask.shape)}; "
             "both must be [batch, tokens]"
         )
-    lengths = batch.used_lengths(mask)
+    lengths = batching.used_lengths(mask)
     return [
         # Copied: the arrays are Triton's memory, and end with `execute`.
         session.Row(ids[row, :length].copy(), mask[row, :length].copy())

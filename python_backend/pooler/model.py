@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
-import triton_adapter as triton
-import triton_metrics
-
+from adapter import metrics, triton
 from halimede_ops import heads, spec, vectors
 from halimede_ops.errors import HalimedeError
 
@@ -37,7 +35,7 @@ class TritonPythonModel:
         """Read the model's spec."""
         config = triton.ModelConfig(args)
         self.spec = triton.load(lambda: spec.load(config.version_folder))
-        self.metrics = triton_metrics.Metrics(config)
+        self.metrics = metrics.Metrics(config)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Truncate and normalise each request's vectors."""

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
-import triton_adapter as triton
-import triton_metrics
-
-from halimede_ops import batch, spec, sums, text
+from adapter import metrics, triton
+from halimede_engine import batching
+from halimede_ops import spec, text
 from halimede_ops.errors import HalimedeError
+from halimede_repository import checksums
 
 PADDING_IS_FREE = (Path(__file__).parent.parent / "onnxruntime" / "model.py").exists()
 """Whether our own `onnxruntime` backend stands beside this one. It trims padding, and Triton
@@ -32,10 +32,10 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Open the model's tokenizer."""
         config = triton.ModelConfig(args)
-        triton.load(lambda: sums.check(config.version_folder))
+        triton.load(lambda: checksums.check(config.version_folder))
         self.spec = triton.load(lambda: spec.load(config.version_folder))
         self.tokenizer = triton.load(lambda: text.load(config.version_folder, self.spec))
-        self.metrics = triton_metrics.Metrics(config, triton_metrics.TRUNCATED_TEXTS)
+        self.metrics = metrics.Metrics(config, metrics.TRUNCATED_TEXTS)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Tokenize all texts of all requests in one call."""
@@ -61,12 +61,12 @@ class TritonPythonModel:
         lengths = [len(row.ids) for row in rows]
         length = self._padded_length(max(lengths))
         return [
-            triton.output("input_ids", batch.pad([row.ids for row in rows], length)),
-            triton.output("attention_mask", batch.mask(lengths, length)),
+            triton.output("input_ids", batching.pad([row.ids for row in rows], length)),
+            triton.output("attention_mask", batching.mask(lengths, length)),
             triton.output("TOKENS", np.array([[row.total] for row in rows], np.int32)),
         ]
 
     def _padded_length(self, longest: int) -> int:
         if PADDING_IS_FREE and longest <= FREE_TOKENS:
             return min(FREE_TOKENS, self.spec.max_tokens)
-        return batch.bucket(longest, self.spec.length_buckets)
+        return batching.bucket(longest, self.spec.length_buckets)

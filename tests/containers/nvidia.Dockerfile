@@ -9,9 +9,9 @@ RUN apt-get update \
 RUN mkdir /opt/tritonserver \
     && mv /opt/halimede/backends /opt/tritonserver/backends \
     && cd /opt/tritonserver/backends \
-    && rm -r embedder tokenizer pooler image fusion halimede_ops triton_adapter.py triton_metrics.py \
+    && rm -r embedder tokenizer pooler image fusion adapter halimede_* \
     && mv /opt/halimede /opt/wheel \
-    && rm -r /opt/wheel/tools /opt/wheel/lib/python3.11/site-packages/halimede* \
+    && rm -r /opt/wheel/lib/python3.11/site-packages/halimede* \
     && /opt/wheel/bin/python -m ensurepip
 COPY tritonserver /usr/local/bin/
 ENV PATH=/opt/wheel/bin:$PATH PYTHONDONTWRITEBYTECODE=

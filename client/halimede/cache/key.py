@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from halimede.items import Item, Kind, framed, parts
+from halimede.inputs.items import Item, Kind, framed, parts
 
 KEY_BYTES = 20
 FORMAT = b"halimede vector2"

@@ -18,10 +18,10 @@ import time
 from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any
 
-from halimede.breaker import Breaker
 from halimede.cache.entries import Expect, is_fresh, is_intact
 from halimede.cache.key import KEY_BYTES
 from halimede.cache.tier import Item, Tier
+from halimede.pipeline.breaker import Breaker
 from halimede_ops.errors import ServerUnreachable
 
 READ_KEYS = 512

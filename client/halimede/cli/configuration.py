@@ -9,7 +9,7 @@ import typer
 
 from halimede import providers
 from halimede.cli import options
-from halimede.config import load
+from halimede.config.file import load
 
 app = typer.Typer(no_args_is_help=True, help="Look after a configuration.")
 

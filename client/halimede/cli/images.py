@@ -13,10 +13,10 @@ import numpy as np
 import typer
 
 from halimede.cli import options
-from halimede.contact_sheet import Hit, sheet
+from halimede.cli.contact_sheet import Hit, sheet
 from halimede.embedder import Embedder
+from halimede.inputs.images import Found, find_images, is_image
 from halimede.results import Embeddings
-from halimede.sources import Found, find_images, is_image
 from halimede_ops import vectors
 from halimede_ops.errors import HalimedeError, InvalidInput, SpaceRefused
 from halimede_ops.quantise import OutputType

@@ -10,17 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
-from halimede import catalogue, loop
-from halimede import monitor as monitoring
 from halimede.cli import options
-from halimede.config import resolve
+from halimede.config.environment import Settings
+from halimede.config.file import resolve
 from halimede.embedder import Embedder
-from halimede.items import Kind
-from halimede.providers import triton
+from halimede.inputs.items import Kind
+from halimede.models import catalogue
+from halimede.observability import monitor as monitoring
+from halimede.pipeline import loop
+from halimede.providers.triton import provider
 from halimede.results import ServedModel
-from halimede.settings import Settings
-from halimede_ops import pins
 from halimede_ops.errors import InvalidConfig, ModelNotFound
+from halimede_repository import configs
 
 INPUTS: Mapping[Kind, str] = {"text": "text", "image": "image", "pair": "multimodal"}
 """What a model takes, in the words of its config's parameter `input`."""
@@ -115,9 +116,9 @@ def monitor(
 def _served(url: str | None, timeout_s: float | None) -> list[ServedModel]:
     """The embedding models that a server has ready."""
     asked = resolve(url=url, timeout_s=timeout_s).chain()[0]
-    if not isinstance(asked, triton.Options):
+    if not isinstance(asked, provider.Options):
         raise InvalidConfig(f"{asked.model_id} is of provider {asked.provider}; give --url.")
-    return loop.shared().wait(triton.models(asked))
+    return loop.shared().wait(provider.models(asked))
 
 
 def _listed(row: catalogue.Model) -> dict[str, Any]:
@@ -150,7 +151,9 @@ def _row(model: ServedModel, repository: Path, verbose: bool) -> dict[str, Any]:
 def _quality(repository: Path, model: ServedModel) -> dict[str, Any]:
     """The figures of the build's check, when the served model is the one of the repository."""
     try:
-        record = json.loads((pins.read(repository, model.name).folder / "quality.json").read_text())
+        record = json.loads(
+            (configs.read(repository, model.name).folder / "quality.json").read_text()
+        )
     except (OSError, ValueError, ModelNotFound):
         return {}
     if record["space"] != model.space:

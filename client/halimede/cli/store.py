@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from halimede import store
 from halimede.cli import options
-from halimede.settings import Settings
+from halimede.config.environment import Settings
+from halimede.models import store
 
 app = typer.Typer(no_args_is_help=True, help="Look after downloads and built files of models.")
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, cast
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from halimede.items import Item, Kind, Pair
+from halimede.inputs.items import Item, Kind, Pair
 from halimede.results import UNKNOWN_TOKENS, ServedModel
 from halimede_ops import errors
 from halimede_ops import vectors as ops

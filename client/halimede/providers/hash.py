@@ -6,8 +6,8 @@ import asyncio
 
 from pydantic import Field
 
-from halimede import hashing
-from halimede.items import Kind, parts
+from halimede.inputs.items import Kind, parts
+from halimede.providers import hashing
 from halimede.providers.base import Answer, Request, cut, prompt, unknown_tokens
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import ServedModel

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from halimede.items import Kind
+from halimede.inputs.items import Kind
 from halimede.providers import base
 from halimede.providers.base import Answer, KeyOptions, Request
 from halimede.results import ServedModel

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from halimede.items import Kind
-from halimede.latest import Latest
+from halimede.inputs.items import Kind
+from halimede.pipeline.latest import Latest
 from halimede.providers import base
 from halimede.providers.base import Answer, Request
 from halimede.providers.base import Options as BaseOptions

@@ -15,13 +15,14 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from halimede.items import Kind
+from halimede.config.environment import Settings
+from halimede.inputs.items import Kind
 from halimede.providers import base
 from halimede.providers.base import Answer, Request, optional, too_late
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
-from halimede.settings import Settings
-from halimede_ops import errors, pins, vectors
+from halimede_ops import errors, vectors
+from halimede_repository import configs
 
 MAX_BATCH_SIZE = 256
 """Texts in one request: the engine cuts them into micro-batches itself."""
@@ -65,7 +66,7 @@ def connect(options: Options) -> Onnx:
 class _Stamp(NamedTuple):
     """What the repository serves under a name at one moment."""
 
-    pinned: pins.Served
+    pinned: configs.Served
     files: tuple[tuple[int, int], ...]
     """Time and size of the files that a build could replace in place."""
 
@@ -90,7 +91,7 @@ class _Runs:
         weakref.finalize(self, batches.close)
 
     async def done(self, items: Sequence[Any]) -> Sequence[Any]:
-        """One `continuous.Done` an item, in order; what running them raised is raised."""
+        """One `scheduler.Done` an item, in order; what running them raised is raised."""
         waiting: Future[Sequence[Any]] = Future()
 
         def answer(outcome: Any) -> None:
@@ -165,9 +166,9 @@ class Onnx:
         names for images.
         """
         name = self._options.model_id
-        config = pins.read(self._options.path, name).config
-        own = base.KINDS_BY_INPUT[pins.parameter(config, "input") or "text"]
-        image_model = pins.parameter(config, "image_model")
+        config = configs.read(self._options.path, name).config
+        own = base.KINDS_BY_INPUT[configs.parameter(config, "input") or "text"]
+        image_model = configs.parameter(config, "image_model")
         if kind == "image" and own == "text" and image_model:
             return kind, image_model
         if kind not in (None, own):
@@ -193,7 +194,8 @@ class Onnx:
         return opened
 
     def _read(self, kind: Kind, name: str, stamp: _Stamp) -> _Opened:
-        from halimede_ops import continuous, session, spec
+        from halimede_engine import scheduler, session
+        from halimede_ops import spec
 
         steps = stamp.pinned.steps
         facts = spec.load(stamp.pinned.folder)
@@ -223,7 +225,7 @@ class Onnx:
         if on_cpu and self._opens_twice(session.file_bytes(model)):
             sessions = session.Sessions(opened, lambda: open_session(1)[0])
             run, run_alone = sessions.run_together, sessions.run_alone
-        batches = continuous.ContinuousBatches(
+        batches = scheduler.ContinuousBatches(
             run, opened.plan, self._streams, rows, run_alone=run_alone, long_wait_runs=0
         )
         return _Opened(served, facts, reader, _Runs(batches), stamp)
@@ -232,14 +234,14 @@ class Onnx:
         shared = self._options.streams is None and self._streams > 1
         return shared and size_bytes <= MOST_OPENED_TWICE_BYTES
 
-    def _halves(self, pinned: pins.Served) -> _Halves:
+    def _halves(self, pinned: configs.Served) -> _Halves:
         """The fusion, with the two models that it was made for."""
         from halimede_ops import fusion
 
         made = fusion.load(pinned.folder)
         text, image = self._open("text", made.text_model), self._open("image", made.image_model)
         for half in (text, image):
-            wanted = pins.parameter(pinned.config, f"{half.served.input}_version")
+            wanted = configs.parameter(pinned.config, f"{half.served.input}_version")
             if half.stamp.pinned.folder.name != wanted:
                 raise errors.InvalidModel(
                     f"{half.served.name} is not of the version that the fusion was made for; make "
@@ -251,7 +253,7 @@ class Onnx:
         self, kind: Kind, facts: Any, steps: Mapping[str, Path]
     ) -> tuple[Any, Callable[[Sequence[Any]], Sequence[Any]]]:
         """What reads items as they come, and what makes rows of what it read."""
-        from halimede_ops import session
+        from halimede_engine import session
 
         if kind == "image":
             optional("PIL", "images")
@@ -265,7 +267,7 @@ class Onnx:
         tokenizer = text.load(steps[f"{facts.name}-tokenizer"], facts)
         return tokenizer, lambda prompted: session.rows(tokenizer.encode_prompted(prompted))
 
-    def _served(self, kind: Kind, name: str, pinned: pins.Served, facts: Any) -> ServedModel:
+    def _served(self, kind: Kind, name: str, pinned: configs.Served, facts: Any) -> ServedModel:
         quality = json.loads((pinned.folder / "quality.json").read_text())
         if quality["space"] != facts.space:
             raise errors.InvalidModel(
@@ -281,16 +283,16 @@ class Onnx:
             max_batch_size=MAX_BATCH_SIZE,
             provider="onnx",
             mean_cosine=quality.get("mean_cosine"),
-            version=pinned.folder.name if pins.versions(pinned.config) else "",
+            version=pinned.folder.name if configs.versions(pinned.config) else "",
             input=kind,
-            image_model=pins.parameter(pinned.config, "image_model"),
+            image_model=configs.parameter(pinned.config, "image_model"),
             max_image_bytes=MAX_IMAGE_BYTES if image is None else image.max_image_bytes,
         )
 
     def _stamp(self, name: str) -> _Stamp:
-        from halimede_ops import session
+        from halimede_engine import session
 
-        pinned = pins.read(self._options.path, name)
+        pinned = configs.read(self._options.path, name)
         files = [pinned.folder / "spec.json", pinned.folder / "quality.json"]
         for step, folder in pinned.steps.items():
             if "-onnx" in step:
@@ -298,7 +300,7 @@ class Onnx:
         try:
             return _Stamp(pinned, tuple((s.st_mtime_ns, s.st_size) for s in map(os.stat, files)))
         except OSError:
-            raise pins.not_built(name) from None
+            raise configs.not_built(name) from None
 
     def _accelerators(self) -> Sequence[str]:
         if self._options.device != "auto":

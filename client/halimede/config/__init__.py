@@ -1,0 +1,1 @@
+"""Configuration: a YAML file, the environment, one typed object."""

@@ -1,0 +1,1 @@
+"""Inputs: texts, images, archives and urls, as bytes to embed."""

@@ -1,0 +1,1 @@
+"""Models by name: the catalogue, and the store of downloads and built files."""

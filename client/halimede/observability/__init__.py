@@ -1,0 +1,1 @@
+"""Statistics, Prometheus metrics, OpenTelemetry spans, the monitor."""

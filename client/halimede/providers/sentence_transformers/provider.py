@@ -1,0 +1,229 @@
+"""sentence-transformers in a process of its own, spoken to in JSON lines.
+
+A process of its own keeps PyTorch's memory and threads out of this one, and may die without
+taking it along: it is started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import PositiveFloat
+
+from halimede.inputs.items import Kind, parts
+from halimede.providers import base
+from halimede.providers.base import Answer, Request
+from halimede.providers.base import Options as BaseOptions
+from halimede.results import IMAGE, ServedModel
+from halimede_ops import errors
+
+WORKER = "halimede.providers.sentence_transformers.worker"
+MAX_BATCH_SIZE = 128
+LONGEST_LINE_BYTES = 2**30
+CLOSE_TIMEOUT_S = 5.0
+
+
+class Options(BaseOptions):
+    """A model that sentence-transformers runs."""
+
+    provider: str = "sentence_transformers"
+    path: Path | None = None
+    """Folder of the model; else `model_id` is its name on the Hugging Face Hub."""
+    device: str = "cpu"
+    start_timeout_s: PositiveFloat = 120.0
+    """Longest wait for the process to load the model."""
+
+
+def connect(options: Options) -> SentenceTransformers:
+    """The provider for these options; its process starts on first use."""
+    base.installed("sentence_transformers", "sentence-transformers")
+    return SentenceTransformers(options)
+
+
+class SentenceTransformers:
+    """One model in one process. The process is started again when it has died."""
+
+    def __init__(self, options: Options) -> None:
+        self.name = f"sentence_transformers:{options.model_id}"
+        self._options = options
+        self._starting = asyncio.Lock()
+        self._worker: _Worker | None = None
+
+    async def close(self) -> None:
+        """End the process; a second call does nothing."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.close()
+
+    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+        """The model that the process has loaded."""
+        model = (await self._running()).model
+        if kind == "image" and model.image_model:
+            return dataclasses.replace(model, input="image", max_tokens=0)
+        base.check_texts(kind, self.name)
+        return model
+
+    async def health(self, timeout_s: float) -> None:
+        """Nothing when a probe text is embedded."""
+        await self.embed(Request([b"health"]), timeout_s)
+
+    async def embed(self, request: Request, timeout_s: float) -> Answer:
+        """The answer of the process."""
+        worker = await self._running()
+        if request.kind == "image" and worker.model.image_model:
+            images = [b"".join(parts(image)) for image in request.items]
+            asked: dict[str, Any] = {"images": [base64.b64encode(one).decode() for one in images]}
+        else:
+            texts = base.texts(request, self.name)
+            asked = {"texts": [text.decode() for text in texts], "input_type": request.input_type}
+        try:
+            told = await asyncio.wait_for(worker.ask(asked), timeout_s)
+        except asyncio.TimeoutError:
+            if worker.is_stuck(timeout_s):
+                await self.close()
+            raise base.too_late(self.name, timeout_s) from None
+        count = len(request.items)
+        vectors = np.frombuffer(base64.b64decode(told["vectors"]), "<f4").reshape(count, -1)
+        return Answer(
+            base.cut(np.array(vectors), request.dimensions),
+            np.array(told["tokens"], np.int32) if "tokens" in told else base.unknown_tokens(count),
+            worker.model,
+            _images(told["images"]) if "images" in told else None,
+        )
+
+    async def _running(self) -> _Worker:
+        async with self._starting:
+            if self._worker is None or not self._worker.is_running:
+                await self.close()
+                self._worker = await self._started()
+            return self._worker
+
+    async def _started(self) -> _Worker:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            WORKER,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            # What libraries print there may hold a text.
+            stderr=asyncio.subprocess.DEVNULL,
+            limit=LONGEST_LINE_BYTES,
+        )
+        worker = _Worker(self.name, process)
+        opening = {"model": str(self._options.path or self._options.model_id)}
+        try:
+            facts = await asyncio.wait_for(
+                worker.ask({**opening, "device": self._options.device}),
+                self._options.start_timeout_s,
+            )
+        except asyncio.TimeoutError:
+            await worker.close()
+            raise base.too_late(self.name, self._options.start_timeout_s) from None
+        except BaseException:
+            await worker.close()
+            raise
+        worker.model = self._served(facts)
+        return worker
+
+    def _served(self, facts: dict[str, Any]) -> ServedModel:
+        return ServedModel(
+            name=self._options.model_id,
+            # Of the weights in its memory; never the space of a built model, whose fingerprint
+            # covers its files.
+            space=base.fingerprint("sentence_transformers", facts["weights"]),
+            precision=facts["precision"],
+            dims=facts["dims"],
+            max_tokens=facts["max_tokens"],
+            max_batch_size=MAX_BATCH_SIZE,
+            provider="sentence_transformers",
+            image_model=self._options.model_id if facts["images"] else "",
+        )
+
+
+def _images(told: list[tuple[int, int, str]]) -> np.ndarray:
+    return np.array([(width, height, name.encode()) for width, height, name in told], IMAGE)
+
+
+class _Worker:
+    """A process and the requests it has not answered."""
+
+    model: ServedModel
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+        self._name = name
+        self._process = process
+        self._ids = itertools.count()
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._answered_at = time.monotonic()
+        self._listening = asyncio.ensure_future(self._listen())
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it can be asked."""
+        return self._process.returncode is None and not self._listening.done()
+
+    def is_stuck(self, timeout_s: float) -> bool:
+        """Whether it has answered nobody for this long."""
+        return time.monotonic() - self._answered_at > timeout_s
+
+    async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the process answers to one request.
+
+        Raises:
+            ServerUnreachable: it died.
+        """
+        stdin = self._process.stdin
+        if stdin is None or not self.is_running:
+            raise self._died()
+        number = next(self._ids)
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = answer
+        try:
+            stdin.write(json.dumps({"id": number, **request}).encode() + b"\n")
+            await stdin.drain()
+            return await answer
+        except OSError:
+            raise self._died() from None
+        finally:
+            self._waiting.pop(number, None)
+
+    async def close(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), CLOSE_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+        await asyncio.wait({self._listening})
+
+    async def _listen(self) -> None:
+        """Hand each line to who waits for it, until the process ends."""
+        out = self._process.stdout
+        while out is not None and (line := await out.readline()):
+            self._answered_at = time.monotonic()
+            told = json.loads(line)
+            waiting = self._waiting.get(told["id"])
+            if waiting is None or waiting.done():
+                continue
+            if "error" in told:
+                waiting.set_exception(getattr(errors, told["error"])(told["message"]))
+            else:
+                waiting.set_result(told)
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(self._died())
+
+    def _died(self) -> errors.ServerUnreachable:
+        return errors.ServerUnreachable(
+            f"the process of {self._name} ended; it is started again by the next request."
+        )

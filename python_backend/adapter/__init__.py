@@ -1,0 +1,1 @@
+"""What every backend needs of Triton: requests, answers, errors, metrics."""

@@ -1,0 +1,1 @@
+"""An ONNX model at work: session, scheduler, batching, response cache."""

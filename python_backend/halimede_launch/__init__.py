@@ -1,0 +1,1 @@
+"""Start and watch Triton in NVIDIA's container."""

@@ -1,0 +1,1 @@
+"""A model repository on disk, read without Triton or protobuf."""

@@ -1,0 +1,283 @@
+"""Continuous batching, with a run that says which rows it was given."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from conftest import wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halimede_engine import batching
+from halimede_engine.batching import INTERACTIVE_ROWS
+from halimede_engine.scheduler import WAITING_BULK, WAITING_ROWS, ContinuousBatches, Outcome
+from halimede_engine.session import Row
+from halimede_ops.errors import RequestCancelled, ServerOverloaded
+
+TIMEOUT_S = 20.0
+
+
+class Answer:
+    """Waits for one request's outcome."""
+
+    def __init__(self) -> None:
+        self._given = threading.Event()
+        self._outcomes: list[Outcome] = []
+
+    def __call__(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
+        self._given.set()
+
+    def wait(self) -> list[int] | Exception:
+        """The results of the request's rows, or what was raised."""
+        assert self._given.wait(TIMEOUT_S), "not answered"
+        [outcome] = self._outcomes
+        return outcome if isinstance(outcome, Exception) else [done.result for done in outcome]
+
+
+class Gate:
+    """A run that holds its thread until opened, and keeps the lengths of each micro-batch."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.entered = threading.Event()
+        self.parts: list[list[int]] = []
+
+    def run(self, rows: Sequence[Row]) -> list[int]:
+        self.parts.append([len(row.ids) for row in rows])
+        self.entered.set()
+        assert self.opened.wait(TIMEOUT_S)
+        return first_ids(rows)
+
+
+def row(length: int, first: int = 0) -> Row:
+    ids = np.full(length, first, np.int64)
+    return Row(ids, np.ones(length, np.int64))
+
+
+def first_ids(rows: Sequence[Row]) -> list[int]:
+    """Each row's first id."""
+    return [int(row.ids[0]) for row in rows]
+
+
+@contextmanager
+def closing(batches: ContinuousBatches) -> Iterator[ContinuousBatches]:
+    try:
+        yield batches
+    finally:
+        batches.close()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=9), max_size=30))
+def test_each_request_gets_its_own_rows_in_order(requests: list[list[int]]) -> None:
+    """Whatever the lengths and whichever thread runs them, vectors return to their request."""
+    answers = [Answer() for _ in requests]
+    firsts = iter(range(1000))
+    expected = []
+    with closing(ContinuousBatches(first_ids, batching.plan, threads=3)) as batches:
+        for lengths, answer in zip(requests, answers, strict=True):
+            rows = [row(length, next(firsts)) for length in lengths]
+            expected.append(first_ids(rows))
+            batches.submit(rows, answer)
+        assert [answer.wait() for answer in answers] == expected
+
+
+def test_the_row_that_waited_longest_is_in_the_next_run() -> None:
+    """A long text among many short ones is not passed over, and those like it go with it."""
+    gate = Gate()
+    with closing(ContinuousBatches(gate.run, batching.plan, threads=1)) as batches:
+        batches.submit([row(16)], Answer())
+        assert gate.entered.wait(TIMEOUT_S)
+        for length in (180, *[16] * 40, 178):
+            batches.submit([row(length)], Answer())
+        gate.opened.set()
+    assert gate.parts[0] == [16]
+    assert sorted(gate.parts[1]) == [178, 180]
+    assert all(set(part) == {16} for part in gate.parts[2:])
+
+
+def test_a_failed_run_fails_its_requests_alone() -> None:
+    """An error reaches the requests whose rows were in the run, and the next ones are served."""
+
+    def run(rows: Sequence[Row]) -> list[int]:
+        if any(row.ids[0] == 13 for row in rows):
+            raise ValueError("13")
+        return first_ids(rows)
+
+    with closing(ContinuousBatches(run, batching.plan, threads=2)) as batches:
+        bad, good = Answer(), Answer()
+        batches.submit([row(5, 1), row(250, 13)], bad)
+        assert isinstance(bad.wait(), ValueError)
+        batches.submit([row(5, 2)], good)
+        assert good.wait() == [2]
+
+
+def test_a_request_whose_caller_has_gone_is_not_run() -> None:
+    """Its outcome is RequestCancelled; those that waited beside it are run."""
+    gate, gone, stays = Gate(), Answer(), Answer()
+    opened = ContinuousBatches(gate.run, batching.plan, threads=1, long_wait_runs=0)
+    with closing(opened) as batches:
+        batches.submit([row(16)], Answer())
+        assert gate.entered.wait(TIMEOUT_S)
+        batches.submit([row(16, 1), row(16, 2)], gone, lambda: True)
+        batches.submit([row(16, 3)], stays, lambda: False)
+        gate.opened.set()
+        assert isinstance(gone.wait(), RequestCancelled)
+        assert stays.wait() == [3]
+    assert gate.parts == [[16], [16]]
+
+
+@pytest.mark.parametrize(("rows", "room"), [(1, WAITING_ROWS), (32, WAITING_BULK)])
+def test_the_caller_is_held_back_until_there_is_room(rows: int, room: int) -> None:
+    """With more rows of a lane waiting than may, `wait_for_room` returns when runs took some."""
+    gate = Gate()
+    with closing(ContinuousBatches(gate.run, batching.plan, threads=1)) as batches:
+        batches.submit([row(16)], Answer())
+        assert gate.entered.wait(TIMEOUT_S)
+        for _ in range(room // rows):
+            batches.submit([row(16)] * rows, Answer())
+        batches.wait_for_room()
+        batches.submit([row(16)] * rows, Answer())
+        caller = threading.Thread(target=batches.wait_for_room)
+        caller.start()
+        caller.join(0.2)
+        assert caller.is_alive()
+        gate.opened.set()
+        caller.join(TIMEOUT_S)
+        assert not caller.is_alive()
+
+
+def test_more_requests_than_may_wait_are_refused() -> None:
+    """One beyond the limit raises ServerOverloaded; each lane has its own, and answers make room."""
+    gate, answers = Gate(), [Answer() for _ in range(3)]
+    with closing(ContinuousBatches(gate.run, batching.plan, threads=1, most_requests=2)) as batches:
+        batches.submit([row(16)], answers[0])
+        batches.submit([row(16)], answers[1])
+        with pytest.raises(ServerOverloaded, match="2 requests wait"):
+            batches.submit([row(16)], Answer())
+        batches.submit([row(16)] * (INTERACTIVE_ROWS + 1), answers[2])
+        gate.opened.set()
+        for answer in answers:
+            answer.wait()
+        batches.submit([row(16)], Answer())
+
+
+def test_a_single_text_does_not_wait_for_bulk() -> None:
+    """While every thread runs bulk and more of it waits, a small request is run and answered."""
+    gate, quick = Gate(), threading.Event()
+
+    def run(rows: Sequence[Row]) -> list[int]:
+        if rows[0].ids[0] == 7:
+            quick.set()
+            return first_ids(rows)
+        return gate.run(rows)
+
+    with closing(ContinuousBatches(run, batching.plan, threads=1)) as batches:
+        bulk, single = Answer(), Answer()
+        batches.submit([row(16)] * WAITING_ROWS, bulk)
+        assert gate.entered.wait(TIMEOUT_S)
+        batches.submit([row(16, 7)], single)
+        assert single.wait() == [7]
+        gate.opened.set()
+        assert bulk.wait() == [0] * WAITING_ROWS
+    assert quick.is_set()
+
+
+def test_bulk_does_not_starve() -> None:
+    """Beside single texts without end, bulk that came before them is answered."""
+    stop = threading.Event()
+
+    def ask_again(_: Outcome = ()) -> None:
+        if not stop.is_set():
+            batches.submit([row(16)], ask_again)
+
+    with closing(ContinuousBatches(first_ids, batching.plan, threads=1)) as batches:
+        for _ in range(4):
+            ask_again()
+        bulk = Answer()
+        batches.submit([row(16)] * (INTERACTIVE_ROWS + 1), bulk)
+        assert bulk.wait() == [0] * (INTERACTIVE_ROWS + 1)
+        stop.set()
+
+
+def test_what_waits_is_read_together() -> None:
+    """Items that come while every thread runs are given to `read` at once, and each request gets
+    its own; one that cannot be read fails alone.
+    """
+    gate, reads = Gate(), []
+
+    def read(items: Sequence[int]) -> list[Row]:
+        reads.append(list(items))
+        if 13 in items:
+            raise ValueError("13")
+        return [row(16, item) for item in items]
+
+    answers = [Answer() for _ in range(4)]
+    with closing(ContinuousBatches(gate.run, batching.plan, threads=1, read=read)) as batches:
+        batches.submit([1], Answer())
+        assert gate.entered.wait(TIMEOUT_S)
+        for item, answer in zip((2, 3, 13, 4), answers, strict=True):
+            batches.submit([item], answer)
+        gate.opened.set()
+        *given, last = [
+            answer.wait() for answer in (answers[0], answers[1], answers[3], answers[2])
+        ]
+    assert given == [[2], [3], [4]]
+    assert isinstance(last, ValueError)
+    assert reads[:2] == [[1], [2, 3, 13, 4]]
+
+
+def test_bulk_is_read_one_request_at_a_time() -> None:
+    """A small request that comes behind much bulk is read before most of it."""
+    gate, reads = Gate(), []
+
+    def read(items: Sequence[int]) -> list[Row]:
+        reads.append(items[0])
+        return [row(16, item) for item in items]
+
+    with closing(ContinuousBatches(gate.run, batching.plan, threads=1, read=read)) as batches:
+        for number in range(8):
+            batches.submit([number] * WAITING_ROWS, Answer())
+        assert gate.entered.wait(TIMEOUT_S)
+        small = Answer()
+        batches.submit([100], small)
+        gate.opened.set()
+        assert small.wait() == [100]
+    assert reads.index(100) < 4
+
+
+def test_what_has_all_threads_is_run_alone() -> None:
+    """While nothing else waits or is run, `run_alone` has the micro-batch; else `run` has."""
+    gate, alone = Gate(), []
+
+    def run_alone(rows: Sequence[Row]) -> list[int]:
+        alone.append(first_ids(rows))
+        return first_ids(rows)
+
+    batches = ContinuousBatches(gate.run, batching.plan, threads=2, run_alone=run_alone)
+    with closing(batches):
+        single = Answer()
+        wait_until(lambda: batches._free == 2)
+        batches.submit([row(16, 1)], single)
+        assert single.wait() == [1]
+        wait_until(lambda: batches._free == 2)
+        batches.submit([row(256, 2), row(256, 3)], Answer())
+        assert gate.entered.wait(TIMEOUT_S)
+        gate.opened.set()
+    assert alone[0] == [1]
+    assert [256] in gate.parts
+
+
+def test_closing_answers_what_waits() -> None:
+    """Every request submitted before `close` has its answer when `close` returns."""
+    answers = [Answer() for _ in range(100)]
+    batches = ContinuousBatches(first_ids, batching.plan, threads=2)
+    for index, answer in enumerate(answers):
+        batches.submit([row(1 + index, index)], answer)
+    batches.close()
+    assert [answer.wait() for answer in answers] == [[i] for i in range(100)]

@@ -1,0 +1,100 @@
+"""Who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+BACKEND = ROOT / "python_backend"
+PACKAGES = {
+    "halimede_ops": set(),
+    "halimede_repository": {"halimede_ops"},
+    "halimede_engine": {"halimede_ops"},
+    "halimede_launch": {"halimede_ops", "halimede_repository"},
+    "adapter": {"halimede_ops", "halimede_engine", "halimede_repository"},
+}
+"""Package of python_backend/ → those of ours that it may import besides itself."""
+SERVER_SIDE = {"numpy", "tokenizers", "PIL", "onnxruntime"}
+OWN = {"halimede", "halimede_tools", *PACKAGES}
+STANDARD = {"__future__", "collections", "concurrent", "dataclasses", "json", "os", "pathlib"}
+STANDARD |= {"contextlib", "ctypes", "io", "queue", "re", "sys", "threading", "traceback"}
+STANDARD |= {"bisect", "hashlib", "math", "secrets", "signal", "subprocess", "time", "typing"}
+WORKER = "worker.py"
+BUILD_ONLY = {"torch", "transformers", "sentence_transformers", "optimum", "nncf", "onnx"}
+
+
+def imported(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Each file of a folder with each top-level module that it imports."""
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from ((path, alias.name.split(".")[0]) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                yield path, node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", [name for name in PACKAGES if name != "adapter"])
+def test_packages_import_arrays_and_what_is_below_them(package: str) -> None:
+    """They need numpy, tokenizers, pillow and onnxruntime, and of ours what is listed."""
+    allowed = SERVER_SIDE | STANDARD | {package} | PACKAGES[package]
+    assert {name for _, name in imported(BACKEND / package)} <= allowed
+
+
+def test_the_adapter_imports_what_is_below_it() -> None:
+    """It may speak to Triton; neither to the client nor to the tools."""
+    names = {name for _, name in imported(BACKEND / "adapter")}
+    assert names & OWN <= {"adapter"} | PACKAGES["adapter"]
+    assert not names & BUILD_ONLY
+
+
+@pytest.mark.parametrize(
+    "backend", ["tokenizer", "onnxruntime", "pooler", "image", "fusion", "embedder"]
+)
+def test_backends_import_operations_alone(backend: str) -> None:
+    """A backend needs the adapter and what that may import; neither client nor tools."""
+    names = {name for _, name in imported(BACKEND / backend)}
+    assert names & OWN <= {"adapter"} | PACKAGES["adapter"]
+    assert not names & BUILD_ONLY
+
+
+def test_client_imports_neither_tools_nor_what_builds() -> None:
+    """The client needs three packages of the backend, and never torch: a process of its own may."""
+    names = {name for path, name in imported(ROOT / "client") if path.name != WORKER}
+    assert names & OWN <= {"halimede", "halimede_ops", "halimede_engine", "halimede_repository"}
+    assert not names & BUILD_ONLY
+
+
+OPTIONAL = ["openai", "ollama", "huggingface_hub", "onnxruntime", "redis", "torch"]
+
+
+@pytest.mark.parametrize(
+    ("module", "later"),
+    [("halimede", [*OPTIONAL, "rich", "yaml", "opentelemetry"]), ("halimede.cli", OPTIONAL)],
+)
+def test_packages_are_imported_on_first_use(module: str, later: list[str]) -> None:
+    """Opening an embedder over Triton imports no SDK, no engine and no cache server's client, and
+    outside the command line nothing that draws or reads a configuration's file.
+    """
+    code = (
+        f"import sys, halimede, {module}; halimede.Embedder().close(); "
+        f"print([name for name in {later} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_one_file_knows_model_config() -> None:
+    """config.pbtxt is printed from typed messages in one file alone."""
+    users = [
+        path.name
+        for folder in ("tools", "client", "python_backend")
+        for path in (ROOT / folder).rglob("*.py")
+        if "import model_config_pb2" in path.read_text()
+    ]
+    assert users == ["model_config.py"]

@@ -1,0 +1,170 @@
+"""`halimede_tools serve` as a user runs it: started, stopped, and told plainly what is wrong."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import MODEL, ROOT, family, free_options, version_folder
+
+from halimede_ops.errors import ServeError
+from halimede_tools.serve import wheel
+from halimede_tools.settings import Settings
+
+
+def start(
+    options: wheel.Options, *more: str, within: Sequence[str] = (), **environment: str
+) -> subprocess.Popen[str]:
+    """`tools serve` with these ports and the FP32 model alone, run by the command `within`."""
+    import os
+
+    command = [*within, sys.executable, "-m", "halimede_tools", "serve", "--models", MODEL]
+    command += ["--http-port", str(options.http_port), "--grpc-port", str(options.grpc_port)]
+    command += ["--metrics-port", str(options.metrics_port), *more]
+    return subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
+
+
+def read_until(process: subprocess.Popen[str], mark: str) -> str:
+    """What the process prints, up to the line with `mark`."""
+    printed = ""
+    assert process.stderr is not None
+    for line in process.stderr:
+        printed += line
+        if mark in line:
+            return printed
+    raise AssertionError(f"{mark!r} was not printed:\n{printed}")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_serve_shows_a_sample_and_stops_every_child(sent: signal.Signals) -> None:
+    """It prints a vector's head, the endpoints and a curl; a signal ends it and all children."""
+    options = free_options()
+    process = start(options)
+    printed = read_until(process, "Ctrl-C")
+    assert "[-0.0345, 0.0310, 0.0067" in printed
+    assert f"127.0.0.1:{options.grpc_port}" in printed
+    assert f"curl -s http://127.0.0.1:{options.http_port}/v2/models/{MODEL}/infer" in printed
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert any("tritonserver" in child.name() for child in children)
+    process.send_signal(sent)
+    assert process.wait(60) == 0
+    assert not psutil.wait_procs(children, timeout=30)[1]
+    assert not list(Path("/dev/shm").glob(f"halimede-{process.pid}-*"))
+
+
+def test_a_killed_launcher_takes_triton_with_it() -> None:
+    """SIGKILL of the launcher ends the server too: no port stays taken."""
+    process = start(free_options())
+    read_until(process, "Ctrl-C")
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(children, timeout=40)[1]
+
+
+def test_taken_port_is_named() -> None:
+    """A taken port gives one line with the port and the flag that changes it."""
+    options = free_options()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", options.http_port))
+        taken.listen()
+        process = start(options)
+        _, printed = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert printed == (
+        f"error: HTTP port {options.http_port} on 127.0.0.1 is taken. Stop what uses it, or "
+        "choose another with --http-port.\n"
+    )
+
+
+def test_unknown_model_lists_the_served() -> None:
+    """A model that is not in the repository gives one line with those that are."""
+    process = start(free_options(), "--models", "no-such-model")
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert printed.startswith("error: 'no-such-model' is not in the repository; it has: all-")
+    assert printed.count("\n") == 1
+
+
+def test_a_model_that_does_not_load_is_named(settings: Settings, tmp_path: Path) -> None:
+    """A damaged model.onnx gives one line with the model's name and what to do."""
+    damaged = tmp_path / "repository"
+    shutil.copytree(settings.repository, damaged)
+    onnx = version_folder(damaged / f"{MODEL}-onnx") / "model.onnx"
+    onnx.unlink()
+    onnx.write_bytes(b"damaged")
+    process = start(free_options(), HALIMEDE_REPOSITORY=str(damaged))
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert printed.startswith(f"error: model {MODEL} did not load: model.onnx is not")
+    assert "build the model again" in printed
+    assert printed.count("\n") == 1
+
+
+def test_missing_libpython_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a shared libpython the error names Debian's package for it."""
+    import sysconfig
+
+    # Python itself is asked for its library's name; a name that exists nowhere is the same to it
+    # as a Python that was built without one.
+    monkeypatch.setitem(sysconfig.get_config_vars(), "INSTSONAME", "libpython-none.so.1.0")
+    with pytest.raises(ServeError, match="apt-get install libpython3"):
+        wheel.libpython()
+
+
+def test_unbuilt_model_says_how(settings: Settings, tmp_path: Path) -> None:
+    """A repository with configs alone, as git has it, is told to be built."""
+    folder = tmp_path / MODEL
+    folder.mkdir()
+    shutil.copy(settings.repository / MODEL / "config.pbtxt", folder)
+    with pytest.raises(ServeError, match="make build"):
+        with wheel.serve(tmp_path, settings.python_backend, tmp_path, free_options()):
+            pass
+
+
+def test_log_levels(settings: Settings) -> None:
+    """Each level turns on its own and the more severe; an unknown one is refused."""
+    assert "--log-info=false" in wheel.Options(log_level="warning").arguments()
+    assert "--log-verbose=1" in wheel.Options(log_level="verbose").arguments()
+    with pytest.raises(ServeError, match="use one of error, warning, info, verbose"):
+        wheel.Options(log_level="loud").arguments()
+
+
+def test_loopback_by_default() -> None:
+    """Nothing listens beyond this machine unless it is asked for."""
+    arguments = wheel.Options().arguments()
+    assert {a for a in arguments if "address" in a} == {
+        "--http-address=127.0.0.1", "--grpc-address=127.0.0.1", "--metrics-address=127.0.0.1"
+    }  # fmt: skip
+
+
+def test_ready_means_fast(settings: Settings, tmp_path: Path) -> None:
+    """The first request after ready was warmed up: it is not far slower than the tenth."""
+    from halimede import Embedder
+
+    options = free_options(models=(MODEL,))
+    with wheel.serve(settings.repository, settings.python_backend, tmp_path, options) as server:
+        with Embedder(server.grpc_address) as embedder:
+            embedder.model  # noqa: B018 - connect first
+            took_s = []
+            for _ in range(10):
+                began_s = cpu_s(server.process.pid)
+                embedder.embed("a first text")
+                took_s.append(cpu_s(server.process.pid) - began_s)
+    assert took_s[0] <= 10 * sorted(took_s)[5]
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds until now of a process and its children: what else runs does not count."""
+    # Linux has a clock of each process (clock_getcpuclockid), finer than what /proc tells.
+    return sum(time.clock_gettime((~process.pid << 3) | 2) for process in family(pid))

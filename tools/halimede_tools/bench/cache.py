@@ -1,0 +1,99 @@
+"""How many texts a second the cache and the hash embeddings answer, against what they must."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from halimede.cache import Cache, Disk, Entries, Expect, Memory, Redis, Tier, keys
+from halimede.providers import hashing
+from halimede_ops.errors import HalimedeError
+from halimede_tools.bench import redis_server
+from halimede_tools.build.steps import console
+
+DIMS = 384
+TEXTS = 20_000
+BATCH = 1000
+ROUNDS = 5
+MIB = 1024 * 1024
+
+BARS = {"memory": 200_000, "disk": 20_000, "redis": 20_000, "hash": 50_000}
+"""Texts/s that each must reach: the median of ROUNDS."""
+
+
+def bench_cache() -> None:
+    """Measure, print the table.
+
+    Raises:
+        HalimedeError: one misses its bar, or redis-server cannot be started.
+    """
+    texts = [f"text {row}: ".encode() + b"lorem ipsum " * 15 for row in range(TEXTS)]
+    with tempfile.TemporaryDirectory() as folder, redis_server.serve(Path(folder)) as url:
+        rates = asyncio.run(_cache_rates(texts, Path(folder), url))
+    rates["hash"] = _hash_rates(texts)
+    table = Table("what", "texts/s", "lowest", "highest", "must", title=_title())
+    for name, bar in BARS.items():
+        figures = (statistics.median(rates[name]), min(rates[name]), max(rates[name]), bar)
+        table.add_row(name, *(f"{figure:,.0f}" for figure in figures))
+    console.print(table)
+    missed = [name for name, bar in BARS.items() if statistics.median(rates[name]) < bar]
+    if missed:
+        raise HalimedeError(f"{', '.join(missed)} missed the bar. Run it on an idle machine.")
+
+
+async def _cache_rates(texts: Sequence[bytes], folder: Path, url: str) -> dict[str, list[float]]:
+    """Texts/s of the whole way for hits in each tier: keys, lookup, arrays."""
+    tiers: list[Tier] = [Memory(256 * MIB), Disk(folder, 256 * MIB), Redis(url)]
+    return {tier.name: await _hit_rates(texts, tier) for tier in tiers}
+
+
+async def _hit_rates(texts: Sequence[bytes], tier: Tier) -> list[float]:
+    cache = Cache([tier])
+    await _read(cache, texts, _compute)
+    await cache.flush()
+    rates = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        await _read(cache, texts, _never)
+        rates.append(len(texts) / (time.perf_counter() - began))
+    await cache.close()
+    return rates
+
+
+async def _read(
+    cache: Cache, texts: Sequence[bytes], compute: Callable[[list[int]], Awaitable[Entries]]
+) -> None:
+    for start in range(0, len(texts), BATCH):
+        batch = texts[start : start + BATCH]
+        wanted = keys(batch, space=hashing.space(), precision="fp32", input_type=None, dims=DIMS)
+        await cache.get_or_compute(wanted, compute, Expect(DIMS))
+
+
+async def _compute(rows: list[int]) -> Entries:
+    vectors = hashing.embed([str(row).encode() for row in rows], DIMS)
+    return Entries(vectors, np.zeros(len(rows), np.int32))
+
+
+async def _never(rows: list[int]) -> Entries:
+    raise HalimedeError(f"{len(rows)} texts were not in the cache; the figures would be wrong.")
+
+
+def _hash_rates(texts: Sequence[bytes]) -> list[float]:
+    rates = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        for start in range(0, len(texts), BATCH):
+            hashing.embed(texts[start : start + BATCH], DIMS)
+        rates.append(len(texts) / (time.perf_counter() - began))
+    return rates
+
+
+def _title() -> str:
+    return f"hits and hash embeddings: {TEXTS:,} texts of {DIMS} dims in batches of {BATCH:,}"

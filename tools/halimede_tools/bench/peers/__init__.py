@@ -1,0 +1,1 @@
+"""Every engine beside its peers, in one run."""

@@ -1,0 +1,388 @@
+"""Every engine on one machine, in one run, with the same weights and the same texts.
+
+Each engine is a process of its own that stays up; for every case they are asked in turn, so that
+all see the machine in the same state. Each figure is a line of the results file at once: a run can
+be cut into cases, and its report drawn at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from halimede_ops import vectors
+from halimede_ops.errors import DownloadError, HalimedeError
+from halimede_tools.bench.peers import engines as bench_peers
+from halimede_tools.bench.peers import limit as bench_limit
+from halimede_tools.bench.peers import report
+from halimede_tools.bench.peers.engines import REFERENCE, Engine
+from halimede_tools.build.repository import served_name
+from halimede_tools.build.samples import corpus
+from halimede_tools.build.steps import console
+from halimede_tools.serve import wheel
+from halimede_tools.settings import Settings
+
+PRECISIONS = ("fp32", "fp16", "int8")
+STRIDE = 5
+"""Every so many-th of the mixed texts, by length, is sent alone."""
+LONG_TEXTS = 32
+BULK_TEXTS = 1000
+BULK_LEAD_S = 0.5
+"""Time for bulk to fill the server before single texts are sent beside it."""
+COMPARED = 100
+"""Texts whose vectors are compared."""
+ALONE = 20
+"""Of these, so many are embedded alone as well."""
+FIRST_PORT = 18_100
+"""Each server has three ports from here on, ten apart."""
+
+
+class Case(NamedTuple):
+    """One thing that is measured."""
+
+    name: str
+    way: str
+    """`together`: one call; `each`: a call a text; `beside`: the same while another client sends
+    bulk, of what is served alone."""
+    texts: str
+    """Of `texts`."""
+    size: int
+    concurrency: int = 1
+
+
+def texts() -> dict[str, list[str]]:
+    """What is embedded: `mixed` texts, a share of them of the same lengths to send one by one, and
+    `long` ones, beyond 256 tokens.
+    """
+    mixed = corpus.mixed_texts()
+    single = sorted(mixed, key=len)[::STRIDE]
+    random.Random(1).shuffle(single)
+    chance = random.Random(2)
+    long = [" ".join(chance.choices(corpus.SENTENCES, k=40)) for _ in range(LONG_TEXTS)]
+    return {"mixed": mixed, "single": single, "long": long}
+
+
+BESIDE = "beside bulk"
+SINGLES = len(texts()["single"])
+CASES = (
+    Case("single", "each", "single", SINGLES),
+    Case("100", "together", "mixed", 100),
+    Case("1000", "together", "mixed", 1000),
+    Case("long", "together", "long", LONG_TEXTS),
+    Case("singles", "together", "single", SINGLES),
+    *(Case(f"concurrency {n}", "each", "single", SINGLES, n) for n in (8, 32, 64)),
+    Case(BESIDE, "beside", "single", SINGLES),
+)
+
+
+class Process:
+    """One engine in a process of its own."""
+
+    def __init__(self, engine: Engine, settings: Settings, model: str, address: str = "") -> None:
+        self.engine = engine
+        python = bench_peers.python(engine.environment, settings)
+        arguments = bench_peers.arguments(engine, settings, model, address)
+        self.folder = write_texts(settings)
+        self._log = self.folder / f"{engine.name}.log"
+        began = time.perf_counter()
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [str(python), str(Path(__file__).with_name("runner.py")), *arguments],
+                env=_environment(engine),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self.ask("together", "mixed", 1, 1)
+        self.cold_start_s = time.perf_counter() - began
+        """From the start of Python to the first embedding."""
+
+    def measure(self, case: Case, *arguments: str) -> dict[str, Any]:
+        """The figures of one case."""
+        figures = self.ask(case.way, case.texts, case.size, case.concurrency, *arguments)
+        latencies = figures.pop("latencies", None)
+        if latencies:
+            figures["p50_ms"], figures["p99_ms"] = np.percentile(latencies, (50, 99)) * 1000
+        return figures
+
+    def ask(self, way: str, kind: str, count: int, *arguments: Any) -> dict[str, Any]:
+        """What the process answers.
+
+        Raises:
+            HalimedeError: it has ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        asked = {"way": way, "texts": str(self.folder / f"{kind}.json"), "count": count}
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(asked | {"arguments": arguments}) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise HalimedeError(f"{self.engine.name} ended by itself; see {self._log}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def vectors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors `[texts, dims]` of the first COMPARED texts, and of the first ALONE embedded
+        alone.
+        """
+        file = self.folder / "vectors.npz"
+        self.ask("save", "single", COMPARED, ALONE, str(file))
+        with np.load(file) as saved:
+            return saved["together"], saved["alone"]
+
+    def memory_bytes(self) -> int:
+        """Memory of the process and its children, what they share counted once."""
+        return memory_bytes(self._process.pid)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+class Served:
+    """One model on a Triton of its own, as `make serve` starts it, a client's process, and one that
+    sends single texts.
+    """
+
+    def __init__(self, engine: Engine, settings: Settings, model: str, port: int) -> None:
+        self.engine = engine
+        self.name = served_name(model, engine.precision)
+        options = wheel.Options(
+            http_port=port, grpc_port=port + 1, metrics_port=port + 2, models=(self.name,)
+        )
+        self._open = contextlib.ExitStack()
+        began = time.perf_counter()
+        self._server = self._open.enter_context(
+            wheel.serve(
+                settings.repository, settings.python_backend, settings.run(port + 1), options
+            )
+        )
+        first_embedding(self._server.http_address, self.name)
+        self.cold_start_s = time.perf_counter() - began
+        """From the start of Triton to the first embedding."""
+        self._client = Process(engine, settings, model, self._server.grpc_address)
+        self._load = Process(engine, settings, model, self._server.grpc_address)
+
+    def measure(self, case: Case) -> dict[str, Any]:
+        """The figures of one case; `cpu_s` is the client's or the load generator's."""
+        if case.way == "together":
+            return self._client.measure(case)
+        if case.way == "beside":
+            return self._beside_bulk(case)
+        return self._single(case)
+
+    def _beside_bulk(self, case: Case) -> dict[str, Any]:
+        done = threading.Event()
+
+        def send_bulk() -> list[float]:
+            took = []
+            while not done.is_set():
+                took.append(self._client.ask("together", "mixed", BULK_TEXTS, 1)["seconds"])
+            return took
+
+        with ThreadPoolExecutor(1) as sender:
+            bulk = sender.submit(send_bulk)
+            time.sleep(BULK_LEAD_S)
+            figures = self._single(case)
+            done.set()
+        took = bulk.result()
+        return figures | {"bulk_texts_per_s": len(took) * BULK_TEXTS / sum(took)}
+
+    def _single(self, case: Case) -> dict[str, Any]:
+        return self._load.measure(case._replace(way="load"), self._server.grpc_address, self.name)
+
+    def vectors(self) -> tuple[np.ndarray, np.ndarray]:
+        """As a Process."""
+        return self._client.vectors()
+
+    def memory_bytes(self) -> int:
+        """Memory of Triton and its Python process, what they share counted once."""
+        return memory_bytes(self._server.process.pid)
+
+    def close(self) -> None:
+        """End the clients, then the server."""
+        self._client.close()
+        self._load.close()
+        self._open.close()
+
+
+def first_embedding(http_address: str, model: str) -> None:
+    """Nothing when the server has embedded a text."""
+    import tritonclient.http as httpclient
+
+    tensor = httpclient.InferInput("TEXT", [1, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([[b"hello world"]], np.object_))
+    with httpclient.InferenceServerClient(http_address) as client:
+        client.infer(model, [tensor])
+
+
+def memory_bytes(pid: int) -> int:
+    """Memory of a process and its children, what they share counted once."""
+    import psutil  # type: ignore[import-untyped]
+
+    parent = psutil.Process(pid)
+    family = [parent, *parent.children(recursive=True)]
+    return sum(int(process.memory_full_info().pss) for process in family)
+
+
+def _environment(engine: Engine) -> dict[str, str]:
+    """The peers see nothing of ours, and no hub."""
+    if not engine.environment:
+        return dict(os.environ)
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**plain, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def write_texts(settings: Settings) -> Path:
+    """The folder with a file of each kind of texts."""
+    folder = settings.home / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, listed in texts().items():
+        (folder / f"{kind}.json").write_text(json.dumps(listed))
+    return folder
+
+
+def engines(precisions: Sequence[str], named: Sequence[str] = ()) -> list[Engine]:
+    """All of these precisions whose names have one of `named` as a part, the reference always."""
+    chosen = [*bench_peers.PEERS, *(one for name in PRECISIONS for one in bench_peers.ours(name))]
+    return [
+        one
+        for one in chosen
+        if one is REFERENCE
+        or (one.precision in precisions and (not named or any(part in one.name for part in named)))
+    ]
+
+
+@contextlib.contextmanager
+def started(
+    settings: Settings, model: str, wanted: Sequence[Engine], first_port: int = FIRST_PORT
+) -> Iterator[list[Process | Served]]:
+    """All engines, up, one started after the other; those are left out whose environment cannot be
+    made.
+    """
+    running: list[Process | Served] = []
+    try:
+        for place, engine in enumerate(wanted):
+            port = first_port + 10 * place
+            try:
+                bench_peers.python(engine.environment, settings)
+            except DownloadError as error:
+                console.print(f"  [yellow]{engine.name} is left out: {error}[/]")
+                continue
+            console.print(f"  [cyan]•[/] {engine.name}")
+            running.append(
+                Served(engine, settings, model, port)
+                if engine.is_served
+                else Process(engine, settings, model)
+            )
+        yield running
+    finally:
+        for one in running:
+            one.close()
+
+
+class Results:
+    """The figures of a run, a line each in a file."""
+
+    def __init__(self, file: Path, *, fresh: bool) -> None:
+        self.file = file
+        if fresh:
+            file.unlink(missing_ok=True)
+
+    def add(self, engine: Engine, case: str, figures: dict[str, Any]) -> None:
+        """Write one line."""
+        line = {"engine": engine.name, "precision": engine.precision, "case": case} | figures
+        with self.file.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All lines, in order."""
+        return [json.loads(line) for line in self.file.read_text().splitlines()]
+
+
+def compare(
+    running: Sequence[Process | Served], results: Results, reference: Engine = REFERENCE
+) -> None:
+    """Write how near each engine's vectors are to the reference's, and a text's alone to its own in
+    a batch.
+    """
+    expected = next(one for one in running if one.engine is reference).vectors()[0]
+    for one in running:
+        together, alone = one.vectors()
+        cosines = vectors.cosine(together, expected)
+        figures = {
+            "mean_cosine": float(cosines.mean()),
+            "min_cosine": float(cosines.min()),
+            "invariance": float(vectors.cosine(together[:ALONE], alone).min()),
+        }
+        results.add(one.engine, "vectors", figures)
+
+
+def measure(running: Sequence[Process | Served], case: Case, results: Results) -> None:
+    """Ask every engine once, in turn."""
+    for one in running:
+        if one.engine.is_served or case.way != "beside":
+            results.add(one.engine, case.name, {"count": case.size} | one.measure(case))
+
+
+def finish(running: Sequence[Process | Served], results: Results) -> None:
+    """Write what each engine's start took, and the memory that it has now."""
+    for one in running:
+        figures = {"cold_start_s": one.cold_start_s, "memory_mb": one.memory_bytes() / 1e6}
+        results.add(one.engine, "process", figures)
+
+
+def limit(settings: Settings, model: str, results: Results) -> None:
+    """Write the operations of each case, and what this machine does a second."""
+    needed = bench_limit.work(settings, model)
+    given = texts()
+    rates = bench_limit.rates(settings, model)
+    for precision, libraries in rates.items():
+        results.add(Engine("limit", precision, ()), "rates", {"rates": libraries})
+        for case in (one for one in CASES if one.way != "beside"):
+            found = bench_limit.lengths(settings, model, given[case.texts][: case.size])
+            seconds = needed.operations(found) / max(libraries.values())
+            figures = {
+                "count": case.size,
+                "seconds": seconds,
+                "operations": needed.operations(found),
+            }
+            results.add(Engine("limit", precision, ()), case.name, figures)
+
+
+def bench(
+    settings: Settings,
+    model: str,
+    precisions: Sequence[str],
+    cases: Sequence[str],
+    named: Sequence[str],
+    rounds: int,
+    *,
+    fresh: bool,
+) -> Path:
+    """Measure the engines `named`, or all; print the tables and write the report; its path."""
+    chosen = [case for case in CASES if not cases or case.name in cases]
+    results = Results(settings.home / "bench" / "results.jsonl", fresh=fresh)
+    with started(settings, model, engines(precisions, named)) as running:
+        compare(running, results)
+        for number in range(rounds + 1):
+            for case in chosen:
+                measure(
+                    running, case, results if number else Results(Path(os.devnull), fresh=False)
+                )
+        finish(running, results)
+    limit(settings, model, results)
+    return report.write(settings, model, results.lines())

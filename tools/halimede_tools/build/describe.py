@@ -1,0 +1,449 @@
+"""Describe: a model's folder to a loaded model and its ModelSpec.
+
+sentence-transformers itself reads the folder, whatever form it has, so a model is what
+sentence-transformers says it is: a sentence-transformers folder, a plain transformers folder
+(mean pooling), or a folder with nothing but ONNX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from halimede_ops import text
+from halimede_ops.errors import BuildError, InvalidModel, UntrustedCode
+from halimede_ops.spec import MULTI_VECTOR, SPARSE, TOKEN_EMBEDDINGS, ImageSpec, ModelSpec
+from halimede_repository.checksums import sha256
+from halimede_tools.build.steps import key_of
+
+KNOWN_MODULES = (
+    "Transformer", "CLIPModel", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout",
+)  # fmt: skip
+OWN_MODULES = "sentence_transformers."
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+PASSING_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+"""Keys of a config that say nothing of the vectors."""
+PREPROCESSING = "preprocessor_config.json"
+IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor")
+"""Classes that a PREPROCESSING file may name: one and the same preprocessing."""
+IMAGE_LIMITS = ("max_image_bytes", "max_image_pixels")
+"""Fields of ImageSpec that say nothing of the vectors."""
+SPARSE_FILE, MULTI_VECTOR_FILE = "sparse_linear.pt", "colbert_linear.pt"
+MAX_TOKENS = 8192
+"""Most tokens a model is served with unless more are asked for: attention's memory grows with
+their square."""
+
+
+class Reading(NamedTuple):
+    """What may be decided beside the folder itself."""
+
+    name: str
+    """Name the model is served under."""
+    trust_remote_code: bool = False
+    """Whether Python code in the folder may run."""
+    max_tokens: int | None = None
+    """A lower or higher token limit than the model's own or MAX_TOKENS."""
+    prompts: Mapping[str, str] = {}
+    """Prompts for a folder that has none."""
+    matryoshka: tuple[int, ...] = ()
+    layer_norm_before_cut: bool = False
+    token_embeddings: bool = False
+    """Whether the last hidden state becomes an output."""
+
+
+def load(folder: Path, reading: Reading) -> Any:
+    """The model in `folder` as a SentenceTransformer on the CPU, its token limit set.
+
+    Raises:
+        InvalidModel: the folder is no model, is damaged, or has a module that is not supported.
+        UntrustedCode: it carries Python code and `reading` does not trust it.
+    """
+    check_modules(folder, reading.name)
+    check_trusted(folder, reading)
+    from sentence_transformers import SentenceTransformer
+
+    backend = "torch" if weights(folder) else "onnx"
+    try:
+        with quiet():
+            model = SentenceTransformer(
+                str(folder),
+                device="cpu",
+                local_files_only=True,
+                trust_remote_code=reading.trust_remote_code,
+                backend=backend,
+                model_kwargs=_model_options(folder, backend),
+            )
+    except Exception as error:  # transformers, safetensors and torch each raise their own
+        raise InvalidModel(
+            f"{reading.name} cannot be read ({type(error).__name__}): its files are damaged, "
+            f"incomplete, or of an architecture that transformers does not know. "
+            "Fetch the folder again."
+        ) from error
+    _check_tokenizer(model.tokenizer, reading.name)
+    model.max_seq_length = _max_tokens(model, reading)
+    return model
+
+
+def describe(model: Any, folder: Path, reading: Reading) -> ModelSpec:
+    """The ModelSpec of a loaded model."""
+    own = {name: prompt for name, prompt in model.prompts.items() if prompt}
+    prompts = input_types(own or reading.prompts, model.default_prompt_name)
+    modules = list(model)
+    fields: dict[str, Any] = {
+        "dims": int(model.get_embedding_dimension()),
+        "max_tokens": int(model.max_seq_length),
+        # CLIP compares its vectors by cosine: CLIPModel itself normalises both towers'.
+        "normalised": is_clip(model) or type(modules[-1]).__name__ == "Normalize",
+        "prompts": prompts,
+        "default_input_type": model.default_prompt_name,
+        "heads": heads(model, folder, reading),
+        "layer_norm_before_cut": reading.layer_norm_before_cut,
+    }
+    image = image_spec(model, folder, reading.name)
+    return ModelSpec(
+        name=reading.name,
+        space=_space(model, folder, fields, image),
+        image=image,
+        special_ids=_special_ids(model.tokenizer) if fields["heads"] else (),
+        matryoshka=reading.matryoshka,
+        length_buckets=length_buckets(fields["max_tokens"]),
+        **fields,
+    )
+
+
+def check_modules(folder: Path, name: str) -> None:
+    """Nothing, when every module of the folder is one that can be exported.
+
+    Raises:
+        InvalidModel: the folder is not there, or one of its modules is not supported.
+    """
+    if not folder.is_dir():
+        raise InvalidModel(f"{name}: there is no such folder; give a model's folder.")
+    if not (folder / "config.json").exists() and not (folder / "modules.json").exists():
+        raise InvalidModel(f"{name}: the folder has neither config.json nor modules.json.")
+    for module in _modules(folder):
+        kind = module["type"].rsplit(".", 1)[-1]
+        # A module of the folder's own code is check_trusted's to judge.
+        if module["type"].startswith(OWN_MODULES) and kind not in KNOWN_MODULES:
+            raise InvalidModel(
+                f"{name} has a module {kind}; supported are {', '.join(KNOWN_MODULES)}."
+            )
+    for path in sorted(folder.glob("*Pooling/config.json")):
+        if not read_json(path).get("include_prompt", True):
+            raise InvalidModel(
+                f"{name} pools without its prompt (include_prompt: false), which is not supported."
+            )
+
+
+def check_trusted(folder: Path, reading: Reading) -> None:
+    """Nothing, when building the folder runs no code of its own, or that is accepted.
+
+    Raises:
+        UntrustedCode: the folder's configs name Python code to run.
+    """
+    configs = [path for path in folder.rglob("*config.json") if path.is_file()]
+    named = any("auto_map" in read_json(path) for path in configs)
+    named |= any(not module["type"].startswith(OWN_MODULES) for module in _modules(folder))
+    if named and not reading.trust_remote_code:
+        raise UntrustedCode(
+            f"{reading.name} carries Python code of its own. Building runs it with your rights: "
+            "read it, then pass --trust-remote-code. What is served runs none of it."
+        )
+
+
+def weights(folder: Path) -> list[Path]:
+    """The files of PyTorch weights in a folder, in order of name; none for an ONNX-only one."""
+    return sorted(path for pattern in WEIGHTS for path in folder.rglob(pattern))
+
+
+def onnx_file(folder: Path) -> Path:
+    """The FP32 ONNX file of a folder that has one.
+
+    Raises:
+        InvalidModel: it has none.
+    """
+    for name in ("model.onnx", "onnx/model.onnx"):
+        if (folder / name).exists():
+            return folder / name
+    raise InvalidModel("the folder has neither PyTorch weights nor a model.onnx.")
+
+
+def heads(model: Any, folder: Path, reading: Reading) -> dict[str, int]:
+    """The model's outputs of one row a token: name → width of a row."""
+    found: dict[str, int] = {}
+    if (folder / SPARSE_FILE).exists():
+        found[SPARSE] = 1
+    if (folder / MULTI_VECTOR_FILE).exists():
+        found[MULTI_VECTOR] = head_weights(folder / MULTI_VECTOR_FILE)["weight"].shape[0]
+    if reading.token_embeddings:
+        found[TOKEN_EMBEDDINGS] = int(model[0].get_embedding_dimension())
+    return found
+
+
+def head_weights(path: Path) -> dict[str, Any]:
+    """Weight and bias of a head's linear layer; tensors alone are unpickled, never code.
+
+    Raises:
+        InvalidModel: the file is damaged.
+    """
+    import torch
+
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        raise InvalidModel(f"{path.name} of the model cannot be read; fetch it again") from error
+
+
+def is_clip(model: Any) -> bool:
+    """Whether a loaded model is a CLIP with both towers."""
+    return getattr(model[0].auto_model.config, "model_type", "") == "clip"
+
+
+def image_spec(model: Any, folder: Path, name: str) -> ImageSpec | None:
+    """What the model's vision tower takes; None where it has none, or no preprocessing is given.
+
+    Raises:
+        InvalidModel: the preprocessing is another than CLIP's, or does not fit the tower.
+    """
+    if not is_clip(model) or not list(folder.rglob(PREPROCESSING)):
+        return None
+    processor = image_processor(folder, name)
+    vision = model[0].auto_model.config.vision_config
+    height, width = _given_size(processor)
+    if (height, width) != (vision.image_size, vision.image_size):
+        raise InvalidModel(
+            f"{name}: {PREPROCESSING} gives {width} x {height} pixels; the vision tower takes "
+            f"{vision.image_size} x {vision.image_size}."
+        )
+    return ImageSpec(
+        height=height,
+        width=width,
+        resize=_resize(processor),
+        resample=int(processor.resample),
+        scale=float(processor.rescale_factor) if processor.do_rescale else 1.0,
+        mean=tuple(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0),
+        std=tuple(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0),
+        positions=(vision.image_size // vision.patch_size) ** 2 + 1,
+    )
+
+
+def image_processor(folder: Path, name: str) -> Any:
+    """The CLIPImageProcessor, the one that runs Pillow, of a folder with PREPROCESSING.
+
+    Raises:
+        InvalidModel: the preprocessing is another than CLIP's.
+    """
+    from transformers import CLIPImageProcessor
+
+    path = min(folder.rglob(PREPROCESSING))
+    fields = read_json(path)
+    kind = fields.get("image_processor_type") or fields.get("feature_extractor_type")
+    if kind not in IMAGE_PROCESSORS:
+        raise InvalidModel(
+            f"{name}: {PREPROCESSING} names {kind}; supported are {', '.join(IMAGE_PROCESSORS)}."
+        )
+    # The library reads what older releases wrote, and fills in what they left out.
+    return CLIPImageProcessor.from_pretrained(path.parent)
+
+
+def _given_size(processor: Any) -> tuple[int, int]:
+    """Height and width of the pixels that a CLIPImageProcessor gives."""
+    size = processor.crop_size if processor.do_center_crop else processor.size
+    return int(size.get("height", 0)), int(size.get("width", 0))
+
+
+def _resize(processor: Any) -> tuple[int, ...]:
+    if not processor.do_resize:
+        return ()
+    size = processor.size
+    if "shortest_edge" in size:
+        return (int(size["shortest_edge"]),)
+    return int(size["height"]), int(size["width"])
+
+
+def input_types(prompts: Mapping[str, str], default: str | None) -> dict[str, str]:
+    """Input type → prompt, with `query` and `document` for every model.
+
+    `document` is the first of document, passage and corpus that has a text. (sentence-transformers
+    5 writes an empty `document` into every folder and takes it before a `passage` with a text.)
+    """
+    plain = prompts.get(default, "") if default else ""
+    documents = (prompts.get(name) for name in ("document", "passage", "corpus"))
+    return {
+        **prompts,
+        "query": prompts.get("query") or plain,
+        "document": next((prompt for prompt in documents if prompt), plain),
+    }
+
+
+def length_buckets(max_tokens: int) -> tuple[int, ...]:
+    """Powers of two from 16 below `max_tokens`, then `max_tokens`."""
+    buckets = [16]
+    while buckets[-1] * 2 < max_tokens:
+        buckets.append(buckets[-1] * 2)
+    return (*[size for size in buckets if size < max_tokens], max_tokens)
+
+
+def needed_bytes(folder: Path) -> int:
+    """Memory that building the folder's model takes, roughly: its weights in float32, thrice."""
+    sizes = [path.stat().st_size for path in weights(folder) or folder.rglob("*.onnx*")]
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    halved = "16" in str(config.get("dtype") or config.get("torch_dtype") or "")
+    return 3 * sum(sizes) * (2 if halved else 1)
+
+
+def check_memory(folder: Path, name: str, limit_bytes: int) -> None:
+    """Nothing, when the model can be built within `limit_bytes` of memory.
+
+    Raises:
+        BuildError: it cannot.
+    """
+    needed = needed_bytes(folder)
+    if needed > limit_bytes:
+        raise BuildError(
+            f"building {name} takes about {needed / 2**30:.1f} GiB of memory; "
+            f"the limit is {limit_bytes / 2**30:.1f} GiB. "
+            "Build on a larger machine, or raise HALIMEDE_MEMORY_LIMIT_GIB."
+        )
+
+
+def _check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Make sure of a fast tokenizer with a padding token. Which token pads decides no vector: the
+    attention mask hides it.
+    """
+    if tokenizer is None or not getattr(tokenizer, "is_fast", False):
+        raise InvalidModel(f"{name} has no tokenizer that can be saved as tokenizer.json.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise InvalidModel(
+            f"{name}'s tokenizer has no padding token nor any that could stand for it. "
+            "Set pad_token in its tokenizer_config.json."
+        )
+
+
+def _model_options(folder: Path, backend: str) -> dict[str, Any]:
+    if backend == "torch":
+        import torch
+
+        return {"dtype": torch.float32, "attn_implementation": "eager"}
+    return {
+        "file_name": str(onnx_file(folder).relative_to(folder)),
+        "provider": "CPUExecutionProvider",
+    }
+
+
+def _max_tokens(model: Any, reading: Reading) -> int:
+    own = min(int(model.max_seq_length or MAX_TOKENS), position_limit(model))
+    if reading.max_tokens is None:
+        return min(own, MAX_TOKENS)
+    if not 1 <= reading.max_tokens <= own:
+        raise InvalidModel(
+            f"max_tokens is {reading.max_tokens}; {reading.name} takes 1 to {own} tokens."
+        )
+    return reading.max_tokens
+
+
+def position_limit(model: Any) -> int:
+    """Most tokens that the model has positions for. RoBERTa's family counts from padding_idx + 1,
+    so that its table of 514 positions holds 512 tokens.
+    """
+    config = getattr(model[0].auto_model, "config", None)
+    config = getattr(config, "text_config", config)
+    table = int(getattr(config, "max_position_embeddings", 0) or 10**9)
+    children = model[0].auto_model.modules() if hasattr(model[0].auto_model, "modules") else ()
+    for module in children:
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(padding, int) and hasattr(module, "position_embeddings"):
+            return table - padding - 1
+    return table
+
+
+def _space(model: Any, folder: Path, fields: dict[str, Any], image: ImageSpec | None) -> str:
+    """Fingerprint of all that decides a vector: equal spaces give comparable vectors.
+
+    Taken from the folder's own files, so that it stays the same under other versions of the tools.
+    """
+    files = [*(weights(folder) or [onnx_file(folder)]), *sorted(folder.glob("*_linear.pt"))]
+    configs = {
+        str(path.relative_to(folder)): {
+            key: value for key, value in read_json(path).items() if key not in PASSING_KEYS
+        }
+        for path in sorted([*folder.glob("config.json"), *folder.glob("*/config.json")])
+    }
+    decides = {
+        "weights": [sha256(path) for path in files],
+        "tokenizer": _tokenizer_digest(model, folder),
+        "modules": [type(module).__name__ for module in model],
+        "configs": configs,
+        **{key: value for key, value in fields.items() if key != "heads"},
+    }
+    if image is not None:
+        decides["image"] = {
+            key: value
+            for key, value in dataclasses.asdict(image).items()
+            if key not in IMAGE_LIMITS
+        }
+    return key_of(json.dumps(decides, sort_keys=True))
+
+
+def _tokenizer_digest(model: Any, folder: Path) -> str:
+    files = sorted(folder.rglob(text.FILE_NAME))
+    if files:
+        return sha256(files[0])
+    return hashlib.sha256(tokenizer_json(model).encode()).hexdigest()
+
+
+def tokenizer_json(model: Any) -> str:
+    """The text of tokenizer.json as sentence-transformers uses it, with its side of truncation."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(model.max_seq_length, direction=model.tokenizer.truncation_side)
+    return str(tokenizer.to_str(pretty=True))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' notices and the tracer's warnings: they say nothing of this model."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _special_ids(tokenizer: Any) -> tuple[int, ...]:
+    names = ("cls", "bos", "eos", "sep", "pad", "unk")
+    ids = {getattr(tokenizer, f"{name}_token_id", None) for name in names}
+    return tuple(sorted(token for token in ids if token is not None))
+
+
+def _modules(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "modules.json"
+    return list(read_json(path)) if path.exists() else []
+
+
+def read_json(path: Path) -> Any:
+    """The content of one of the model's JSON files.
+
+    Raises:
+        InvalidModel: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidModel(f"{path.name} of the model is missing or not JSON") from error

@@ -1,0 +1,644 @@
+"""The config.pbtxt of every folder of a model, as typed messages; the one file that knows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from halimede_repository import configs
+from halimede_ops.errors import InvalidInput
+from halimede_ops.spec import (
+    MULTI_VECTOR,
+    PIXELS,
+    POOLED,
+    SPARSE,
+    TOKEN_EMBEDDINGS,
+    ImageSpec,
+    ModelSpec,
+)
+
+MAX_BATCH_SIZE = 128
+"""Most rows in one request, and most that are batched together."""
+MAX_IMAGES = 16
+"""Most images in one request, and most that are decoded together: a request is held in memory."""
+MAX_IMAGE_QUEUE_SIZE = 64
+"""Requests with images that may wait: each may have MAX_IMAGES of 10 MB."""
+MAX_QUEUE_SIZE = 1024
+"""Requests that may wait at a step; more are rejected at once with UNAVAILABLE."""
+PRIORITIES = 2
+"""Levels of requests that wait: 1, and 2 for bulk, which those of 1 pass."""
+ONNX_INSTANCES = 1
+"""Instances of the ONNX step: rows that wait together are batched best, so one."""
+CPU_ACCELERATORS = ("openvino",)
+"""Execution accelerators of the ONNX step on CPU."""
+TUNED = ("intra_op_thread_count", "streams", "micro_batch_tokens")
+"""Parameters that `tools tune` finds for a machine; without them the backend has its own."""
+CPU, CUDA, TENSORRT = "cpu", "cuda", "tensorrt"
+"""Devices that a config can ask for. `cpu` runs on a GPU as well where Triton finds one."""
+DEVICES = (CPU, CUDA, TENSORRT)
+TENSORRT_CACHE = "/var/cache/halimede/tensorrt"
+"""Folder on the server that keeps TensorRT's engines: the first start builds them."""
+TENSORRT_ROWS = 32
+"""Rows in one request that TensorRT's kernels are tuned for."""
+WARM_ROWS = (1, 8)
+"""Rows of the warm-up requests."""
+WARM_TOKENS = 512
+"""Longest warm-up request."""
+HEAD_OUTPUTS = {
+    SPARSE: ("SPARSE_IDS", "SPARSE_WEIGHTS"),
+    MULTI_VECTOR: ("MULTI_VECTORS",),
+    TOKEN_EMBEDDINGS: ("TOKEN_EMBEDDINGS",),
+}
+"""Outputs of an ensemble for each further head of its model."""
+HEADER = "# Written by the build. Change the build's source (halimede_tools/build/model_config.py), not this file.\n"
+
+
+Parameters = dict[str, pb.ModelParameter]
+
+
+class Pin(NamedTuple):
+    """One version of one model."""
+
+    model: str
+    version: int
+
+
+def to_text(config: pb.ModelConfig) -> str:
+    """The text of config.pbtxt; equal configs give equal bytes."""
+    return HEADER + str(text_format.MessageToString(config))
+
+
+def serving(config: pb.ModelConfig, versions: Iterable[int]) -> pb.ModelConfig:
+    """The config with a policy that serves exactly these versions, whatever folders there are."""
+    served = pb.ModelConfig()
+    served.CopyFrom(config)
+    served.version_policy.specific.versions[:] = sorted(versions)
+    return served
+
+
+def taking(config: pb.ModelConfig, share: float) -> pb.ModelConfig:
+    """The config of a candidate that answers this share of its model's requests."""
+    made = pb.ModelConfig()
+    made.CopyFrom(config)
+    made.parameters[configs.SHARE].string_value = f"{share:g}"
+    return made
+
+
+def tuned(config: pb.ModelConfig, choice: Mapping[str, str]) -> pb.ModelConfig:
+    """The config of an ONNX step, or of what does its work, with a machine's own parameters of
+    TUNED; `provider` names its accelerator on the CPU, or none.
+    """
+    made = pb.ModelConfig()
+    made.CopyFrom(config)
+    for name in TUNED:
+        if name in made.parameters:
+            del made.parameters[name]
+        if name in choice:
+            made.parameters[name].string_value = choice[name]
+    if "provider" in choice:
+        policy = pb.ModelOptimizationPolicy.ExecutionAccelerators
+        cpu = made.optimization.execution_accelerators.cpu_execution_accelerator
+        del cpu[:]
+        if choice["provider"]:
+            cpu.append(policy.Accelerator(name=choice["provider"]))
+    return made
+
+
+def tokenizer(name: str, spec: ModelSpec) -> pb.ModelConfig:
+    """TEXT, INPUT_TYPE → input_ids, attention_mask, TOKENS."""
+    return pb.ModelConfig(
+        name=name,
+        backend="tokenizer",
+        max_batch_size=MAX_BATCH_SIZE,
+        input=[_text(), _input_type()],
+        output=[
+            _output("input_ids", pb.TYPE_INT64, -1),
+            _output("attention_mask", pb.TYPE_INT64, -1),
+            _output("TOKENS", pb.TYPE_INT32, 1),
+        ],
+        instance_group=[_on_cpu()],
+        dynamic_batching=_batching(),
+        model_warmup=[
+            pb.ModelWarmup(
+                name="one text",
+                batch_size=1,
+                inputs={
+                    "TEXT": _warm(pb.TYPE_STRING, 1, input_data_file="text"),
+                    "INPUT_TYPE": _warm(pb.TYPE_STRING, 1, input_data_file="input_type"),
+                },
+            )
+        ],
+    )
+
+
+def onnx(name: str, spec: ModelSpec, precision: str, device: str) -> pb.ModelConfig:
+    """input_ids, attention_mask → the pooled vector, and one row a token for each further head."""
+    written = _onnx(name, spec, device, tensorrt_parameters(spec, precision, text_shapes(spec)))
+    written.max_batch_size = MAX_BATCH_SIZE
+    written.input.extend(
+        [_input("input_ids", pb.TYPE_INT64, -1), _input("attention_mask", pb.TYPE_INT64, -1)]
+    )
+    written.output.extend(
+        _output(head, pb.TYPE_FP32, -1, width) for head, width in spec.heads.items()
+    )
+    written.model_warmup.extend(
+        pb.ModelWarmup(
+            name=f"{rows} x {length} tokens",
+            batch_size=rows,
+            inputs={
+                key: _warm(pb.TYPE_INT64, length, input_data_file=key)
+                for key in ("input_ids", "attention_mask")
+            },
+        )
+        for length in warm_lengths(spec)
+        for rows in WARM_ROWS
+    )
+    written.parameters["max_tokens"].string_value = str(spec.max_tokens)
+    return written
+
+
+def vision(name: str, spec: ModelSpec, precision: str, device: str) -> pb.ModelConfig:
+    """Pixels → the projected vector."""
+    image = spec.images()
+    size = (3, image.height, image.width)
+    written = _onnx(name, spec, device, tensorrt_parameters(spec, precision, image_shapes(image)))
+    written.max_batch_size = MAX_IMAGES
+    written.input.append(_input(PIXELS, pb.TYPE_UINT8, *size))
+    written.model_warmup.extend(
+        pb.ModelWarmup(
+            name=f"{rows} images",
+            batch_size=rows,
+            inputs={
+                PIXELS: pb.ModelWarmup.Input(data_type=pb.TYPE_UINT8, dims=size, zero_data=True)
+            },
+        )
+        for rows in WARM_ROWS
+    )
+    written.parameters["max_tokens"].string_value = str(image.positions)
+    return written
+
+
+def _onnx(name: str, spec: ModelSpec, device: str, tensorrt: Mapping[str, str]) -> pb.ModelConfig:
+    """What every ONNX step's config says."""
+    return pb.ModelConfig(
+        name=name,
+        backend="onnxruntime",
+        default_model_filename="model.onnx",
+        output=[_output(POOLED, pb.TYPE_FP32, spec.dims)],
+        instance_group=[_instances(device)],
+        dynamic_batching=_batching(),
+        optimization=pb.ModelOptimizationPolicy(
+            execution_accelerators=_accelerators(device, tensorrt)
+        ),
+    )
+
+
+def pixels(name: str, spec: ModelSpec) -> pb.ModelConfig:
+    """IMAGE → pixels, WIDTH, HEIGHT, FORMAT."""
+    image = spec.images()
+    return pb.ModelConfig(
+        name=name,
+        backend="image",
+        max_batch_size=MAX_IMAGES,
+        input=[_input("IMAGE", pb.TYPE_STRING, 1)],
+        output=[_output(PIXELS, pb.TYPE_UINT8, 3, image.height, image.width), *_image_facts()],
+        instance_group=[_on_cpu()],
+        dynamic_batching=_batching(MAX_IMAGE_QUEUE_SIZE),
+        model_warmup=[
+            pb.ModelWarmup(
+                name="one image",
+                batch_size=1,
+                inputs={"IMAGE": _warm(pb.TYPE_STRING, 1, input_data_file="image")},
+            )
+        ],
+    )
+
+
+def warm_lengths(spec: ModelSpec) -> list[int]:
+    """Token lengths of the warm-up requests."""
+    return [length for length in spec.length_buckets if length <= WARM_TOKENS]
+
+
+def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
+    """The pooled vector, DIMENSIONS → EMBEDDING; heads with ids and mask → their outputs."""
+    heads = [_input(head, pb.TYPE_FP32, -1, width) for head, width in spec.heads.items()]
+    tokens = [_input(name, pb.TYPE_INT64, -1) for name in ("input_ids", "attention_mask")]
+    return pb.ModelConfig(
+        name=name,
+        backend="pooler",
+        max_batch_size=MAX_BATCH_SIZE,
+        input=[
+            _input(POOLED, pb.TYPE_FP32, spec.dims),
+            _dimensions(),
+            *(heads + tokens if heads else []),
+        ],
+        output=[_embedding(), *_head_outputs(spec)],
+        instance_group=[_on_cpu()],
+        dynamic_batching=_batching(),
+        model_warmup=[
+            pb.ModelWarmup(
+                name="one vector",
+                batch_size=1,
+                inputs={
+                    POOLED: _warm(pb.TYPE_FP32, spec.dims, zero_data=True),
+                    "DIMENSIONS": _warm(pb.TYPE_INT32, 1, input_data_file="dimensions"),
+                    **{
+                        entry.name: pb.ModelWarmup.Input(
+                            data_type=entry.data_type,
+                            dims=[max(1, size) for size in entry.dims],
+                            zero_data=True,
+                        )
+                        for entry in (heads + tokens if heads else [])
+                    },
+                },
+            )
+        ],
+    )
+
+
+def ensemble(
+    name: str,
+    spec: ModelSpec,
+    precision: str,
+    steps: Mapping[str, Pin],
+    missed: Sequence[str] = (),
+    twin: str = "",
+) -> pb.ModelConfig:
+    """TEXT, INPUT_TYPE, DIMENSIONS → EMBEDDING, TOKENS and the heads' outputs.
+
+    `steps` names the composing models, each with the version that this one is made of; `missed`
+    is what an accepted precision misses of its bar; `twin` embeds what the model takes besides.
+    """
+    outputs = ["EMBEDDING", *[entry.name for entry in _head_outputs(spec)]]
+    heads = {head: head for head in spec.heads}
+    tokens = {"input_ids": "ids", "attention_mask": "mask"}
+    return pb.ModelConfig(
+        name=name,
+        platform="ensemble",
+        max_batch_size=MAX_BATCH_SIZE,
+        input=[_text(), _input_type(), _dimensions()],
+        output=_embedded(spec),
+        ensemble_scheduling=pb.ModelEnsembling(
+            step=[
+                _step(
+                    steps["tokenizer"],
+                    {"TEXT": "TEXT", "INPUT_TYPE": "INPUT_TYPE"},
+                    {**tokens, "TOKENS": "TOKENS"},
+                ),
+                _step(steps["onnx"], tokens, {POOLED: "pooled", **heads}),
+                _step(
+                    steps["pooler"],
+                    {
+                        POOLED: "pooled",
+                        "DIMENSIONS": "DIMENSIONS",
+                        **(heads | tokens if heads else {}),
+                    },
+                    {name: name for name in outputs},
+                ),
+            ]
+        ),
+        parameters=_text_facts(spec, precision, missed, twin),
+    )
+
+
+def one_process(
+    name: str,
+    spec: ModelSpec,
+    precision: str,
+    steps: Mapping[str, Pin],
+    device: str,
+    missed: Sequence[str] = (),
+    twin: str = "",
+) -> pb.ModelConfig:
+    """What the ensemble of the same `steps` gives, from one process that opens their files."""
+    files = {step: f"{steps[step].model}/{steps[step].version}" for step in ("tokenizer", "onnx")}
+    return pb.ModelConfig(
+        name=name,
+        backend="embedder",
+        max_batch_size=MAX_BATCH_SIZE,
+        input=[_text(), _input_type(), _dimensions()],
+        output=_embedded(spec),
+        instance_group=[_instances(device)],
+        # With priorities or a limit, Triton's batcher is not told of a request that comes while
+        # the backend reads others: it waits for the next one, or half a second. The backend has
+        # both.
+        dynamic_batching=pb.ModelDynamicBatching(),
+        optimization=pb.ModelOptimizationPolicy(
+            execution_accelerators=_accelerators(
+                device, tensorrt_parameters(spec, precision, text_shapes(spec))
+            )
+        ),
+        model_warmup=[
+            pb.ModelWarmup(
+                name=f"{rows} x {length} tokens",
+                batch_size=rows,
+                inputs={
+                    "TEXT": _warm(pb.TYPE_STRING, 1, input_data_file=warm_text(length)),
+                    "INPUT_TYPE": _warm(pb.TYPE_STRING, 1, input_data_file="input_type"),
+                    "DIMENSIONS": _warm(pb.TYPE_INT32, 1, input_data_file="dimensions"),
+                },
+            )
+            for length in warm_lengths(spec)
+            for rows in WARM_ROWS
+        ],
+        parameters=_text_facts(spec, precision, missed, twin)
+        | _parameters(files | {"max_queue_size": str(MAX_QUEUE_SIZE)}),
+    )
+
+
+def without_pooler(ensemble: pb.ModelConfig) -> pb.ModelConfig:
+    """An ensemble that gives the ONNX step's pooled vectors as they are: without DIMENSIONS."""
+    made = pb.ModelConfig()
+    made.CopyFrom(ensemble)
+    made.input.remove(_dimensions())
+    del made.ensemble_scheduling.step[2:]
+    made.ensemble_scheduling.step[1].output_map[POOLED] = "EMBEDDING"
+    return made
+
+
+def shell(ensemble: pb.ModelConfig, pin: Pin) -> pb.ModelConfig:
+    """An ensemble of the same inputs and outputs whose one step is `pin`."""
+    made = pb.ModelConfig()
+    made.CopyFrom(ensemble)
+    inputs, outputs = (
+        {entry.name: entry.name for entry in end} for end in (made.input, made.output)
+    )
+    del made.ensemble_scheduling.step[:]
+    made.ensemble_scheduling.step.append(_step(pin, inputs, outputs))
+    return made
+
+
+def warm_text(length: int) -> str:
+    """Name of the file with a warm-up text of about so many tokens."""
+    return f"text_{length}"
+
+
+def image_ensemble(
+    name: str,
+    spec: ModelSpec,
+    precision: str,
+    steps: Mapping[str, Pin],
+    missed: Sequence[str] = (),
+    twin: str = "",
+) -> pb.ModelConfig:
+    """IMAGE, DIMENSIONS → EMBEDDING, WIDTH, HEIGHT, FORMAT; arguments as for `ensemble`."""
+    image = spec.images()
+    parameters = _facts(
+        spec,
+        precision,
+        missed,
+        input="image",
+        text_model=twin,
+        max_image_bytes=str(image.max_image_bytes),
+        max_image_pixels=str(image.max_image_pixels),
+    )
+    facts = {entry.name: entry.name for entry in _image_facts()}
+    return pb.ModelConfig(
+        name=name,
+        platform="ensemble",
+        max_batch_size=MAX_IMAGES,
+        input=[_input("IMAGE", pb.TYPE_STRING, 1), _dimensions()],
+        output=[_embedding(), *_image_facts()],
+        ensemble_scheduling=pb.ModelEnsembling(
+            step=[
+                _step(steps["pixels"], {"IMAGE": "IMAGE"}, {PIXELS: "pixels", **facts}),
+                _step(steps["onnx"], {PIXELS: "pixels"}, {POOLED: "pooled"}),
+                _step(
+                    steps["pooler"],
+                    {POOLED: "pooled", "DIMENSIONS": "DIMENSIONS"},
+                    {"EMBEDDING": "EMBEDDING"},
+                ),
+            ]
+        ),
+        parameters=parameters,
+    )
+
+
+def _image_facts() -> list[pb.ModelOutput]:
+    return [
+        _output("WIDTH", pb.TYPE_INT32, 1),
+        _output("HEIGHT", pb.TYPE_INT32, 1),
+        _output("FORMAT", pb.TYPE_STRING, 1),
+    ]
+
+
+def fusion(
+    name: str, spec: ModelSpec, precision: str, models: Mapping[str, Pin], note: str
+) -> pb.ModelConfig:
+    """TEXT, INPUT_TYPE, IMAGE, DIMENSIONS → EMBEDDING; `models` are `text` and `image`, each in the
+    version that the projection was made for.
+    """
+    served = {
+        key: value
+        for kind, pin in models.items()
+        for key, value in ((f"{kind}_model", pin.model), (f"{kind}_version", str(pin.version)))
+    }
+    parameters = _facts(
+        spec,
+        precision,
+        (),
+        input="multimodal",
+        max_tokens=str(spec.max_tokens),
+        max_image_bytes=str(spec.images().max_image_bytes),
+        fusion=note,
+        **served,
+    )
+    return pb.ModelConfig(
+        name=name,
+        backend="fusion",
+        max_batch_size=MAX_IMAGES,
+        input=[
+            _input("TEXT", pb.TYPE_STRING, 1, optional=True),
+            _input_type(),
+            _input("IMAGE", pb.TYPE_STRING, 1, optional=True),
+            _dimensions(),
+        ],
+        output=[_embedding()],
+        instance_group=[_on_cpu()],
+        dynamic_batching=_batching(MAX_IMAGE_QUEUE_SIZE),
+        parameters=parameters,
+    )
+
+
+def check_device(device: str) -> None:
+    """Nothing, when `device` is one that a config can ask for.
+
+    Raises:
+        InvalidInput: it is not.
+    """
+    if device not in DEVICES:
+        raise InvalidInput(f"device is {device!r}; use {', '.join(DEVICES)}.")
+
+
+def read(path: Path) -> pb.ModelConfig:
+    """The config of a model folder of the repository."""
+    return text_format.Parse(path.read_text(), pb.ModelConfig())
+
+
+def space(path: Path) -> str:
+    """The space that an ensemble's config names."""
+    return str(read(path).parameters["space"].string_value)
+
+
+def is_shaped_alike(one: pb.ModelConfig, other: pb.ModelConfig) -> bool:
+    """Whether two ensembles take and give the same tensors."""
+    shapes = [
+        (list(made.input), list(made.output), made.parameters["dims"].string_value)
+        for made in (one, other)
+    ]
+    return shapes[0] == shapes[1]
+
+
+def fused(config: pb.ModelConfig) -> list[str]:
+    """The models that a fusion was made for; of any other config none."""
+    if config.backend != "fusion":
+        return []
+    return [config.parameters[f"{kind}_model"].string_value for kind in ("text", "image")]
+
+
+def _text() -> pb.ModelInput:
+    return _input("TEXT", pb.TYPE_STRING, 1)
+
+
+def _input_type() -> pb.ModelInput:
+    return _input("INPUT_TYPE", pb.TYPE_STRING, 1, optional=True)
+
+
+def _dimensions() -> pb.ModelInput:
+    return _input("DIMENSIONS", pb.TYPE_INT32, 1, optional=True)
+
+
+def _embedding() -> pb.ModelOutput:
+    # -1, not dims: DIMENSIONS may ask for fewer.
+    return _output("EMBEDDING", pb.TYPE_FP32, -1)
+
+
+def _embedded(spec: ModelSpec) -> list[pb.ModelOutput]:
+    return [_embedding(), _output("TOKENS", pb.TYPE_INT32, 1), *_head_outputs(spec)]
+
+
+def _head_outputs(spec: ModelSpec) -> list[pb.ModelOutput]:
+    outputs = []
+    for head, width in spec.heads.items():
+        for name in HEAD_OUTPUTS[head]:
+            if name == "SPARSE_IDS":
+                outputs.append(_output(name, pb.TYPE_INT32, -1))
+            elif name == "SPARSE_WEIGHTS":
+                outputs.append(_output(name, pb.TYPE_FP32, -1))
+            else:
+                outputs.append(_output(name, pb.TYPE_FP32, -1, width))
+    return outputs
+
+
+def _input(name: str, data_type: int, *dims: int, optional: bool = False) -> pb.ModelInput:
+    return pb.ModelInput(name=name, data_type=data_type, dims=dims, optional=optional)
+
+
+def _output(name: str, data_type: int, *dims: int) -> pb.ModelOutput:
+    return pb.ModelOutput(name=name, data_type=data_type, dims=dims)
+
+
+def _text_facts(spec: ModelSpec, precision: str, missed: Sequence[str], twin: str) -> Parameters:
+    return _facts(spec, precision, missed, max_tokens=str(spec.max_tokens), image_model=twin)
+
+
+def _facts(spec: ModelSpec, precision: str, missed: Sequence[str], **further: str) -> Parameters:
+    """What a client must know of a model; what is empty is left out."""
+    facts = {"space": spec.space, "precision": precision, "dims": str(spec.dims), **further}
+    facts["below_bar"] = "; ".join(missed)
+    return _parameters({key: value for key, value in facts.items() if value})
+
+
+def _parameters(values: Mapping[str, str]) -> Parameters:
+    return {key: pb.ModelParameter(string_value=value) for key, value in values.items()}
+
+
+def _instances(device: str) -> pb.ModelInstanceGroup:
+    """The ONNX step's instances. KIND_AUTO takes a GPU where Triton has one, else the CPU."""
+    group = pb.ModelInstanceGroup
+    kind = group.KIND_AUTO if device == CPU else group.KIND_GPU
+    return pb.ModelInstanceGroup(kind=kind, count=ONNX_INSTANCES)
+
+
+def _accelerators(
+    device: str, tensorrt: Mapping[str, str]
+) -> pb.ModelOptimizationPolicy.ExecutionAccelerators:
+    policy = pb.ModelOptimizationPolicy.ExecutionAccelerators
+    if device == CUDA:
+        return policy(gpu_execution_accelerator=[policy.Accelerator(name="cuda")])
+    if device == TENSORRT:
+        accelerator = policy.Accelerator(name="tensorrt", parameters=tensorrt)
+        return policy(gpu_execution_accelerator=[accelerator])
+    return policy(
+        cpu_execution_accelerator=[policy.Accelerator(name=name) for name in CPU_ACCELERATORS]
+    )
+
+
+def text_shapes(spec: ModelSpec) -> dict[str, str]:
+    """One profile of shapes, from one row of the shortest bucket to a full batch of the longest."""
+    buckets = spec.length_buckets
+    shapes = {
+        "min": (1, buckets[0]),
+        "opt": (TENSORRT_ROWS, min(buckets, key=lambda length: abs(length - 64))),
+        "max": (MAX_BATCH_SIZE, buckets[-1]),
+    }
+    return {
+        name: f"input_ids:{rows}x{length},attention_mask:{rows}x{length}"
+        for name, (rows, length) in shapes.items()
+    }
+
+
+def image_shapes(image: ImageSpec) -> dict[str, str]:
+    """One profile of shapes, from one image to a full batch."""
+    rows = {"min": 1, "opt": MAX_IMAGES // 2, "max": MAX_IMAGES}
+    return {
+        name: f"{PIXELS}:{count}x3x{image.height}x{image.width}" for name, count in rows.items()
+    }
+
+
+def tensorrt_parameters(
+    spec: ModelSpec, precision: str, shapes: Mapping[str, str]
+) -> dict[str, str]:
+    """Parameters of Triton's TensorRT accelerator: precision, engine cache, and shapes: `min`,
+    `opt` and `max`.
+    """
+    return {
+        "precision_mode": precision.upper(),
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": f"{TENSORRT_CACHE}/{spec.space}-{precision}",
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": TENSORRT_CACHE,
+        **{f"trt_profile_{name}_shapes": shape for name, shape in shapes.items()},
+    }
+
+
+def _on_cpu() -> pb.ModelInstanceGroup:
+    return pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
+
+
+def _batching(max_queue_size: int = MAX_QUEUE_SIZE) -> pb.ModelDynamicBatching:
+    return pb.ModelDynamicBatching(
+        priority_levels=PRIORITIES,
+        default_priority_level=1,
+        default_queue_policy=pb.ModelQueuePolicy(max_queue_size=max_queue_size),
+    )
+
+
+def _warm(
+    data_type: int, length: int, input_data_file: str | None = None, zero_data: bool | None = None
+) -> pb.ModelWarmup.Input:
+    return pb.ModelWarmup.Input(
+        data_type=data_type, dims=[length], input_data_file=input_data_file, zero_data=zero_data
+    )
+
+
+def _step(
+    pin: Pin, inputs: Mapping[str, str], outputs: Mapping[str, str]
+) -> pb.ModelEnsembling.Step:
+    return pb.ModelEnsembling.Step(
+        model_name=pin.model, model_version=pin.version, input_map=inputs, output_map=outputs
+    )

@@ -1,0 +1,1 @@
+"""Deploy: shadow, canary, promote, roll back."""

@@ -1,0 +1,1 @@
+"""Start Triton, from the wheel or in a container, and keep it running."""
