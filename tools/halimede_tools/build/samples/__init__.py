@@ -1,0 +1,1 @@
+"""Texts, pictures and scored pairs that the build calibrates and checks with."""
