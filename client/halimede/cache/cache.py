@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from halimede.cache.entries import Entries, Expect, check, pack, unpack
-from halimede.cache.lane import Lane
+from halimede.cache.guarded import GuardedTier
 from halimede.cache.tier import Item, Tier
 from halimede_ops.errors import HalimedeError, InvalidInput
 
@@ -36,7 +36,7 @@ class Cache:
         names = [tier.name for tier in tiers]
         if len(set(names)) < len(names):
             raise InvalidInput(f"tiers are named {', '.join(names)}. Give each its own name.")
-        self._lanes = [Lane(tier) for tier in tiers]
+        self._tiers = [GuardedTier(tier) for tier in tiers]
         self._flights: dict[bytes, _Flight] = {}
         self._shared = 0
 
@@ -71,13 +71,13 @@ class Cache:
         call's computation instead of their own.
         """
         return {
-            "tiers": {lane.tier.name: lane.stats() for lane in self._lanes},
+            "tiers": {guarded.tier.name: guarded.stats() for guarded in self._tiers},
             "shared": self._shared,
         }
 
     async def flush(self) -> None:
         """Wait until every tier holds what was computed so far, or has failed to."""
-        await asyncio.gather(*(lane.flush() for lane in self._lanes))
+        await asyncio.gather(*(tier.flush() for tier in self._tiers))
 
     async def clear(self) -> None:
         """Forget every value in every tier.
@@ -86,11 +86,11 @@ class Cache:
             HalimedeError: a tier failed; the others are cleared.
         """
         results = await asyncio.gather(
-            *(lane.clear() for lane in self._lanes), return_exceptions=True
+            *(tier.clear() for tier in self._tiers), return_exceptions=True
         )
         failed = [
-            lane.tier.name
-            for lane, result in zip(self._lanes, results, strict=True)
+            guarded.tier.name
+            for guarded, result in zip(self._tiers, results, strict=True)
             if isinstance(result, Exception)
         ]
         if failed:
@@ -101,12 +101,12 @@ class Cache:
 
     async def close(self) -> None:
         """Write what is queued and release the tiers; a second call does nothing."""
-        await asyncio.gather(*(lane.close() for lane in self._lanes))
+        await asyncio.gather(*(tier.close() for tier in self._tiers))
 
     async def _recall(self, keys: Sequence[bytes], expect: Expect) -> list[bytes | None]:
         """Each key's value from the first tier, if that is in this process: at once."""
-        if self._lanes and self._lanes[0].is_local:
-            return await self._lanes[0].get(keys, expect)
+        if self._tiers and self._tiers[0].is_local:
+            return await self._tiers[0].get(keys, expect)
         return [None] * len(keys)
 
     async def _resolve(self, keys: Sequence[bytes], call: _Call) -> tuple[Values, Values]:
@@ -168,13 +168,13 @@ class Cache:
     async def _look_up(self, keys: Sequence[bytes], expect: Expect) -> Values:
         """Values of the tiers that `_recall` did not ask, written to the tiers before."""
         found: Values = {}
-        for place, lane in enumerate(self._lanes):
+        for place, tier in enumerate(self._tiers):
             absent = [key for key in keys if key not in found]
-            if not absent or (place == 0 and lane.is_local):
+            if not absent or (place == 0 and tier.is_local):
                 continue
-            here = _present(absent, await lane.get(absent, expect))
+            here = _present(absent, await tier.get(absent, expect))
             found |= here
-            await self._put(self._lanes[:place], list(here.items()))
+            await self._put(self._tiers[:place], list(here.items()))
         return found
 
     async def _compute(self, keys: list[bytes], call: _Call) -> Values:
@@ -186,14 +186,14 @@ class Cache:
         items = list(zip(keys, pack(keys, entries), strict=True))
         finite = np.isfinite(entries.vectors).all(axis=1)
         await self._put(
-            self._lanes, [item for item, keep in zip(items, finite, strict=True) if keep]
+            self._tiers, [item for item, keep in zip(items, finite, strict=True) if keep]
         )
         return dict(items)
 
-    async def _put(self, lanes: Sequence[Lane], items: list[Item]) -> None:
+    async def _put(self, tiers: Sequence[GuardedTier], items: list[Item]) -> None:
         if items:
-            for lane in lanes:
-                await lane.put(items)
+            for tier in tiers:
+                await tier.put(items)
 
 
 class _Call(NamedTuple):

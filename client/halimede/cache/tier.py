@@ -10,7 +10,7 @@ Item = tuple[bytes, bytes]
 
 
 class Tier(Protocol):
-    """Holds values by key. It may forget any of them, fail or be slow: its lane guards it."""
+    """Holds values by key. It may forget any of them, fail or be slow; `GuardedTier` sees to it."""
 
     @property
     def name(self) -> str:

@@ -37,8 +37,8 @@ from halimede.cache import (
     Redis,
     Tier,
     disk,
+    guarded,
     keys,
-    lane,
     temperatures,
 )
 from halimede.cache.entries import is_intact, pack, unpack
@@ -749,14 +749,14 @@ def test_what_waits_to_be_written_is_bounded() -> None:
     async def flow() -> None:
         slow = Slow(writes=True)
         cache = Cache([slow])
-        dims, texts = 3072, lane.QUEUE_BYTES // (4 * 3072) + 500
+        dims, texts = 3072, guarded.QUEUE_BYTES // (4 * 3072) + 500
 
         async def compute(rows: list[int]) -> Entries:
             return Entries(np.ones((len(rows), dims), np.float32), np.ones(len(rows), np.int32))
 
         await cache.get_or_compute(wanted(some(texts), dims=dims), compute, Expect(dims))
         stats = tier_stats(cache, "slow")
-        assert 0.99 * lane.QUEUE_BYTES < stats["queue_bytes"] <= lane.QUEUE_BYTES
+        assert 0.99 * guarded.QUEUE_BYTES < stats["queue_bytes"] <= guarded.QUEUE_BYTES
         slow.writes.set()
         await cache.flush()
         stats = tier_stats(cache, "slow")

@@ -57,8 +57,8 @@ class Counts:
     """Failed requests."""
 
 
-class Lane:
-    """One tier of a cache."""
+class GuardedTier:
+    """One tier of a cache, behind a time limit, a bounded write queue and two breakers."""
 
     def __init__(self, tier: Tier) -> None:
         self.tier = tier
