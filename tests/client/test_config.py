@@ -65,7 +65,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert config.cache.disk.ttl_s == 86400
     assert config.cache.redis.hot_ttl_s == 60
     tiers = config.cache.open().stats()["tiers"]
-    assert list(tiers) == ["memory", "disk", "hot", "warm", "cold"]
+    assert list(tiers) == ["memory", "disk", "redis"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ class DiskCache(BaseModel):
 
 
 class RedisCache(BaseModel):
-    """Cache in Redis: hot, warm and cold, each with its own time to live."""
+    """Cache in Redis: one entry a vector, which a hit renews."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
@@ -38,18 +38,26 @@ class RedisCache(BaseModel):
     warm_ttl_s: PositiveFloat = Field(24 * 3600, alias="warm_ttl")
     cold_ttl_s: PositiveFloat = Field(7 * 24 * 3600, alias="cold_ttl")
 
-    def tiers(self) -> list[Redis]:
-        """Hot, warm and cold."""
+    def open(self) -> Redis:
+        """Return the tier; it connects on first use.
+
+        Raises:
+            InvalidConfig: the environment has no `url_env`.
+        """
         url = self.url
         if self.url_env is not None:
             url = os.environ.get(self.url_env, "")
             if not url:
                 raise InvalidConfig(f"the environment has no {self.url_env} (cache.redis.url_env).")
-        ages_s = {"hot": self.hot_ttl_s, "warm": self.warm_ttl_s, "cold": self.cold_ttl_s}
-        return [
-            Redis(url, ttl_s, name=name, prefix=self.prefix, timeout_s=self.timeout_s)
-            for name, ttl_s in ages_s.items()
-        ]
+        return Redis(
+            url,
+            # An entry lives for the longest of the three, whatever their order.
+            max(self.hot_ttl_s, self.warm_ttl_s, self.cold_ttl_s),
+            hot_ttl_s=self.hot_ttl_s,
+            warm_ttl_s=self.warm_ttl_s,
+            prefix=self.prefix,
+            timeout_s=self.timeout_s,
+        )
 
 
 class CacheConfig(BaseModel):
@@ -77,5 +85,5 @@ class CacheConfig(BaseModel):
             folder = self.disk.path.expanduser()
             tiers.append(Disk(folder, self.disk.max_mb * MIB, self.disk.ttl_s))
         if self.redis is not None:
-            tiers += self.redis.tiers()
+            tiers.append(self.redis.open())
         return Cache(tiers)
