@@ -79,7 +79,7 @@ def _missing(settings: Settings, options: wheel.Options) -> list[str]:
     return sorted(
         {
             model.name
-            for model in catalogue.MODELS
+            for model in catalogue.models()
             for name in _all_precisions(model.name)
             if name in asked and not configs.is_built(settings.repository / name)
         }
