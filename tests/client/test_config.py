@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from halimede import Config, Embedder, InvalidConfig
-from halimede.config.file import load, parse, resolve
+from halimede.config.file import load, parse
+from halimede.config.resolve import resolve
 from halimede.providers import KINDS, open_provider
 
 FULL = """

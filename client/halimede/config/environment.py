@@ -1,4 +1,4 @@
-"""Settings of the client from the environment; arguments and flags go before them."""
+"""Settings of the client from the environment; arguments and flags take precedence."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="HALIMEDE_")
 
     url: str | tuple[str, ...] | None = None
-    """Server: `host:port` or `grpc://host:port` for gRPC, `http://host:port` for HTTP."""
+    """Server of the default model: `host:port` or `grpc://host:port` for gRPC,
+    `http://host:port` for HTTP."""
     model: str | None = None
-    """Name of the served model, or of one of the configuration's."""
+    """Name of a served model, or of a model of the configuration file."""
     timeout_s: float | None = None
-    """Longest wait for one request."""
+    """Longest wait for one request to the default model, in seconds."""
     deadline_s: float | None = None
-    """Longest time that one call may take."""
+    """Longest time that one call may take, in seconds."""
     config: Path | None = None
-    """Configuration file."""
+    """Path of the configuration file."""
     repository: Path = Path("model_repository")
-    """Model repository, where it is on this machine: what it records is read, and the provider
-    onnx runs it."""
+    """Model repository on this machine. The provider `onnx` runs its models, and `halimede models
+    --verbose` reads what the build recorded."""
     home: Path = Path(".halimede")
-    """Folder of the model store, where it is on this machine."""
+    """Folder that contains the model store."""
     store_limit_gib: float = 100.0
-    """Size that the model store is pruned to after each build."""
+    """Size to which the model store is pruned after each build, in GiB."""
 
     @property
     def models(self) -> Path:
-        """The model store: one folder a model, one folder a build step in it."""
+        """The model store: one folder per model, with one folder per build step."""
         return self.home / "models"
 
     @property
