@@ -40,11 +40,11 @@ class RedisCache(BaseModel):
     timeout_s: PositiveFloat = Field(0.5, alias="timeout")
     """Longest wait for one request, in seconds. After that Redis is skipped until it answers."""
     hot_ttl_s: PositiveFloat = Field(3600, alias="hot_ttl")
-    """Seconds since its last use in which an entry is hot, in the statistics."""
+    """Seconds after its last use until which an entry counts as hot in the statistics."""
     warm_ttl_s: PositiveFloat = Field(24 * 3600, alias="warm_ttl")
-    """Seconds since its last use after which an entry is no longer warm, but cold."""
+    """Seconds after its last use until which an entry counts as warm, and then as cold."""
     cold_ttl_s: PositiveFloat = Field(7 * 24 * 3600, alias="cold_ttl")
-    """Seconds since its last use after which an entry expires. The longest of the three holds."""
+    """Seconds after its last use until an entry expires. A longer `hot_ttl` or `warm_ttl` holds."""
 
     def open(self) -> Redis:
         """Return the tier; it connects on first use.
