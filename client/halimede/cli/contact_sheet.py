@@ -106,15 +106,15 @@ def _thumbnails(names: dict[int, str], where: str) -> dict[int, str]:
     }
 
 
-def _thumbnail(found: Found) -> str | None:
+def _thumbnail(image: Found) -> str | None:
     """An `img` that contains the thumbnail, or None if the image cannot be read now."""
     pillow = optional("PIL.Image", "images")
     turned = optional("PIL.ImageOps", "images").exif_transpose
     try:
-        data = asyncio.run(_read(found))
-        with pillow.open(io.BytesIO(data)) as image:
-            image.draft("RGB", (2 * EDGE, 2 * EDGE))
-            small = turned(image).convert("RGB")
+        data = asyncio.run(_read(image))
+        with pillow.open(io.BytesIO(data)) as full:
+            full.draft("RGB", (2 * EDGE, 2 * EDGE))
+            small = turned(full).convert("RGB")
             small.thumbnail((EDGE, EDGE))
         out = io.BytesIO()
         small.save(out, "JPEG", quality=JPEG_QUALITY)
@@ -124,10 +124,10 @@ def _thumbnail(found: Found) -> str | None:
     return f'<img alt="" loading="lazy" src="data:image/jpeg;base64,{encoded}">'
 
 
-async def _read(found: Found) -> bytes:
+async def _read(image: Found) -> bytes:
     async def fetch(url: str, max_bytes: int) -> bytes:
         raise NotImplementedError  # a folder has no urls
 
-    item = await found.read(Reader(MAX_IMAGE_BYTES, fetch))
+    item = await image.read(Reader(MAX_IMAGE_BYTES, fetch))
     assert isinstance(item, bytes)
     return item

@@ -27,10 +27,10 @@ def embed(
     timeout_s: options.TimeoutS = None,
 ) -> None:
     """Embed texts from the arguments, a file or stdin."""
-    given = options.read_texts(texts, file)
+    lines = options.read_texts(texts, file)
     with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
         result = embedder.embed(
-            given,
+            lines,
             input_type=input_type,
             dimensions=dimensions,
             output_type=cast(OutputType, output_type),

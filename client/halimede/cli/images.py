@@ -42,10 +42,10 @@ def embed_image(
     """Embed images; exit code 1 if one fails, with its error on stderr."""
     names: list[str] = []
     with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
-        found = (image for where in images for image in find_images(where))
+        every_image = (image for where in images for image in find_images(where))
         parts = list(
             embedder.embed_images_iter(
-                _recording(found, names),
+                _recording(every_image, names),
                 dimensions=dimensions,
                 output_type=cast(OutputType, output_type),
                 ranges=options.read_ranges(ranges),
@@ -85,23 +85,25 @@ def search_images(
     failures: dict[int, HalimedeError] = {}
     hits: list[Hit] = []
     with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
-        wanted = embedder.embed_images(query) if _is_image(query) else embedder.embed(query)
-        found = _recording(find_images(where), names)
-        for part in embedder.embed_images_iter(found, progress=True, errors="collect"):
+        of_query = embedder.embed_images(query) if _is_image(query) else embedder.embed(query)
+        images = _recording(find_images(where), names)
+        for part in embedder.embed_images_iter(images, progress=True, errors="collect"):
             failures |= part.errors
-            hits = heapq.nlargest(top, [*hits, *_hits(part, wanted, names)], lambda hit: hit.cosine)
+            hits = heapq.nlargest(
+                top, [*hits, *_hits(part, of_query, names)], lambda hit: hit.cosine
+            )
     _print_errors(failures, names)
     if html is not None:
         title = Path(query).name if _is_image(query) else query
-        html.write_text(sheet(title, f"{len(names)} images · {wanted.model}", hits, where))
+        html.write_text(sheet(title, f"{len(names)} images · {of_query.model}", hits, where))
     _print_hits(hits, as_json)
     if html is not None and not as_json:
         print(f"wrote {html}")
 
 
-def _recording(found: Iterable[Found], names: list[str]) -> Iterator[Found]:
+def _recording(images: Iterable[Found], names: list[str]) -> Iterator[Found]:
     """Yield the images and append their names to `names`."""
-    for image in found:
+    for image in images:
         names.append(image.name)
         yield image
 
@@ -110,14 +112,14 @@ def _is_image(query: str) -> bool:
     return is_image(query) and Path(query).is_file()
 
 
-def _hits(part: Embeddings, wanted: Embeddings, names: list[str]) -> list[Hit]:
-    """The images of a part with their cosines to the vector wanted."""
-    if part.space != wanted.space:
+def _hits(part: Embeddings, query: Embeddings, names: list[str]) -> list[Hit]:
+    """The images of a part with their cosines to the query's vector."""
+    if part.space != query.space:
         raise SpaceRefused(
-            f"the query's model {wanted.model} has space {wanted.space}, the images' model "
+            f"the query's model {query.model} has space {query.space}, the images' model "
             f"{part.model} has space {part.space}: their vectors cannot be compared."
         )
-    cosines = vectors.cosine(part.vectors, np.repeat(wanted.vectors, len(part), axis=0))
+    cosines = vectors.cosine(part.vectors, np.repeat(query.vectors, len(part), axis=0))
     return [
         Hit(int(index), names[index], float(cosine), image)
         for index, cosine, image in zip(part.indices, cosines, part.images, strict=True)

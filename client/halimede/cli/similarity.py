@@ -24,10 +24,10 @@ def similarity(
     timeout_s: options.TimeoutS = None,
 ) -> None:
     """Print the cosine of each text with every other."""
-    given = options.read_texts(texts, file)
+    lines = options.read_texts(texts, file)
     with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
-        result = embedder.embed(given, input_type=input_type, dimensions=dimensions)
-    count = len(given)
+        result = embedder.embed(lines, input_type=input_type, dimensions=dimensions)
+    count = len(lines)
     cosines = [
         vectors.cosine(result.vectors, result.vectors[[row] * count]).round(6).tolist()
         for row in range(count)
@@ -40,7 +40,7 @@ def similarity(
 
 
 def compare(
-    first: Annotated[str, typer.Argument(help="A served model, or one of --config.")],
+    first: Annotated[str, typer.Argument(help="A served model, or a model of --config.")],
     second: Annotated[str, typer.Argument(help="Another model.")],
     file: options.File = None,
     as_json: options.AsJson = False,
