@@ -59,7 +59,11 @@ def test_what_changes_a_vector_is_in_its_key(server: wheel.Server) -> None:
 
 
 def test_redis_is_shared(tmp_path: Path) -> None:
-    """A second embedder finds in Redis what the first computed."""
+    """A second embedder finds in Redis what the first computed; its metrics say how hot it was."""
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    from halimede.observability import prometheus
+
     with redis_server.serve(tmp_path) as url:
         config = {**HASH, "cache": {"memory_mb": None, "redis": {"url": url, "timeout": 30}}}
         with Embedder(config=config) as first:
@@ -67,7 +71,12 @@ def test_redis_is_shared(tmp_path: Path) -> None:
         with Embedder(config=config) as second:
             assert second.embed(["b", "a"]).cached.all()
             tiers = second.stats()["cache"]["tiers"]
+            registry = CollectorRegistry()
+            prometheus.register(second, registry)
+            metrics = generate_latest(registry).decode()
     assert set(tiers) == {"redis"}
+    assert 'halimede_cache_hits_hot_total{tier="redis"} 2.0' in metrics
+    assert 'halimede_cache_hits_cold_total{tier="redis"} 0.0' in metrics
     assert tiers["redis"]["hits"] == tiers["redis"]["hits_hot"] == 2
 
 

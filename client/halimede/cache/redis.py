@@ -85,7 +85,10 @@ class Redis:
         return {"size_bytes": None, **hits}
 
     async def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
-        """Return each key's value, or None, and renew the entries found, in one round trip."""
+        """Return each key's value, or None, and renew the entries found, in one round trip.
+
+        Redis passes at most 7,999 keys to a script; a cache reads 512 at a time.
+        """
         if not keys:
             return []
         names = [self._prefix + key for key in keys]
