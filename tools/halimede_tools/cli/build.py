@@ -78,7 +78,10 @@ def build(
     if prompt:
         options["prompts"] = _prompts(prompt)
     with extra("build"):
-        plan.build(plan.order(model, name, **options), Settings(), candidate=candidate)
+        for ensemble in plan.build(
+            plan.order(model, name, **options), Settings(), candidate=candidate
+        ):
+            print(ensemble, flush=True)
 
 
 def _prompts(given: list[str]) -> dict[str, str]:

@@ -24,9 +24,9 @@ DEPENDENCIES_ONLY = ("--no-install-recommends",)
 
 def libpython() -> Path | None:
     """The shared library of the running Python, which Triton's Python stub links; None: missing."""
-    name = f"lib{PYTHON}.so.1.0"
+    name = str(sysconfig.get_config_var("INSTSONAME"))
     folders = [sysconfig.get_config_var("LIBDIR") or "/", *LIBRARIES]
-    paths = [Path(folder) / name for folder in folders]
+    paths = [Path(folder) / name for folder in folders if ".so" in name]
     return next((path for path in paths if path.exists()), None)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 from urllib.request import urlopen
 
-from pydantic import BaseModel, NonNegativeInt, model_validator
+from pydantic import BaseModel, NonNegativeInt, PrivateAttr, model_validator
 
 from halimede_launch import start, watch
 from halimede_ops.errors import ServeError
@@ -95,6 +95,7 @@ class Options(BaseModel):
     """OpenTelemetry collector that is told of requests, such as http://127.0.0.1:4318/v1/traces."""
     trace_every: int = 100
     """Of how many requests one is traced; one whose caller traces it always is."""
+    _own_key: str = PrivateAttr(default_factory=start.nobodys_key)
 
     @model_validator(mode="after")
     def _cache_has_its_process(self) -> Options:
@@ -169,14 +170,17 @@ class Options(BaseModel):
             return ["--grpc-use-ssl=true", *arguments]
         return ["--grpc-use-ssl-mutual=true", *arguments, f"--grpc-root-cert={self.tls_client_ca}"]
 
-    def _restrictions(self) -> list[str]:
+    @property
+    def control_key(self) -> str:
+        """The key that model control asks for; empty: none. Without a key file, elsewhere than on
+        loopback, it is known to this process alone.
+        """
         if self.control_key_file is not None:
-            key = self.control_key_file.read_text().strip()
-        elif self.host in LOCAL_HOSTS:
-            return []
-        else:
-            key = start.nobodys_key()
-        return start.restrictions(key)
+            return self.control_key_file.read_text().strip()
+        return "" if self.host in LOCAL_HOSTS else self._own_key
+
+    def _restrictions(self) -> list[str]:
+        return start.restrictions(self.control_key) if self.control_key else []
 
 
 def _log_arguments(level: str) -> list[str]:
@@ -453,15 +457,16 @@ def check_models(repository: Path, options: Options) -> None:
     Raises:
         ServeError: one is not.
     """
-    served = {path.parent.name for path in repository.glob("*/config.pbtxt")}
+    listed = {path.parent.name: path for path in repository.glob("*/config.pbtxt")}
     for model in options.models:
-        if model not in served:
+        if model not in listed:
             raise ServeError(
-                f"{model!r} is not in the repository; it has: {', '.join(sorted(served))}"
+                f"{model!r} is not in the repository; it has: {', '.join(sorted(listed))}"
             )
-    for name in served:
-        if not configs.is_built(repository / name):
-            raise ServeError(f"{name} is not built. Run: make build")
+    for model in options.models or listed:
+        for name in (model, *configs.steps(listed[model].read_text())):
+            if not configs.is_built(repository / name):
+                raise ServeError(f"{name} is not built. Run: make build")
 
 
 def is_ready_within(timeout_s: float, server: Running, http_address: str) -> bool:
