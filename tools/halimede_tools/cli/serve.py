@@ -61,7 +61,7 @@ def serve(
     """Serve the repository with Triton; build first what is missing."""
     with extra("server"):
         from halimede_tools.serve import supervise
-        from halimede_tools.serve.wheel import Options
+        from halimede_tools.serve.options import Options
 
     options = Options(
         host=host,

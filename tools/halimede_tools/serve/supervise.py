@@ -17,6 +17,7 @@ from halimede_tools.build.plan import PRECISIONS, build, order
 from halimede_tools.build.repository import served_name
 from halimede_tools.build.steps import console
 from halimede_tools.serve import joining, wheel
+from halimede_tools.serve.options import Options
 from halimede_tools.settings import Settings
 
 SAMPLE = "hello world"
@@ -25,7 +26,7 @@ SHORT_LIVES = 3
 """A server that ends sooner than this after its start, so many times in a row, will again."""
 
 
-def serve(settings: Settings, options: wheel.Options, runtime: str) -> None:
+def serve(settings: Settings, options: Options, runtime: str) -> None:
     """Serve until SIGINT or SIGTERM; a server that ends by itself is started again.
 
     Of a model that is not built yet the first precision is built and served; the others are built
@@ -47,7 +48,7 @@ def serve(settings: Settings, options: wheel.Options, runtime: str) -> None:
 
 def _keep_running(
     settings: Settings,
-    options: wheel.Options,
+    options: Options,
     runtime: str,
     builds: Sequence[joining.Build],
     joined: Collection[str],
@@ -67,7 +68,7 @@ def _keep_running(
     raise ServeError(f"{ended}; {short} times soon after its start")
 
 
-def become(settings: Settings, options: wheel.Options) -> NoReturn:
+def become(settings: Settings, options: Options) -> NoReturn:
     """Replace this process by Triton, as a container wants it; build nothing.
 
     Raises:
@@ -90,7 +91,7 @@ def _ended(server: wheel.Running) -> str:
 
 
 def _runtime(
-    runtime: str, settings: Settings, options: wheel.Options
+    runtime: str, settings: Settings, options: Options
 ) -> contextlib.AbstractContextManager[wheel.Running]:
     if runtime == "wheel":
         run = settings.run(options.grpc_port)
@@ -104,7 +105,7 @@ def _runtime(
     raise ServeError(f"runtime {runtime!r} is unknown; use wheel or docker")
 
 
-def _build_first(settings: Settings, options: wheel.Options) -> list[joining.Build]:
+def _build_first(settings: Settings, options: Options) -> list[joining.Build]:
     """Build the first precision of each model of the catalogue that is asked for and has none yet;
     the builds of its others. Without names the default model is asked for.
     """
@@ -122,7 +123,7 @@ def _build_first(settings: Settings, options: wheel.Options) -> list[joining.Bui
     return later
 
 
-def _asked(options: wheel.Options) -> dict[str, list[str]]:
+def _asked(options: Options) -> dict[str, list[str]]:
     """Model of the catalogue → its precisions that are asked for."""
     if not options.models:
         return {catalogue.DEFAULT: list(PRECISIONS)}
@@ -133,7 +134,7 @@ def _asked(options: wheel.Options) -> dict[str, list[str]]:
     return {model: precisions for model, precisions in asked.items() if precisions}
 
 
-def _without(pending: Collection[str], settings: Settings, options: wheel.Options) -> wheel.Options:
+def _without(pending: Collection[str], settings: Settings, options: Options) -> Options:
     """The options that serve what is asked for and not pending."""
     if not pending:
         return options
@@ -141,7 +142,7 @@ def _without(pending: Collection[str], settings: Settings, options: wheel.Option
     return options.model_copy(update={"models": tuple(n for n in asked if n not in pending)})
 
 
-def show(options: wheel.Options) -> None:
+def show(options: Options) -> None:
     """Embed a sample and print what a user needs to go on."""
     model = (options.models or (catalogue.DEFAULT,))[0]
     http = f"http://{options.http_host}:{options.http_port}"
