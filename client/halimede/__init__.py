@@ -1,6 +1,6 @@
 """halimede: embeddings from Triton and other providers, with results that say what they are."""
 
-from halimede.config.file import Config
+from halimede.config.schema import Config
 from halimede.embedder import AsyncEmbedder, Embedder
 from halimede.inputs.images import find_images
 from halimede.results import Embeddings, ImageInfo, ServedModel

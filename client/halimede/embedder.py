@@ -13,7 +13,8 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from typing_extensions import Unpack
 
-from halimede.config.file import Config, resolve
+from halimede.config.resolve import resolve
+from halimede.config.schema import Config
 from halimede.inputs.images import Image, pairs, source, sources
 from halimede.inputs.items import Given, Kind
 from halimede.inputs.urls import Fetch

@@ -1,4 +1,4 @@
-"""The key of a cached vector: a digest of all that the vector depends on."""
+"""The key of a cached vector: a digest of everything that determines the vector."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from halimede.inputs.items import Item, Kind, framed, parts
 
 KEY_BYTES = 20
 FORMAT = b"halimede vector2"
-"""Domain of the digest, 16 bytes; another format of keys takes another."""
+"""Domain of the digest, 16 bytes; change it with the format of the keys."""
 
 
 def keys(
@@ -21,11 +21,11 @@ def keys(
     dims: int,
     kind: Kind = "text",
 ) -> list[bytes]:
-    """Each item's key, KEY_BYTES bytes of BLAKE2b.
+    """Return each item's key: KEY_BYTES bytes of BLAKE2b.
 
-    Two keys are equal only when kind, space, precision, input type, dims and item all are: each
-    field is hashed behind its length, the item last. The output type is left out on purpose, as
-    cached vectors are float32 and are quantised after the cache.
+    Two keys are equal only if kind, space, precision, input type, dims and item are all equal:
+    each field is hashed after its length, the item last. The output type is not part of the key,
+    because cached vectors are float32 and are quantised after the cache.
     """
     seed = hashlib.blake2b(digest_size=KEY_BYTES, person=FORMAT)
     for field in (kind, space, precision, input_type, str(dims)):

@@ -12,7 +12,7 @@ import typer
 
 from halimede.cli import options
 from halimede.config.environment import Settings
-from halimede.config.file import resolve
+from halimede.config.resolve import resolve
 from halimede.embedder import Embedder
 from halimede.inputs.items import Kind
 from halimede.models import catalogue

@@ -1,4 +1,4 @@
-"""Settings of the client from the environment; arguments and flags go before them."""
+"""Settings of the client from the environment; arguments and flags take precedence."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="HALIMEDE_")
 
     url: str | tuple[str, ...] | None = None
-    """Server: `host:port` or `grpc://host:port` for gRPC, `http://host:port` for HTTP."""
+    """Server of the default model: `host:port` or `grpc://host:port` for gRPC,
+    `http://host:port` for HTTP."""
     model: str | None = None
-    """Name of the served model, or of one of the configuration's."""
+    """Name of a served model, or of a model of the configuration file."""
     timeout_s: float | None = None
-    """Longest wait for one request."""
+    """Longest wait for one request to the default model, in seconds."""
     deadline_s: float | None = None
-    """Longest time that one call may take."""
+    """Longest time that one call may take, in seconds."""
     config: Path | None = None
-    """Configuration file."""
+    """Path of the configuration file."""
     repository: Path = Field(default_factory=lambda: _data("model_repository", "model_repository"))
-    """Model repository on this machine: the build writes it, Triton and the provider onnx read it.
-    By default in the user's data directory, or in the checkout that the code runs from."""
+    """Model repository on this machine. The build writes it; Triton and the provider `onnx` serve
+    it; `halimede models --verbose` reads what the build recorded."""
     home: Path = Field(default_factory=lambda: _data("home", ".halimede"))
-    """Folder of downloads, built files, locks and the server's run folder; default as above."""
+    """Folder of the model store, locks, and the run folders of servers."""
     store_limit_gib: float = 100.0
-    """Size that the model store is pruned to after each build."""
+    """Size to which the model store is pruned after each build, in GiB."""
 
     @property
     def models(self) -> Path:
-        """The model store: one folder a model, one folder a build step in it."""
+        """The model store: one folder per model, with one folder per build step."""
         return self.home / "models"
 
     @property

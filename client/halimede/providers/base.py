@@ -149,6 +149,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
 
     provider: str
+    """Kind of provider."""
     model_id: str
     """Name of the model, as the provider knows it."""
     dimensions: PositiveInt | None = None
@@ -164,6 +165,7 @@ class Options(BaseModel):
     requests_per_s: PositiveFloat | None = None
     """Most requests a second; None: no limit."""
     cache_enabled: bool = True
+    """Whether vectors of this model are cached, where the configuration has a cache."""
     cache_ttl_s: PositiveFloat | None = Field(None, alias="cache_ttl")
     """Seconds that a cached vector of this model lives at most; None: as the tiers say."""
     other_space: bool = False

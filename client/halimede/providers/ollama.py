@@ -24,6 +24,7 @@ class Options(BaseOptions):
 
     provider: str = "ollama"
     url: str = DEFAULT_URL
+    """Address of the Ollama server."""
 
 
 def connect(options: Options) -> Ollama:

@@ -129,7 +129,7 @@ def _asked(options: Options) -> dict[str, list[str]]:
         return {catalogue.DEFAULT: list(PRECISIONS)}
     asked = {
         model.name: [one for one in PRECISIONS if served_name(model.name, one) in options.models]
-        for model in catalogue.MODELS
+        for model in catalogue.models()
     }
     return {model: precisions for model, precisions in asked.items() if precisions}
 

@@ -39,6 +39,7 @@ class Options(BaseOptions):
     path: Path | None = None
     """Folder of the model; else `model_id` is its name on the Hugging Face Hub."""
     device: str = "cpu"
+    """PyTorch device that runs the model, such as `cpu` or `cuda`."""
     start_timeout_s: PositiveFloat = 120.0
     """Longest wait for the process to load the model."""
 

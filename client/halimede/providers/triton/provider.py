@@ -56,6 +56,7 @@ class Options(BaseOptions):
 
     provider: str = "triton"
     tls: Tls = Field(default_factory=Tls)
+    """Certificates, for `grpcs://` and `https://`."""
     url: tuple[str, ...] = Field(("127.0.0.1:8001",), validate_default=True)
     """Servers: `host:port` or `grpc://host:port` for gRPC, `http://host:port` for HTTP; with TLS
     `grpcs://` and `https://`."""
