@@ -25,7 +25,7 @@ env: .venv/.installed  ## Make the virtual environment
 	$(PYTHON) -m venv .venv || { echo "No venv in this Python. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@echo 'Installing into .venv; the first time takes some minutes …'
-	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,docker,client,build,test,lint]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,docker,client,build,test,lint,docs]'
 	@touch $@
 
 build: env  ## Build MODEL (a name or a folder) into model_repository/; NAME=…, DEVICE=cuda
@@ -74,6 +74,13 @@ lint: env  ## Linter, formatter and type checker
 format: env  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+.PHONY: docs docs-reference
+docs: env  ## Build the documentation into site/; a broken link or anchor fails
+	$(BIN)/zensical build --strict --clean
+
+docs-reference: env  ## Write the generated pages of docs/reference/ anew
+	$(BIN)/python tests/reference_pages.py
 
 perf: env default  ## Server against bare engine with perf_analyzer; report in docs/benchmarks/
 	$(BIN)/python -m halimede_tools perf $(ARGS)
