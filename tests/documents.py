@@ -55,6 +55,18 @@ def commands() -> list[Command]:
     return [command for command in stripped if command.line]
 
 
+def named_commands() -> list[Command]:
+    """The `halimede` commands within the sentences and tables of every page."""
+    texts = [
+        (page, re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)) for page in PAGES
+    ]
+    return [
+        Command(page, " ".join(command.split()))
+        for page, text in texts
+        for command in sorted(set(re.findall(r"`(halimede [^`]+)`", text)))
+    ]
+
+
 def files(page: Path) -> list[tuple[str, str]]:
     """Name and text of each file that a page gives: its name with a colon, then a block."""
     return re.findall(r"^`(\S+\.yaml)`:\n\n```yaml\n(.*?)^```", page.read_text(), re.S | re.M)

@@ -101,20 +101,20 @@ def test_python_runs_as_written(
 
 @pytest.mark.parametrize(
     "command",
-    [one for one in LISTED if one.line.startswith("halimede ")],
+    [*(one for one in LISTED if one.line.startswith("halimede ")), *documents.named_commands()],
     ids=lambda command: command.place,
 )
-def test_commands_that_are_not_run_are_understood(command: documents.Command) -> None:
-    """Verb and options of a command that is run elsewhere are those of the command line."""
+def test_commands_that_are_not_run_exist(command: documents.Command) -> None:
+    """Verb and options of a command that is run elsewhere, or named in a sentence, exist."""
     _, *words = shlex.split(command.line)
-    group = typer.main.get_command(app)
-    if words[0] in COMING and words[0] not in group.commands:
+    asked = typer.main.get_command(app)
+    if words[0] in COMING and words[0] not in asked.commands:
         pytest.skip(f"`halimede {words[0]}` is not in this command yet")
     while words:
-        _, words, _ = group.make_parser(typer.Context(group)).parse_args(words)
-        if not hasattr(group, "commands"):
-            break
-        group, words = group.commands[words[0]], words[1:]
+        _, words, _ = asked.make_parser(typer.Context(asked)).parse_args(words)
+        if not hasattr(asked, "commands"):
+            return
+        asked, words = asked.commands[words[0]], words[1:]
 
 
 @pytest.mark.parametrize("beginning", ELSEWHERE)
