@@ -51,7 +51,7 @@ def prune(
 
 
 def _row(model: store.Stored) -> dict[str, Any]:
-    used = datetime.datetime.fromtimestamp(model.used, datetime.timezone.utc)
+    used = datetime.datetime.fromtimestamp(model.used, datetime.UTC)
     return {
         "model": model.name,
         "mb": round(model.size_bytes / 1e6, 1),

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import platformdirs
+from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 GIB = 2**30
+SOURCES = Path(__file__).resolve().parents[3]
+CHECKOUT = SOURCES if (SOURCES / "pyproject.toml").exists() else None
+"""The checkout that this code runs from; None where the package is installed."""
+
+
+def _data(name: str, in_checkout: str) -> Path:
+    """A folder of the checkout, or of the user's data directory."""
+    if CHECKOUT is not None:
+        return CHECKOUT / in_checkout
+    return platformdirs.user_data_path("halimede") / name
 
 
 class Settings(BaseSettings):
@@ -24,11 +36,11 @@ class Settings(BaseSettings):
     """Longest time that one call may take."""
     config: Path | None = None
     """Configuration file."""
-    repository: Path = Path("model_repository")
-    """Model repository, where it is on this machine: what it records is read, and the provider
-    onnx runs it."""
-    home: Path = Path(".halimede")
-    """Folder of the model store, where it is on this machine."""
+    repository: Path = Field(default_factory=lambda: _data("model_repository", "model_repository"))
+    """Model repository on this machine: the build writes it, Triton and the provider onnx read it.
+    By default in the user's data directory, or in the checkout that the code runs from."""
+    home: Path = Field(default_factory=lambda: _data("home", ".halimede"))
+    """Folder of downloads, built files, locks and the server's run folder; default as above."""
     store_limit_gib: float = 100.0
     """Size that the model store is pruned to after each build."""
 

@@ -67,7 +67,7 @@ class Fetch:
             return await asyncio.wait_for(
                 self._follow(httpx, url, most_bytes), self.options.timeout_s
             )
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise FetchFailed(
                 f"the url gave no whole image within {self.options.timeout_s:g} s. Try again, or "
                 "raise urls.timeout."

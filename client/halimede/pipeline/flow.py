@@ -112,7 +112,7 @@ class Flow:
         began = time.perf_counter()
         try:
             link, result = await asyncio.wait_for(self._on_any(call), call.deadline_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             if call.deadline_s is None:  # a provider's own bug
                 raise
             self.statistics.gave_up("DeadlineExceeded")

@@ -92,7 +92,7 @@ class HuggingFace:
             found = await asyncio.wait_for(
                 self._client.feature_extraction(asked, truncate=True), timeout_s
             )
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise base.too_late(self.name, timeout_s) from None
         except Exception as error:  # aiohttp's, requests' or the SDK's own, by its version
             raise self._translated(error, timeout_s) from None

@@ -124,7 +124,7 @@ class Ollama:
             return await asyncio.wait_for(getattr(self._client, method)(**arguments), timeout_s)
         except self._sdk.ResponseError as error:
             raise base.of_status(self.name, error.status_code) from None
-        except (asyncio.TimeoutError, TimeoutError):
+        except TimeoutError:
             raise base.too_late(self.name, timeout_s) from None
         except (ValueError, TypeError):  # pydantic's, whose words hold the answer
             raise errors.ServerError(

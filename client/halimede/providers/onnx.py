@@ -178,7 +178,7 @@ class Onnx:
     async def _within(self, timeout_s: float, working: Awaitable[T]) -> T:
         try:
             return await asyncio.wait_for(working, timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise too_late(self.name, timeout_s) from None
 
     def _open(self, kind: Kind, name: str) -> _Opened:

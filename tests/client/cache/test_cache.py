@@ -695,7 +695,7 @@ def test_a_storm_of_calls_is_answered(tmp_path: Path, url: str) -> None:
         call = cache.get_or_compute(wanted(part), compute, Expect(DIMS, max_age_s))
         try:
             entries, _ = await asyncio.wait_for(call, chance.choice([0.005, 0.02, PATIENCE_S]))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return "cancelled"
         except HalimedeError:
             assert fails

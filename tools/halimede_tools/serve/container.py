@@ -113,8 +113,8 @@ def serve(
 
 def mounts(repository: Path, python_backend: Path) -> dict[str, Path]:
     """Path in the container → path here, all read-only."""
-    ours = {f"{BACKENDS}/{name}": python_backend / name for name in OURS}
-    start = {f"{START}/{name}": python_backend / name for name in LAUNCH}
+    ours = {f"{BACKENDS}/{name}": wheel.source_of(name, python_backend) for name in OURS}
+    start = {f"{START}/{name}": wheel.source_of(name, python_backend) for name in LAUNCH}
     return {MODELS: repository, **ours, **start}
 
 

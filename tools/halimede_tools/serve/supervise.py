@@ -6,6 +6,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 from halimede import Embedder
 from halimede.models import catalogue
@@ -46,6 +47,18 @@ def serve(settings: Settings, options: wheel.Options, runtime: str) -> None:
             raise ServeError(f"{ended}; {short} times soon after its start")
         except KeyboardInterrupt:
             console.print("stopped")
+
+
+def become(settings: Settings, options: wheel.Options) -> NoReturn:
+    """Replace this process by Triton, as a container wants it; build nothing.
+
+    Raises:
+        ServeError: as `wheel.become`.
+    """
+    backends = settings.backends or wheel.lay_out(
+        settings.python_backend, settings.run(options.grpc_port) / "backends"
+    )
+    wheel.become(settings.repository, backends, options)
 
 
 def _ended(server: wheel.Running) -> str:

@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from http.client import HTTPException
@@ -27,6 +26,8 @@ from pydantic import BaseModel, NonNegativeInt, model_validator
 from halimede_launch import start, watch
 from halimede_ops.errors import ServeError
 from halimede_repository import configs
+from halimede_tools.serve import programs
+from halimede_tools.settings import PACKAGES
 
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
@@ -58,6 +59,8 @@ ENVIRONMENT = {
 """Of the server and its backends, here and in a container."""
 RESPONSE_CACHE_MB = "HALIMEDE_RESPONSE_CACHE_MB"
 """Environment variable that the backend `embedder` reads."""
+IMPORTED = ("halimede_engine", "halimede_ops", "halimede_repository")
+"""Packages of ours that the backends import."""
 LOG_LEVELS = ("error", "warning", "info", "verbose")
 
 
@@ -373,7 +376,11 @@ def lay_out(python_backend: Path, folder: Path) -> Path:
     """
     wheel = _wheel()
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(python_backend, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    compiled = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(python_backend, folder, ignore=compiled)
+    for package in IMPORTED:
+        if not (folder / package).exists():
+            shutil.copytree(source_of(package, python_backend), folder / package, ignore=compiled)
     python = folder / "python"
     python.mkdir()
     for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
@@ -381,9 +388,17 @@ def lay_out(python_backend: Path, folder: Path) -> Path:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = wheel / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.exists():
-        raise ServeError(f"Triton's wheel has no stub for Python {version}; use 3.10 to 3.13")
+        raise ServeError(f"Triton's wheel has no stub for Python {version}; use 3.11 or 3.12")
     shutil.copy2(stub, python)
     return folder
+
+
+def source_of(name: str, python_backend: Path) -> Path:
+    """The folder of a backend, or of a package that backends import: in a checkout they lie side by
+    side, in an installed wheel the packages lie in site-packages.
+    """
+    path = python_backend / name
+    return path if path.exists() else PACKAGES / name
 
 
 def _environment(options: Options) -> dict[str, str]:
@@ -403,19 +418,15 @@ def libpython() -> Path:
     """The shared library of the running Python, which Triton's stub links.
 
     Raises:
-        ServeError: it is not there; the message names the package that brings it.
+        ServeError: it is not there; the message names the package that has it.
     """
-    name = sysconfig.get_config_var("INSTSONAME")
-    folders = [sysconfig.get_config_var("LIBDIR"), "/usr/lib/x86_64-linux-gnu", "/usr/lib64"]
-    for folder in folders:
-        path = Path(folder or "/") / str(name)
-        if str(name).endswith((".so", ".so.1.0")) and path.exists():
-            return path
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    raise ServeError(
-        f"libpython{version}.so.1.0 was not found. On Debian and Ubuntu run: "
-        f"apt-get install libpython{version}"
-    )
+    path = programs.libpython()
+    if path is None:
+        raise ServeError(
+            f"lib{programs.PYTHON}.so.1.0 was not found. On Debian and Ubuntu run: "
+            f"{programs.is_missing('libpython')}"
+        )
+    return path
 
 
 def check_ports(options: Options) -> None:

@@ -87,7 +87,7 @@ class SentenceTransformers:
             asked = {"texts": [text.decode() for text in texts], "input_type": request.input_type}
         try:
             told = await asyncio.wait_for(worker.ask(asked), timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             if worker.is_stuck(timeout_s):
                 await self.close()
             raise base.too_late(self.name, timeout_s) from None
@@ -125,7 +125,7 @@ class SentenceTransformers:
                 worker.ask({**opening, "device": self._options.device}),
                 self._options.start_timeout_s,
             )
-        except asyncio.TimeoutError:
+        except TimeoutError:
             await worker.close()
             raise base.too_late(self.name, self._options.start_timeout_s) from None
         except BaseException:
@@ -201,7 +201,7 @@ class _Worker:
             self._process.stdin.close()
         try:
             await asyncio.wait_for(self._process.wait(), CLOSE_TIMEOUT_S)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             self._process.kill()
             await self._process.wait()
         await asyncio.wait({self._listening})

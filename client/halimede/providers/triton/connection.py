@@ -38,7 +38,7 @@ WORDED = (
         re.compile("restricted, expecting header", re.IGNORECASE),
         errors.AccessDenied,
         "the server at {} wants its control key for this, and was given none or a wrong one. "
-        "`tools deploy` takes its file as --control-key-file.",
+        "`halimede deploy` takes its file as --control-key-file.",
     ),
     (
         re.compile("not (?:at )?ready|is unloading|being loaded", re.IGNORECASE),
