@@ -19,16 +19,14 @@ NOTE = "<!-- Generated: `make docs-reference` writes this page anew. -->\n\n"
 
 def commands() -> str:
     """The page of the command line, from its own help."""
-    listed = list(below("halimede", typer.main.get_command(app)))
-    program = listed[0][1]
+    program, *others = below("halimede", typer.main.get_command(app))
     contents = [
         f"- [`{name}`](#{name.replace(' ', '-')}): {paragraphs(command)[0].splitlines()[0]}"
-        for name, command in listed[1:]
-        if not hasattr(command, "commands")
+        for name, command in others
+        if not hasattr(command, "commands") or command.invoke_without_command
     ]
-    sections = [section(name, command) for name, command in listed[1:]]
-    head = "\n\n".join(paragraphs(program)) + "\n\n" + "\n".join(contents)
-    return f"{NOTE}# Commands\n\n{head}\n\n" + "\n".join(sections)
+    sections = [section(*one) for one in (program, *others)]
+    return "\n".join([f"{NOTE}# Commands\n", *contents, "", *sections])
 
 
 def below(name: str, command: Any) -> Iterator[tuple[str, Any]]:
