@@ -87,7 +87,7 @@ format: env  ## Format the code
 docs: env  ## Build the documentation into site/; a broken link or anchor fails
 	$(BIN)/zensical build --strict --clean
 
-docs-reference: env  ## Write the generated pages of docs/reference/ anew
+docs-reference: env  ## Write the generated pages of docs/reference/
 	$(BIN)/python tests/reference_pages.py
 
 perf: env default  ## Server against bare engine with perf_analyzer; report in docs/benchmarks/

@@ -1,4 +1,4 @@
-"""The generated pages of docs/reference/: `python tests/reference_pages.py` writes them anew."""
+"""The generated pages of docs/reference/: `python tests/reference_pages.py` writes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from halimede.cli import app
 from halimede_ops import errors
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
-NOTE = "<!-- Generated: `make docs-reference` writes this page anew. -->\n\n"
+NOTE = "<!-- Generated: `make docs-reference` writes this page. -->\n\n"
 
 
 def commands() -> str:

@@ -44,7 +44,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", reference_pages.PAGES)
 def test_generated_pages_are_current(name: str) -> None:
-    """A page is what the code gives; `make docs-reference` writes it anew."""
+    """A page is what the code gives; `make docs-reference` writes it."""
     assert (reference_pages.FOLDER / name).read_text() == reference_pages.PAGES[name]()
 
 

@@ -22,6 +22,8 @@ from halimede_tools.serve import wheel
 README = documents.README.read_text()
 FALLBACK = ROOT / "docs" / "guides" / "fallback-and-cache.md"
 ELSEWHERE = {
+    "make up": "needs a Docker engine: test_containers.py",
+    "make down": "needs a Docker engine: test_containers.py",
     "make ": "test_verbs_exist; CI runs `make test`, which makes the environment and the models",
     "python3 -m venv ": "a release installs the wheel in a fresh environment",
     ". ": "activates an environment",
