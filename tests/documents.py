@@ -57,13 +57,11 @@ def commands() -> list[Command]:
 
 def named_commands() -> list[Command]:
     """The `halimede` commands within the sentences and tables of every page."""
-    texts = [
-        (page, re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)) for page in PAGES
-    ]
+    unread = re.compile(r"^```.*?^```|<!--.*?-->", re.S | re.M)
     return [
         Command(page, " ".join(command.split()))
-        for page, text in texts
-        for command in sorted(set(re.findall(r"`(halimede [^`]+)`", text)))
+        for page in PAGES
+        for command in re.findall(r"`(halimede [^`]+)`", unread.sub("", page.read_text()))
     ]
 
 
