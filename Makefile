@@ -29,7 +29,7 @@ env: .venv/.installed  ## Make the virtual environment
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@echo 'Installing into .venv; the first time takes some minutes …'
-	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,docker,client,build,test,lint]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,docker,client,build,test,lint,docs]'
 	@touch $@
 
 build: env  ## Build MODEL (a name or a folder) into model_repository/; NAME=…, DEVICE=cuda
@@ -82,6 +82,13 @@ lint: env  ## Linter, formatter and type checker
 format: env  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+.PHONY: docs docs-reference
+docs: env  ## Build the documentation into site/; a broken link or anchor fails
+	$(BIN)/zensical build --strict --clean
+
+docs-reference: env  ## Write the generated pages of docs/reference/
+	$(BIN)/python tests/reference_pages.py
 
 perf: env default  ## Server against bare engine with perf_analyzer; report in docs/benchmarks/
 	$(BIN)/halimede bench server $(ARGS)

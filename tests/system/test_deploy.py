@@ -20,7 +20,7 @@ from halimede_tools.serve import container
 from halimede_tools.serve.wheel import ENVIRONMENT, Options, Server
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
-OPERATIONS = DEPLOY.parent / "docs" / "operations.md"
+CLUSTER = DEPLOY.parent / "docs" / "guides" / "cluster.md"
 BASE = DEPLOY / "kubernetes" / "base"
 KUBERNETES = "1.31"
 
@@ -167,7 +167,7 @@ def test_rules_dashboard_and_autoscaler_ask_for_metrics_that_triton_has(server: 
     asked = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
     dashboard = json.loads((DEPLOY / "grafana" / "dashboards" / "halimede.json").read_text())
     asked += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    [adapter] = re.findall(r"```yaml\n(rules:.*?)```", OPERATIONS.read_text(), re.DOTALL)
+    [adapter] = re.findall(r"```yaml\n(rules:.*?)```", CLUSTER.read_text(), re.DOTALL)
     [rule] = yaml.safe_load(adapter)["rules"]
     assert rule["name"]["as"] in (BASE / "autoscaling.yaml").read_text()
     asked.append(rule["metricsQuery"])

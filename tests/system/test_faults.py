@@ -1,5 +1,5 @@
 """What a server does when something around it fails, under load: nothing wrong is answered, and it
-recovers by itself or says what to do. docs/operations.md has the table.
+recovers by itself or says what to do. docs/guides/failures.md has the table.
 
 Of the client alone: Redis that is killed and a disk that is full are in test_cache.py, and a chain
 that goes on while Triton is killed is in test_chain.py.

@@ -283,6 +283,6 @@ def test_catalogue_has_every_row_of_the_specification() -> None:
 
 
 def test_models_page_tells_of_every_row() -> None:
-    """docs/models.md says of each model of the catalogue what was verified."""
-    page = (ROOT / "docs" / "models.md").read_text()
+    """docs/reference/models.md says of each model of the catalogue what was verified."""
+    page = (ROOT / "docs" / "reference" / "models.md").read_text()
     assert [row.name for row in catalogue.models() if row.name not in page] == []
