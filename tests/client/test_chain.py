@@ -28,7 +28,7 @@ from halimede import (
     SpaceRefused,
 )
 from halimede.config.file import parse
-from halimede.inputs.items import Kind
+from halimede.inputs.content import InputKind
 from halimede.providers import Answer, Request
 from halimede.results import ServedModel
 from halimede_ops import vectors
@@ -54,7 +54,7 @@ class Scripted:
         self.asked: list[int] = []
         self.fails_after: int | None = None
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         if self.error is not None:
             raise self.error
         return self.model

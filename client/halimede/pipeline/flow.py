@@ -16,7 +16,7 @@ import numpy as np
 
 from halimede.cache import Cache, Entries, Expect
 from halimede.cache import keys as cache_keys
-from halimede.inputs.items import Given, Item, Kind, Reader
+from halimede.inputs.content import Content, Input, InputKind, ReadOptions
 from halimede.inputs.urls import Fetch
 from halimede.observability import tracing
 from halimede.observability.statistics import Statistics
@@ -50,8 +50,8 @@ OF_ONE_ITEM = (InvalidImage, ImageTooLarge, InvalidText, UrlRefused, FetchFailed
 class Call:
     """What a caller asks for."""
 
-    items: Sequence[Given]
-    kind: Kind = "text"
+    items: Sequence[Input]
+    kind: InputKind = "text"
     input_type: str | None = None
     dimensions: int | None = None
     output_type: OutputType = "float32"
@@ -194,10 +194,10 @@ class Flow:
                 link.forget()
                 raise
             asked = link.options.dimensions if call.dimensions is None else call.dimensions
-            reader = Reader(model.max_image_bytes, self.fetch)
+            read_options = ReadOptions(model.max_image_bytes, self.fetch)
             dims = check_dimensions(asked, model)
             room = contextlib.nullcontext() if call.kind == "text" else self._room
-            job = _Job(link, model, call, reader, room, asked, dims, deadline, cache)
+            job = _Job(link, model, call, read_options, room, asked, dims, deadline, cache)
             try:
                 return await job.result()
             except ModelChanged:
@@ -215,7 +215,7 @@ class _Job:
     link: Link
     model: ServedModel
     call: Call
-    reader: Reader
+    read_options: ReadOptions
     room: contextlib.AbstractAsyncContextManager[None]
     """Entered for each window."""
     dimensions: int | None
@@ -280,7 +280,9 @@ class _Job:
     async def _window(self, rows: range) -> _Part:
         """The entries of some rows of the call."""
         given = self.call.items[rows.start : rows.stop]
-        items = [one if isinstance(one, bytes) else await one.read(self.reader) for one in given]
+        items = [
+            one if isinstance(one, bytes) else await one.read(self.read_options) for one in given
+        ]
         if self.cache is None:
             entries, versions = await self._compute(items)
             return _Part(rows, entries, np.zeros(len(rows), np.bool_), versions)
@@ -305,7 +307,7 @@ class _Job:
         versions = np.array([made_by.get(key, 0) for key in keys], np.int64)
         return _Part(rows, entries, cached, versions)
 
-    async def _compute(self, items: Sequence[Item]) -> tuple[Entries, np.ndarray]:
+    async def _compute(self, items: Sequence[Content]) -> tuple[Entries, np.ndarray]:
         """The entries of the items, asked of the provider in requests, and their versions."""
         versions = np.zeros(len(items), np.int64)
         vectors = np.empty((len(items), self.dims), np.float32)
@@ -361,7 +363,7 @@ def _check(answer: Answer, model: ServedModel, rows: int, dims: int) -> None:
         )
 
 
-def _placed(message: str, kind: Kind, place: int) -> str:
+def _placed(message: str, kind: InputKind, place: int) -> str:
     """An item's error with its place in the call; the provider was sent it alone, as item 0."""
     named, found = re.subn(r"^(text|image|pair) 0\b", rf"\1 {place}", message)
     return named if found else f"{kind} {place}: {message}"

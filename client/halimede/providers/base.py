@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from halimede.inputs.items import Item, Kind, Pair
+from halimede.inputs.content import Content, InputKind, Pair
 from halimede.results import UNKNOWN_TOKENS, ServedModel
 from halimede_ops import errors
 from halimede_ops import vectors as ops
-from halimede_ops.errors import InvalidConfig, InvalidDimensions, MissingExtra, UnknownInputType
+from halimede_ops.errors import InvalidConfig, InvalidDimensions, UnknownInputType
 
 REMOTE = "remote"
 """Precision of a provider that does not tell its own."""
@@ -28,15 +25,15 @@ PIXEL = bytes.fromhex(
     "9c63a8070000810080d394534a0000000049454e44ae426082"
 )
 """A grey PNG of 1 × 1."""
-METHODS: Mapping[Kind, str] = {
+METHODS: Mapping[InputKind, str] = {
     "text": "embed",
     "image": "embed_images",
     "pair": "embed_multimodal",
 }
 """What an embedder's method for items of a kind is called."""
-KINDS_BY_INPUT: Mapping[str, Kind] = {"text": "text", "image": "image", "multimodal": "pair"}
-"""Kind of the items of a built model by its config's parameter `input`."""
-PROBES: Mapping[Kind, Item] = {
+KINDS_BY_INPUT: Mapping[str, InputKind] = {"text": "text", "image": "image", "multimodal": "pair"}
+"""InputKind of the items of a built model by its config's parameter `input`."""
+PROBES: Mapping[InputKind, Content] = {
     "text": b"health",
     "image": PIXEL,
     "pair": Pair(b"health", PIXEL),
@@ -47,9 +44,9 @@ PROBES: Mapping[Kind, Item] = {
 class Request(NamedTuple):
     """What a provider is asked to embed at once."""
 
-    items: Sequence[Item]
+    items: Sequence[Content]
     """At most the model's `max_batch_size`."""
-    kind: Kind = "text"
+    kind: InputKind = "text"
     """What each item is."""
     input_type: str | None = None
     """Of texts: `query`, `document` or another prompt's name."""
@@ -115,9 +112,9 @@ class Provider(Protocol):
     """Something that embeds. Used on the client's event loop alone."""
 
     name: str
-    """Kind and model, for results, statistics and errors."""
+    """InputKind and model, for results, statistics and errors."""
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         """The model that embeds items of this kind, as it is now; None: the one that is named.
 
         Raises:
@@ -170,7 +167,7 @@ class Options(BaseModel):
     """Whether a chain may fall back to this model although its space is another."""
 
     MADE_FOR: ClassVar[str] = ""
-    """Kind of provider that these options are for."""
+    """InputKind of provider that these options are for."""
 
 
 class KeyOptions(Options):
@@ -198,20 +195,6 @@ class KeyOptions(Options):
         return found
 
 
-def optional(module: str, extra: str) -> ModuleType:
-    """A module of an optional package.
-
-    Raises:
-        MissingExtra: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtra(
-            f"{error.name or module} is not installed. Run: pip install 'halimede[{extra}]'"
-        ) from None
-
-
 def texts(request: Request, provider: str) -> Sequence[bytes]:
     """The texts of a request.
 
@@ -222,7 +205,7 @@ def texts(request: Request, provider: str) -> Sequence[bytes]:
     return cast(Sequence[bytes], request.items)
 
 
-def check_texts(kind: Kind | None, provider: str) -> None:
+def check_texts(kind: InputKind | None, provider: str) -> None:
     """Nothing when items of this kind are texts.
 
     Raises:
@@ -232,21 +215,11 @@ def check_texts(kind: Kind | None, provider: str) -> None:
         raise unsupported(kind, provider, "text")
 
 
-def unsupported(kind: Kind, provider: str, takes: Kind) -> errors.UnsupportedInput:
+def unsupported(kind: InputKind, provider: str, takes: InputKind) -> errors.UnsupportedInput:
     """The error of a provider that embeds items of another kind."""
     return errors.UnsupportedInput(
         f"{provider} embeds {takes}s, not {kind}s: call {METHODS[takes]}, or name another model."
     )
-
-
-def installed(module: str, extra: str) -> None:
-    """Nothing when an optional package is there; it is not imported.
-
-    Raises:
-        MissingExtra: it is not installed.
-    """
-    if importlib.util.find_spec(module) is None:
-        raise MissingExtra(f"{module} is not installed. Run: pip install 'halimede[{extra}]'")
 
 
 def too_late(provider: str, timeout_s: float) -> errors.DeadlineExceeded:

@@ -6,7 +6,7 @@ import asyncio
 
 from pydantic import Field
 
-from halimede.inputs.items import Kind, parts
+from halimede.inputs.content import InputKind, serialise
 from halimede.providers import hashing
 from halimede.providers.base import Answer, Request, cut, prompt, unknown_tokens
 from halimede.providers.base import Options as BaseOptions
@@ -46,7 +46,7 @@ class Hash:
             provider="hash",
         )
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         """The model: always the same, of every kind."""
         return self._model
 
@@ -60,6 +60,6 @@ class Hash:
         """The vectors; token counts are not known, and images are not looked into."""
         prompt(request.input_type, {}, self._model.name)  # refuses an unknown one
         await asyncio.sleep(0)  # other calls and their deadlines have their turn
-        hashed = [b"".join(parts(item)) for item in request.items]
+        hashed = [serialise(item) for item in request.items]
         vectors = hashing.embed(hashed, self._model.dims)
         return Answer(cut(vectors, request.dimensions), unknown_tokens(len(hashed)), self._model)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from halimede.inputs.items import Kind
+from halimede.extras import import_optional
+from halimede.inputs.content import InputKind
 from halimede.providers import base
 from halimede.providers.base import Answer, KeyOptions, Request
 from halimede.results import ServedModel
@@ -30,14 +31,14 @@ class Options(KeyOptions):
 
 def connect(options: Options) -> HuggingFace:
     """The provider for these options."""
-    return HuggingFace(options, base.optional("huggingface_hub", "huggingface"))
+    return HuggingFace(options, import_optional("huggingface_hub", "huggingface"))
 
 
 class HuggingFace:
     """One model behind `feature_extraction`."""
 
     def __init__(self, options: Options, sdk: Any) -> None:
-        base.optional("aiohttp", "huggingface")
+        import_optional("aiohttp", "huggingface")
         self.name = f"huggingface:{options.model_id}"
         self._options = options
         key = options.secret(KEY)
@@ -55,7 +56,7 @@ class HuggingFace:
         """Close the connections; a second call does nothing."""
         await self._client.close()
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         """The model; its dims are those of a probe text's vector."""
         base.check_texts(kind, self.name)
         if self._model is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from halimede.inputs.items import Kind
+from halimede.extras import import_optional
+from halimede.inputs.content import InputKind
 from halimede.pipeline.latest import Latest
 from halimede.providers import base
 from halimede.providers.base import Answer, Request
@@ -28,7 +29,7 @@ class Options(BaseOptions):
 
 def connect(options: Options) -> Ollama:
     """The provider for these options."""
-    return Ollama(options, base.optional("ollama", "ollama"))
+    return Ollama(options, import_optional("ollama", "ollama"))
 
 
 class Ollama:
@@ -49,7 +50,7 @@ class Ollama:
             client, self._client = self._client, None
             await client.close()
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         """The model as the server tells it now.
 
         Raises:

@@ -16,9 +16,10 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from halimede.config.environment import Settings
-from halimede.inputs.items import Kind
+from halimede.extras import import_optional
+from halimede.inputs.content import InputKind
 from halimede.providers import base
-from halimede.providers.base import Answer, Request, optional, too_late
+from halimede.providers.base import Answer, Request, too_late
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
 from halimede_ops import errors, vectors
@@ -58,8 +59,8 @@ class Options(BaseOptions):
 
 def connect(options: Options) -> Onnx:
     """The provider for these options; the model itself is opened on first use."""
-    optional("onnxruntime", "onnx")
-    optional("tokenizers", "onnx")
+    import_optional("onnxruntime", "onnx")
+    import_optional("tokenizers", "onnx")
     return Onnx(options)
 
 
@@ -123,13 +124,13 @@ class Onnx:
         self._threads = options.threads or len(os.sched_getaffinity(0))
         self._streams = min(options.streams or self._threads, self._threads)
         self._opening = asyncio.Lock()
-        self._opened: dict[Kind, _Opened] = {}
+        self._opened: dict[InputKind, _Opened] = {}
 
     async def close(self) -> None:
         """Forget the model; a second call does nothing."""
         self._opened.clear()
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         """The model as its folder is now; opened again when its files changed.
 
         Raises:
@@ -149,7 +150,7 @@ class Onnx:
         opened = await self._model(request.kind, timeout_s, again=False)
         return await self._within(timeout_s, EMBED[request.kind](opened, request))
 
-    async def _model(self, kind: Kind | None, timeout_s: float, *, again: bool) -> _Opened:
+    async def _model(self, kind: InputKind | None, timeout_s: float, *, again: bool) -> _Opened:
         async with self._opening:
             opened = self._opened.get(kind) if kind else None
             if opened is None or again:
@@ -161,7 +162,7 @@ class Onnx:
                     self._opened[kind] = opened
             return opened
 
-    def _ensemble(self, kind: Kind | None) -> tuple[Kind, str]:
+    def _ensemble(self, kind: InputKind | None) -> tuple[InputKind, str]:
         """The ensemble that embeds items of this kind: the one that is named, or the one that it
         names for images.
         """
@@ -181,7 +182,7 @@ class Onnx:
         except asyncio.TimeoutError:
             raise too_late(self.name, timeout_s) from None
 
-    def _open(self, kind: Kind, name: str) -> _Opened:
+    def _open(self, kind: InputKind, name: str) -> _Opened:
         stamp = self._stamp(name)
         try:
             opened = self._read(kind, name, stamp)
@@ -193,7 +194,7 @@ class Onnx:
             raise errors.ModelChanged(f"{self.name} was changed while it was opened.")
         return opened
 
-    def _read(self, kind: Kind, name: str, stamp: _Stamp) -> _Opened:
+    def _read(self, kind: InputKind, name: str, stamp: _Stamp) -> _Opened:
         from halimede_engine import scheduler, session
         from halimede_ops import spec
 
@@ -250,13 +251,13 @@ class Onnx:
         return _Halves(made, text, image)
 
     def _reader(
-        self, kind: Kind, facts: Any, steps: Mapping[str, Path]
+        self, kind: InputKind, facts: Any, steps: Mapping[str, Path]
     ) -> tuple[Any, Callable[[Sequence[Any]], Sequence[Any]]]:
         """What reads items as they come, and what makes rows of what it read."""
         from halimede_engine import session
 
         if kind == "image":
-            optional("PIL", "images")
+            import_optional("PIL", "images")
             from halimede_ops import image
 
             taken = facts.images()
@@ -267,7 +268,9 @@ class Onnx:
         tokenizer = text.load(steps[f"{facts.name}-tokenizer"], facts)
         return tokenizer, lambda prompted: session.rows(tokenizer.encode_prompted(prompted))
 
-    def _served(self, kind: Kind, name: str, pinned: configs.Served, facts: Any) -> ServedModel:
+    def _served(
+        self, kind: InputKind, name: str, pinned: configs.Served, facts: Any
+    ) -> ServedModel:
         quality = json.loads((pinned.folder / "quality.json").read_text())
         if quality["space"] != facts.space:
             raise errors.InvalidModel(
@@ -305,7 +308,7 @@ class Onnx:
     def _accelerators(self) -> Sequence[str]:
         if self._options.device != "auto":
             return DEVICES[self._options.device]
-        onnxruntime: ModuleType = optional("onnxruntime", "onnx")
+        onnxruntime: ModuleType = import_optional("onnxruntime", "onnx")
         available = onnxruntime.get_available_providers()
         if "CUDAExecutionProvider" in available:
             return DEVICES["cuda"]
@@ -358,7 +361,7 @@ async def _fused(halves: _Halves, pair: Any, request: Request) -> np.ndarray:
     return vectors.fuse(text, image, halves.fusion)
 
 
-EMBED: Mapping[Kind, Callable[[_Opened, Request], Awaitable[Answer]]] = {
+EMBED: Mapping[InputKind, Callable[[_Opened, Request], Awaitable[Answer]]] = {
     "text": _embed_texts,
     "image": _embed_images,
     "pair": _embed_pairs,

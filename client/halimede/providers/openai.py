@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from halimede.inputs.items import Kind
+from halimede.extras import import_optional
+from halimede.inputs.content import InputKind
 from halimede.providers import base
 from halimede.providers.base import Answer, KeyOptions, Request
 from halimede.results import ServedModel
@@ -37,7 +38,7 @@ class Options(KeyOptions):
 
 def connect(options: Options) -> OpenAI:
     """The provider for these options."""
-    return OpenAI(options, base.optional("openai", "openai"))
+    return OpenAI(options, import_optional("openai", "openai"))
 
 
 class OpenAI:
@@ -63,7 +64,7 @@ class OpenAI:
         """Close the connections; a second call does nothing."""
         await self._client.close()
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         """The model; dims of one that is not OpenAI's are those of a probe text's vector."""
         base.check_texts(kind, self.name)
         if self._model is None:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from pydantic import PositiveFloat
 
-from halimede.inputs.items import Kind, parts
+from halimede.extras import check_installed
+from halimede.inputs.content import InputKind, serialise
 from halimede.providers import base
 from halimede.providers.base import Answer, Request
 from halimede.providers.base import Options as BaseOptions
@@ -45,7 +46,7 @@ class Options(BaseOptions):
 
 def connect(options: Options) -> SentenceTransformers:
     """The provider for these options; its process starts on first use."""
-    base.installed("sentence_transformers", "sentence-transformers")
+    check_installed("sentence_transformers", "sentence-transformers")
     return SentenceTransformers(options)
 
 
@@ -64,7 +65,7 @@ class SentenceTransformers:
         if worker is not None:
             await worker.close()
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         """The model that the process has loaded."""
         model = (await self._running()).model
         if kind == "image" and model.image_model:
@@ -80,7 +81,7 @@ class SentenceTransformers:
         """The answer of the process."""
         worker = await self._running()
         if request.kind == "image" and worker.model.image_model:
-            images = [b"".join(parts(image)) for image in request.items]
+            images = [serialise(image) for image in request.items]
             asked: dict[str, Any] = {"images": [base64.b64encode(one).decode() for one in images]}
         else:
             texts = base.texts(request, self.name)

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from halimede.inputs.items import Item, parts
+from halimede.inputs.content import serialise
 from halimede.pipeline.latest import Latest
 from halimede.pipeline.requests import together
 from halimede.providers.base import Answer, Request, joined
@@ -60,7 +60,7 @@ def may_answer(candidate: ServedModel, served: ServedModel) -> bool:
 
 def taken(request: Request, candidate: ServedModel) -> np.ndarray:
     """`[items]` bool: which items the candidate answers."""
-    keys = [_key(item) for item in request.items]
+    keys = [serialise(item) for item in request.items]
     if request.sticky_key is not None:
         keys = [request.sticky_key] * len(keys)
     return np.array([_point(key, candidate.version) < candidate.share for key in keys], np.bool_)
@@ -92,10 +92,6 @@ async def split(
         len(rows),
     )
     return joined(answers).of(np.argsort(np.concatenate(rows)))
-
-
-def _key(item: Item) -> bytes:
-    return item if isinstance(item, bytes) else b"".join(parts(item))
 
 
 def _point(key: bytes, version: str) -> float:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
-from halimede.inputs.items import Item, Kind, Pair
+from halimede.inputs.content import Content, InputKind, Pair
 from halimede.observability import tracing
 from halimede.pipeline.breaker import Breaker
 from halimede.pipeline.latest import Latest
@@ -43,8 +43,8 @@ T = TypeVar("T")
 
 BULK_PRIORITY = 2
 """Of requests beyond the interactive lane: in Triton's queue, those of its default pass them."""
-INPUTS: Mapping[Kind, str] = {"text": "TEXT", "image": "IMAGE"}
-OUTPUTS: Mapping[Kind, tuple[str, ...]] = {
+INPUTS: Mapping[InputKind, str] = {"text": "TEXT", "image": "IMAGE"}
+OUTPUTS: Mapping[InputKind, tuple[str, ...]] = {
     "text": ("EMBEDDING", "TOKENS"),
     "image": ("EMBEDDING", "WIDTH", "HEIGHT", "FORMAT"),
     "pair": ("EMBEDDING",),
@@ -109,7 +109,7 @@ class Triton:
         """Close every connection; a second call does nothing."""
         await asyncio.gather(*[server.close() for server in self._servers])
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         """The model as a server's config tells it now.
 
         Raises:
@@ -154,8 +154,8 @@ class _Server:
         self.in_flight = 0
         self.breaker = Breaker(self.probe)
         self._triton = Connection(url, tls)
-        self._described: dict[Kind, ServedModel] = {}
-        self._readings: dict[Kind | None, Latest[ServedModel]] = {}
+        self._described: dict[InputKind, ServedModel] = {}
+        self._readings: dict[InputKind | None, Latest[ServedModel]] = {}
         self._follow_canary = follow_canary
         self._candidates: dict[str, canary.Watch] = {}
         self._timeout_s = 30.0
@@ -178,7 +178,7 @@ class _Server:
         await self.breaker.close()
         await self._triton.close()
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         self._timeout_s = timeout_s
         if kind not in self._readings:
             self._readings[kind] = Latest(functools.partial(self._read, kind))
@@ -243,7 +243,7 @@ class _Server:
         served = [await self._served(name, timeout_s) for name in names]
         return [model for model in served if model is not None]
 
-    async def _read(self, kind: Kind | None) -> ServedModel:
+    async def _read(self, kind: InputKind | None) -> ServedModel:
         """The model that is named, or the one it names for images."""
         named = await self._ensemble(self.model)
         served = named
@@ -298,7 +298,7 @@ class _Server:
         return str(answer.model_version if self._triton.is_grpc else answer["model_version"])
 
 
-def _columns(request: Request) -> Mapping[str, Sequence[Item]]:
+def _columns(request: Request) -> Mapping[str, Sequence[Content]]:
     """A request's items as the input tensors they go into; what a pair lacks is left out."""
     if request.kind != "pair":
         return {INPUTS[request.kind]: request.items}
