@@ -2,7 +2,7 @@
 
 from halimede.config.schema import Config
 from halimede.embedder import AsyncEmbedder, Embedder
-from halimede.inputs.images import find_images
+from halimede.inputs.archives import find_images
 from halimede.results import Embeddings, ImageInfo, ServedModel
 from halimede_ops.errors import (
     AccessDenied,

@@ -15,12 +15,13 @@ from typing_extensions import Unpack
 
 from halimede.config.resolve import resolve
 from halimede.config.schema import Config
-from halimede.inputs.images import Image, pairs, source, sources
-from halimede.inputs.items import Given, Kind
+from halimede.inputs.content import Input, InputKind
+from halimede.inputs.images import ImageLike, image_input, image_inputs, pair_inputs
+from halimede.inputs.texts import encode_text, encode_texts
 from halimede.inputs.urls import Fetch
 from halimede.observability.progress import bar
 from halimede.observability.statistics import Statistics
-from halimede.pipeline import loop, requests
+from halimede.pipeline import loop
 from halimede.pipeline.chain import Chain
 from halimede.pipeline.flow import Call, Flow
 from halimede.pipeline.link import Link
@@ -98,7 +99,7 @@ class _Opened:
         self._flow = _flow(self.config, providers)
 
     def _call(
-        self, kind: Kind, items: Sequence[Given], deadline_s: float | None, **asked: Any
+        self, kind: InputKind, items: Sequence[Input], deadline_s: float | None, **asked: Any
     ) -> Call:
         output_type = asked.get("output_type", "float32")
         if output_type in ("int8", "uint8") and asked.get("ranges") is None:
@@ -183,7 +184,7 @@ class Embedder(_Opened):
             ServerError: the server is not there, is overloaded, or did not answer in time.
             SpaceRefused: only providers of another space are left.
         """
-        encoded = requests.encode([texts] if isinstance(texts, str) else texts)
+        encoded = encode_texts([texts] if isinstance(texts, str) else texts)
         return self._embed(
             "text",
             encoded,
@@ -198,7 +199,7 @@ class Embedder(_Opened):
 
     def embed_images(
         self,
-        images: Sequence[Image] | Image,
+        images: Sequence[ImageLike] | ImageLike,
         *,
         deadline_s: float | None = None,
         progress: bool = False,
@@ -230,12 +231,12 @@ class Embedder(_Opened):
             UnsupportedInput: the model embeds no images.
             HalimedeError: as `embed`.
         """
-        return self._embed("image", sources(images), deadline_s, progress, **asked)
+        return self._embed("image", image_inputs(images), deadline_s, progress, **asked)
 
     def embed_multimodal(
         self,
         texts: Sequence[str | None] | None,
-        images: Sequence[Image | None] | None,
+        images: Sequence[ImageLike | None] | None,
         *,
         deadline_s: float | None = None,
         progress: bool = False,
@@ -254,7 +255,7 @@ class Embedder(_Opened):
             InvalidInput: texts and images are of different number, or a place has neither.
             HalimedeError: as `embed_images`.
         """
-        return self._embed("pair", pairs(texts, images), deadline_s, progress, **asked)
+        return self._embed("pair", pair_inputs(texts, images), deadline_s, progress, **asked)
 
     def embed_iter(
         self,
@@ -283,12 +284,12 @@ class Embedder(_Opened):
             SpaceRefused: the model's space changed midway.
             HalimedeError: as `embed`.
         """
-        stream = Stream(window, requests.encode_one)
+        stream = Stream(window, encode_text)
         return self._embed_iter("text", stream, texts, deadline_s, progress, **asked)
 
     def embed_images_iter(
         self,
-        images: Iterable[Image],
+        images: Iterable[ImageLike],
         *,
         window: int = IMAGES_WINDOW,
         progress: bool = False,
@@ -313,13 +314,13 @@ class Embedder(_Opened):
             SpaceRefused: the model's space changed midway.
             HalimedeError: as `embed_images`.
         """
-        stream = Stream(window, lambda image, _: source(image))
+        stream = Stream(window, lambda image, _: image_input(image))
         return self._embed_iter("image", stream, images, deadline_s, progress, **asked)
 
     def _embed(
         self,
-        kind: Kind,
-        items: Sequence[Given],
+        kind: InputKind,
+        items: Sequence[Input],
         deadline_s: float | None,
         progress: bool,
         **asked: Any,
@@ -331,7 +332,7 @@ class Embedder(_Opened):
 
     def _embed_iter(
         self,
-        kind: Kind,
+        kind: InputKind,
         stream: Stream,
         items: Iterable[Any],
         deadline_s: float | None,
@@ -394,31 +395,31 @@ class AsyncEmbedder(_Opened):
         **asked: Unpack[AskedOfTexts],
     ) -> Embeddings:
         """As `Embedder.embed`."""
-        encoded = requests.encode([texts] if isinstance(texts, str) else texts)
+        encoded = encode_texts([texts] if isinstance(texts, str) else texts)
         return await self._embed("text", encoded, deadline_s, progress, **asked)
 
     async def embed_images(
         self,
-        images: Sequence[Image] | Image,
+        images: Sequence[ImageLike] | ImageLike,
         *,
         deadline_s: float | None = None,
         progress: bool = False,
         **asked: Unpack[AskedOfImages],
     ) -> Embeddings:
         """As `Embedder.embed_images`."""
-        return await self._embed("image", sources(images), deadline_s, progress, **asked)
+        return await self._embed("image", image_inputs(images), deadline_s, progress, **asked)
 
     async def embed_multimodal(
         self,
         texts: Sequence[str | None] | None,
-        images: Sequence[Image | None] | None,
+        images: Sequence[ImageLike | None] | None,
         *,
         deadline_s: float | None = None,
         progress: bool = False,
         **asked: Unpack[AskedOfPairs],
     ) -> Embeddings:
         """As `Embedder.embed_multimodal`."""
-        return await self._embed("pair", pairs(texts, images), deadline_s, progress, **asked)
+        return await self._embed("pair", pair_inputs(texts, images), deadline_s, progress, **asked)
 
     def embed_iter(
         self,
@@ -430,12 +431,12 @@ class AsyncEmbedder(_Opened):
         **asked: Unpack[AskedOfTexts],
     ) -> AsyncIterator[Embeddings]:
         """As `Embedder.embed_iter`, of a stream of either kind."""
-        stream = Stream(window, requests.encode_one)
+        stream = Stream(window, encode_text)
         return self._embed_iter("text", stream, texts, deadline_s, progress, **asked)
 
     def embed_images_iter(
         self,
-        images: Iterable[Image] | AsyncIterable[Image],
+        images: Iterable[ImageLike] | AsyncIterable[ImageLike],
         *,
         window: int = IMAGES_WINDOW,
         progress: bool = False,
@@ -443,13 +444,13 @@ class AsyncEmbedder(_Opened):
         **asked: Unpack[AskedOfImages],
     ) -> AsyncIterator[Embeddings]:
         """As `Embedder.embed_sourcesiter`, of a stream of either kind."""
-        stream = Stream(window, lambda image, _: source(image))
+        stream = Stream(window, lambda image, _: image_input(image))
         return self._embed_iter("image", stream, images, deadline_s, progress, **asked)
 
     async def _embed(
         self,
-        kind: Kind,
-        items: Sequence[Given],
+        kind: InputKind,
+        items: Sequence[Input],
         deadline_s: float | None,
         progress: bool,
         **asked: Any,
@@ -461,7 +462,7 @@ class AsyncEmbedder(_Opened):
 
     async def _embed_iter(
         self,
-        kind: Kind,
+        kind: InputKind,
         stream: Stream,
         items: Iterable[Any] | AsyncIterable[Any],
         deadline_s: float | None,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from halimede.inputs.items import Kind
+from halimede.inputs.content import InputKind
 from halimede_ops.errors import HalimedeError
 
 UNKNOWN_TOKENS = -1
@@ -39,12 +39,12 @@ class ServedModel:
     max_batch_size: int
     """Most items in one request."""
     provider: str = "triton"
-    """Kind of provider."""
+    """InputKind of provider."""
     mean_cosine: float | None = None
     """Mean cosine to the reference, as the build measured it; None where nobody recorded it."""
     version: str = ""
     """Version that names this content and no other; empty where versions do not."""
-    input: Kind = "text"
+    input: InputKind = "text"
     """What it embeds."""
     image_model: str = ""
     """Name of the model that embeds images into the same space; empty: there is none."""
@@ -88,7 +88,7 @@ class Embeddings:
     precision: str
     max_tokens: int
     provider: str = "triton"
-    """Kind of provider whose model this is."""
+    """InputKind of provider whose model this is."""
     output_type: str = "float32"
     cached: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.bool_))
     """`[rows]` bool: whether the vector came from a cache."""

@@ -174,9 +174,7 @@ def test_record_says_how_it_was_made(repository: Path) -> None:
     assert record["held_out_pairs"] == 50
     assert record["retrieval"]["fitted"]["mrr"] > record["retrieval"]["untrained"]["mrr"]
     spaces = {said[name]["space"] for name in said}
-    spaces |= {
-        model_config.space(repository / name / "config.pbtxt") for name in ("texts", "clip")
-    }
+    spaces |= {model_config.space(repository / name / "config.pbtxt") for name in ("texts", "clip")}
     assert len(spaces) == 4
 
 

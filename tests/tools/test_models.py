@@ -458,9 +458,7 @@ def test_precision_below_its_bar_needs_consent(
     assert "coarse in fp16 is not published: size_ratio" in capfd.readouterr().err
     names = build(order(str(copied), "coarse", **wanted, accepted=("fp16",)), home)
     assert names == ["coarse", "coarse-fp16"]
-    parameters = model_config.read(
-        home.repository / "coarse-fp16" / "config.pbtxt"
-    ).parameters
+    parameters = model_config.read(home.repository / "coarse-fp16" / "config.pbtxt").parameters
     assert "size_ratio" in parameters["below_bar"].string_value
 
 

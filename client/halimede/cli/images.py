@@ -15,7 +15,7 @@ import typer
 from halimede.cli import options
 from halimede.cli.contact_sheet import Hit, sheet
 from halimede.embedder import Embedder
-from halimede.inputs.images import Found, find_images, is_image
+from halimede.inputs.archives import NamedImage, find_images, is_image
 from halimede.results import Embeddings
 from halimede_ops import vectors
 from halimede_ops.errors import HalimedeError, InvalidInput, SpaceRefused
@@ -102,7 +102,7 @@ def search_images(
         print(f"wrote {html}")
 
 
-def _noting(found: Iterable[Found], names: list[str]) -> Iterator[Found]:
+def _noting(found: Iterable[NamedImage], names: list[str]) -> Iterator[NamedImage]:
     """What is found, its names noted as it is taken."""
     for one in found:
         names.append(one.name)

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from halimede.inputs.items import Kind
+from halimede.inputs.content import InputKind
 
 API = "opentelemetry.trace"
 
 
 @contextlib.contextmanager
-def span(name: str, kind: Kind, items: int) -> Iterator[dict[str, Any]]:
+def span(name: str, kind: InputKind, items: int) -> Iterator[dict[str, Any]]:
     """A span of this name; what is put into the mapping becomes its attributes."""
     facts: dict[str, Any] = {f"halimede.{kind}s": items}
     trace = _api()

@@ -16,10 +16,14 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from halimede.config.environment import Settings
-from halimede.inputs.items import Kind
-from halimede.providers import base
-from halimede.providers.base import Answer, Request, optional, too_late
+from halimede.extras import import_optional
+from halimede.inputs.content import InputKind
+from halimede.providers import input_kinds
+from halimede.providers.answers import unknown_tokens
+from halimede.providers.base import Answer, Request, reindexed
 from halimede.providers.base import Options as BaseOptions
+from halimede.providers.http_errors import timed_out
+from halimede.providers.probe import PROBES
 from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
 from halimede_ops import errors, vectors
 from halimede_repository import configs
@@ -58,8 +62,8 @@ class Options(BaseOptions):
 
 def connect(options: Options) -> Onnx:
     """The provider for these options; the model itself is opened on first use."""
-    optional("onnxruntime", "onnx")
-    optional("tokenizers", "onnx")
+    import_optional("onnxruntime", "onnx")
+    import_optional("tokenizers", "onnx")
     return Onnx(options)
 
 
@@ -123,13 +127,13 @@ class Onnx:
         self._threads = options.threads or len(os.sched_getaffinity(0))
         self._streams = min(options.streams or self._threads, self._threads)
         self._opening = asyncio.Lock()
-        self._opened: dict[Kind, _Opened] = {}
+        self._opened: dict[InputKind, _Opened] = {}
 
     async def close(self) -> None:
         """Forget the model; a second call does nothing."""
         self._opened.clear()
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         """The model as its folder is now; opened again when its files changed.
 
         Raises:
@@ -142,14 +146,14 @@ class Onnx:
     async def health(self, timeout_s: float) -> None:
         """Nothing when a probe is embedded."""
         kind = (await self.describe(timeout_s)).input
-        await self.embed(Request([base.PROBES[kind]], kind), timeout_s)
+        await self.embed(Request([PROBES[kind]], kind), timeout_s)
 
     async def embed(self, request: Request, timeout_s: float) -> Answer:
         """The answer of the model in memory."""
         opened = await self._model(request.kind, timeout_s, again=False)
         return await self._within(timeout_s, EMBED[request.kind](opened, request))
 
-    async def _model(self, kind: Kind | None, timeout_s: float, *, again: bool) -> _Opened:
+    async def _model(self, kind: InputKind | None, timeout_s: float, *, again: bool) -> _Opened:
         async with self._opening:
             opened = self._opened.get(kind) if kind else None
             if opened is None or again:
@@ -161,27 +165,27 @@ class Onnx:
                     self._opened[kind] = opened
             return opened
 
-    def _ensemble(self, kind: Kind | None) -> tuple[Kind, str]:
+    def _ensemble(self, kind: InputKind | None) -> tuple[InputKind, str]:
         """The ensemble that embeds items of this kind: the one that is named, or the one that it
         names for images.
         """
         name = self._options.model_id
         config = configs.read(self._options.path, name).config
-        own = base.KINDS_BY_INPUT[configs.parameter(config, "input") or "text"]
+        own = input_kinds.BY_PARAMETER[configs.parameter(config, "input") or "text"]
         image_model = configs.parameter(config, "image_model")
         if kind == "image" and own == "text" and image_model:
             return kind, image_model
         if kind not in (None, own):
-            raise base.unsupported(kind, self.name, own)
+            raise input_kinds.unsupported(kind, self.name, own)
         return own, name
 
     async def _within(self, timeout_s: float, working: Awaitable[T]) -> T:
         try:
             return await asyncio.wait_for(working, timeout_s)
         except TimeoutError:
-            raise too_late(self.name, timeout_s) from None
+            raise timed_out(self.name, timeout_s) from None
 
-    def _open(self, kind: Kind, name: str) -> _Opened:
+    def _open(self, kind: InputKind, name: str) -> _Opened:
         stamp = self._stamp(name)
         try:
             opened = self._read(kind, name, stamp)
@@ -193,7 +197,7 @@ class Onnx:
             raise errors.ModelChanged(f"{self.name} was changed while it was opened.")
         return opened
 
-    def _read(self, kind: Kind, name: str, stamp: _Stamp) -> _Opened:
+    def _read(self, kind: InputKind, name: str, stamp: _Stamp) -> _Opened:
         from halimede_engine import scheduler, session
         from halimede_ops import spec
 
@@ -250,13 +254,13 @@ class Onnx:
         return _Halves(made, text, image)
 
     def _reader(
-        self, kind: Kind, facts: Any, steps: Mapping[str, Path]
+        self, kind: InputKind, facts: Any, steps: Mapping[str, Path]
     ) -> tuple[Any, Callable[[Sequence[Any]], Sequence[Any]]]:
         """What reads items as they come, and what makes rows of what it read."""
         from halimede_engine import session
 
         if kind == "image":
-            optional("PIL", "images")
+            import_optional("PIL", "images")
             from halimede_ops import image
 
             taken = facts.images()
@@ -267,7 +271,9 @@ class Onnx:
         tokenizer = text.load(steps[f"{facts.name}-tokenizer"], facts)
         return tokenizer, lambda prompted: session.rows(tokenizer.encode_prompted(prompted))
 
-    def _served(self, kind: Kind, name: str, pinned: configs.Served, facts: Any) -> ServedModel:
+    def _served(
+        self, kind: InputKind, name: str, pinned: configs.Served, facts: Any
+    ) -> ServedModel:
         quality = json.loads((pinned.folder / "quality.json").read_text())
         if quality["space"] != facts.space:
             raise errors.InvalidModel(
@@ -305,7 +311,7 @@ class Onnx:
     def _accelerators(self) -> Sequence[str]:
         if self._options.device != "auto":
             return DEVICES[self._options.device]
-        onnxruntime: ModuleType = optional("onnxruntime", "onnx")
+        onnxruntime: ModuleType = import_optional("onnxruntime", "onnx")
         available = onnxruntime.get_available_providers()
         if "CUDAExecutionProvider" in available:
             return DEVICES["cuda"]
@@ -316,7 +322,7 @@ async def _embed_texts(opened: _Opened, request: Request) -> Answer:
     """Tokenize, run, truncate, normalise: what Triton's three steps do."""
     from halimede_ops import text
 
-    texts = base.texts(request, opened.served.name)
+    texts = input_kinds.texts_of(request, opened.served.name)
     decoded = [text.decode(value, row, opened.spec) for row, value in enumerate(texts)]
     prompted = opened.reader.prompted(decoded, [request.input_type or None] * len(decoded))
     done = await _run(opened, prompted)
@@ -326,12 +332,12 @@ async def _embed_texts(opened: _Opened, request: Request) -> Answer:
 
 async def _embed_images(opened: _Opened, request: Request) -> Answer:
     """Decode, resize, run, truncate, normalise: what Triton's three steps do."""
-    pictures = await asyncio.to_thread(lambda: list(opened.reader.read(request.items)))
+    pictures = await asyncio.to_thread(lambda: list(opened.reader.read(request.inputs)))
     done = await _run(opened, [one.pixels for one in pictures])
     facts = [(one.width, one.height, one.format.encode()) for one in pictures]
     return Answer(
         _embeddings(opened, done, request),
-        base.unknown_tokens(len(pictures)),
+        unknown_tokens(len(pictures)),
         opened.served,
         np.array(facts, IMAGE),
     )
@@ -339,26 +345,29 @@ async def _embed_images(opened: _Opened, request: Request) -> Answer:
 
 async def _embed_pairs(opened: _Opened, request: Request) -> Answer:
     """Embed what each pair has, fuse, truncate, normalise: what Triton's fusion does."""
-    fused = await asyncio.gather(*[_fused(opened.reader, pair, request) for pair in request.items])
+    fused = await asyncio.gather(
+        *[_fused(opened.reader, row, pair, request) for row, pair in enumerate(request.inputs)]
+    )
     return Answer(
         vectors.embed(np.concatenate(fused), opened.spec, request.dimensions),
-        base.unknown_tokens(len(fused)),
+        unknown_tokens(len(fused)),
         opened.served,
     )
 
 
-async def _fused(halves: _Halves, pair: Any, request: Request) -> np.ndarray:
-    """`[1, dims]` of one pair."""
+async def _fused(halves: _Halves, row: int, pair: Any, request: Request) -> np.ndarray:
+    """Vector `[1, dims]` of the pair in a row of the request."""
     text = image = None
-    if pair.text is not None:
-        asked = Request([pair.text], "text", request.input_type)
-        text = (await _embed_texts(halves.text, asked)).vectors
-    if pair.image is not None:
-        image = (await _embed_images(halves.image, Request([pair.image], "image"))).vectors
+    with reindexed([row]):
+        if pair.text is not None:
+            asked = Request([pair.text], "text", request.input_type)
+            text = (await _embed_texts(halves.text, asked)).vectors
+        if pair.image is not None:
+            image = (await _embed_images(halves.image, Request([pair.image], "image"))).vectors
     return vectors.fuse(text, image, halves.fusion)
 
 
-EMBED: Mapping[Kind, Callable[[_Opened, Request], Awaitable[Answer]]] = {
+EMBED: Mapping[InputKind, Callable[[_Opened, Request], Awaitable[Answer]]] = {
     "text": _embed_texts,
     "image": _embed_images,
     "pair": _embed_pairs,

@@ -42,7 +42,7 @@ from halimede.cache import (
 )
 from halimede.cache.entries import is_intact, pack, unpack
 from halimede.cache.redis import TEMPERATURES
-from halimede.inputs.items import Pair
+from halimede.inputs.content import Pair
 from halimede.results import IMAGE
 from halimede_ops.errors import HalimedeError, InvalidInput, MissingExtra
 from halimede_tools.bench import redis_server

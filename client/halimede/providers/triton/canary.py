@@ -16,10 +16,10 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from halimede.inputs.items import Item, parts
+from halimede.inputs.content import serialise
 from halimede.pipeline.latest import Latest
 from halimede.pipeline.requests import together
-from halimede.providers.base import Answer, Request, joined
+from halimede.providers.base import Answer, Request, concatenate, reindexed
 from halimede.results import ServedModel
 from halimede_ops.errors import HalimedeError, InvalidInput
 
@@ -60,7 +60,7 @@ def may_answer(candidate: ServedModel, served: ServedModel) -> bool:
 
 def taken(request: Request, candidate: ServedModel) -> np.ndarray:
     """`[items]` bool: which items the candidate answers."""
-    keys = [_key(item) for item in request.items]
+    keys = [serialise(item) for item in request.inputs]
     if request.sticky_key is not None:
         keys = [request.sticky_key] * len(keys)
     return np.array([_point(key, candidate.version) < candidate.share for key in keys], np.bool_)
@@ -82,20 +82,20 @@ async def split(
         except HalimedeError:
             return await by_served(part)
 
+    async def answer(ask: Ask, part: np.ndarray) -> Answer:
+        with reindexed(part.tolist()):
+            return await ask(request.select(part))
+
     rows = [np.flatnonzero(takes), np.flatnonzero(~takes)]
     answers = await together(
         [
-            functools.partial(ask, request.of(part))
+            functools.partial(answer, ask, part)
             for ask, part in zip((candidate_or_served, by_served), rows, strict=True)
             if len(part)
         ],
         len(rows),
     )
-    return joined(answers).of(np.argsort(np.concatenate(rows)))
-
-
-def _key(item: Item) -> bytes:
-    return item if isinstance(item, bytes) else b"".join(parts(item))
+    return concatenate(answers).select(np.argsort(np.concatenate(rows)))
 
 
 def _point(key: bytes, version: str) -> float:

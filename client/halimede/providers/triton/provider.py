@@ -19,19 +19,15 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
-from halimede.inputs.items import Item, Kind, Pair
+from halimede.inputs.content import Content, InputKind, Pair
 from halimede.observability import tracing
 from halimede.pipeline.breaker import Breaker
 from halimede.pipeline.latest import Latest
-from halimede.providers.base import (
-    KINDS_BY_INPUT,
-    PROBES,
-    Answer,
-    Request,
-    unknown_tokens,
-    unsupported,
-)
+from halimede.providers import input_kinds
+from halimede.providers.answers import unknown_tokens
+from halimede.providers.base import Answer, Request
 from halimede.providers.base import Options as BaseOptions
+from halimede.providers.probe import PROBES
 from halimede.providers.triton import canary
 from halimede.providers.triton.connection import Connection, Tls, parse
 from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
@@ -43,8 +39,8 @@ T = TypeVar("T")
 
 BULK_PRIORITY = 2
 """Of requests beyond the interactive lane: in Triton's queue, those of its default pass them."""
-INPUTS: Mapping[Kind, str] = {"text": "TEXT", "image": "IMAGE"}
-OUTPUTS: Mapping[Kind, tuple[str, ...]] = {
+INPUTS: Mapping[InputKind, str] = {"text": "TEXT", "image": "IMAGE"}
+OUTPUTS: Mapping[InputKind, tuple[str, ...]] = {
     "text": ("EMBEDDING", "TOKENS"),
     "image": ("EMBEDDING", "WIDTH", "HEIGHT", "FORMAT"),
     "pair": ("EMBEDDING",),
@@ -110,7 +106,7 @@ class Triton:
         """Close every connection; a second call does nothing."""
         await asyncio.gather(*[server.close() for server in self._servers])
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         """The model as a server's config tells it now.
 
         Raises:
@@ -155,8 +151,8 @@ class _Server:
         self.in_flight = 0
         self.breaker = Breaker(self.probe)
         self._triton = Connection(url, tls)
-        self._described: dict[Kind, ServedModel] = {}
-        self._readings: dict[Kind | None, Latest[ServedModel]] = {}
+        self._described: dict[InputKind, ServedModel] = {}
+        self._readings: dict[InputKind | None, Latest[ServedModel]] = {}
         self._follow_canary = follow_canary
         self._candidates: dict[str, canary.Watch] = {}
         self._timeout_s = 30.0
@@ -179,7 +175,7 @@ class _Server:
         await self.breaker.close()
         await self._triton.close()
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         self._timeout_s = timeout_s
         if kind not in self._readings:
             self._readings[kind] = Latest(functools.partial(self._read, kind))
@@ -244,14 +240,14 @@ class _Server:
         served = [await self._served(name, timeout_s) for name in names]
         return [model for model in served if model is not None]
 
-    async def _read(self, kind: Kind | None) -> ServedModel:
+    async def _read(self, kind: InputKind | None) -> ServedModel:
         """The model that is named, or the one it names for images."""
         named = await self._ensemble(self.model)
         served = named
         if kind == "image" and named.input == "text" and named.image_model:
             served = await self._ensemble(named.image_model)
         if kind not in (None, served.input):
-            raise unsupported(kind, f"triton:{self.model}", named.input)
+            raise input_kinds.unsupported(kind, f"triton:{self.model}", named.input)
         self._described[served.input] = served
         return served
 
@@ -267,7 +263,7 @@ class _Server:
         return _of_message(answer.config) if self._triton.is_grpc else _of_json(answer)
 
     async def _infer(self, model: str, request: Request, timeout_s: float) -> Any:
-        rows = len(request.items)
+        rows = len(request.inputs)
         inputs = [
             self._input(name, "BYTES", np.array(values, np.object_).reshape(rows, 1))
             for name, values in _columns(request).items()
@@ -299,12 +295,12 @@ class _Server:
         return str(answer.model_version if self._triton.is_grpc else answer["model_version"])
 
 
-def _columns(request: Request) -> Mapping[str, Sequence[Item]]:
+def _columns(request: Request) -> Mapping[str, Sequence[Content]]:
     """A request's items as the input tensors they go into; what a pair lacks is left out."""
     if request.kind != "pair":
-        return {INPUTS[request.kind]: request.items}
+        return {INPUTS[request.kind]: request.inputs}
     columns = {}
-    for name, values in zip(Pair._fields, zip(*request.items, strict=True), strict=True):
+    for name, values in zip(Pair._fields, zip(*request.inputs, strict=True), strict=True):
         if None not in values:
             columns[name.upper()] = values
     return columns
@@ -353,7 +349,7 @@ def _of_facts(
         max_batch_size=max_batch_size,
         mean_cosine=None if cosine is None else float(cosine),
         version=str(versions[0]) if is_pinned else "",
-        input=KINDS_BY_INPUT[parameters.get("input", "text")],
+        input=input_kinds.BY_PARAMETER[parameters.get("input", "text")],
         image_model=parameters.get("image_model", ""),
         max_image_bytes=int(parameters.get("max_image_bytes", MAX_IMAGE_BYTES)),
         share=float(parameters.get(configs.SHARE, 0)),
