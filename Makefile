@@ -25,17 +25,26 @@ env: .venv/.installed  ## Make the virtual environment
 
 # Triton's Python stub links libpython, so serving needs it besides venv.
 .venv/.installed: pyproject.toml $(wildcard constraints-*.txt)
-	$(PYTHON) $(PROGRAMS) serve
+	@$(PYTHON) $(PROGRAMS) serve
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@echo 'Installing into .venv; the first time takes some minutes …'
-	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,docker,client,build,test,lint,docs]'
+	@began=$$(date +%s); \
+	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,build,client,docker]' \
+	&& echo "Installed in $$(($$(date +%s) - began)) s."
+	@touch $@
+
+# What tests, lints and documents, besides.
+.venv/.developing: .venv/.installed
+	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,build,client,docker,test,lint,docs]'
 	@touch $@
 
 build: env  ## Build MODEL (a name or a folder) into model_repository/; NAME=…, DEVICE=cuda
 	$(BIN)/halimede build "$(MODEL)" $(if $(NAME),--name $(NAME)) --device $(DEVICE) $(ARGS)
 
-.PHONY: programs
+.PHONY: programs develop
+develop: .venv/.developing
+
 programs:
 	@$(PYTHON) $(PROGRAMS) test
 
@@ -60,35 +69,36 @@ up: default  ## The stack in containers: Triton, Redis, Prometheus, Grafana; PRO
 down:  ## Stop the stack and remove its containers, network and volumes
 	$(COMPOSE) --profile cpu --profile gpu down --volumes --remove-orphans
 
-test: programs env default  ## Lint, then run every test against a real Triton, two files at a time
-	$(MAKE) --no-print-directory lint
+test: programs develop default  ## Lint, then run every test against a real Triton, two files at a time
+	@$(MAKE) --no-print-directory lint docs
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-containers: env default  ## The stack in containers, really run; needs root
+test-containers: develop default  ## The stack in containers, really run; needs root
 	tests/containers/engine.sh $(BIN)/python -m pytest -m containers $(ARGS)
 
-test-faults: env default  ## What fails around a server, with a minute of overload
-	$(BIN)/python -m pytest tests/test_faults.py -m 'faults or not faults' $(ARGS)
+test-faults: develop default  ## What fails around a server, with a minute of overload
+	$(BIN)/python -m pytest tests/system/test_faults.py -m 'faults or not faults' $(ARGS)
 
-security: env default  ## Who may do what, what the logs hold, secrets, known vulnerabilities
+security: develop default  ## Who may do what, what the logs hold, secrets, known vulnerabilities
 	$(BIN)/python -m pytest tests/test_security.py tests/test_audit.py $(ARGS)
 	$(BIN)/halimede audit
 
-lint: env  ## Linter, formatter and type checker
+lint: develop  ## Linter, formatter and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: env  ## Format the code
+format: develop  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 .PHONY: docs docs-reference
-docs: env  ## Build the documentation into site/; a broken link or anchor fails
+docs: develop  ## Build the documentation into site/; a broken link or anchor fails
 	$(BIN)/zensical build --strict --clean
 
-docs-reference: env  ## Write the generated pages of docs/reference/
+docs-reference: develop  ## Write the generated pages of docs/reference/
 	$(BIN)/python tests/reference_pages.py
+	$(BIN)/halimede config reference > docs/reference/configuration.md
 
 perf: env default  ## Server against bare engine with perf_analyzer; report in docs/benchmarks/
 	$(BIN)/halimede bench server $(ARGS)
