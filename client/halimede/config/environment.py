@@ -39,9 +39,11 @@ class Settings(BaseSettings):
     """Path of the configuration file."""
     repository: Path = Field(default_factory=lambda: _data("model_repository", "model_repository"))
     """Model repository on this machine. The build writes it; Triton and the provider `onnx` serve
-    it; `halimede models --verbose` reads what the build recorded."""
+    it; `halimede models --verbose` reads what the build recorded. Default: `model_repository` in
+    the checkout that the code runs from, otherwise in the user's data directory."""
     home: Path = Field(default_factory=lambda: _data("home", ".halimede"))
-    """Folder of the model store, locks, and the run folders of servers."""
+    """Folder of the model store, locks, and the run folders of servers. Default: `.halimede` in
+    the checkout that the code runs from, otherwise a folder in the user's data directory."""
     store_limit_gib: float = 100.0
     """Size to which the model store is pruned after each build, in GiB."""
 
