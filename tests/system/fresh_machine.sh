@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # `make test` and `make serve` on a machine with nothing but Python, git, make and a C library: a root
-# file system made by debootstrap. A release runs it, as root on Debian: tests/system/fresh_machine.sh
-# It takes the last commit of this checkout, and this machine's settings of apt and pip.
+# file system made by debootstrap. A release runs it, as root on Debian 12: tests/system/fresh_machine.sh
+# It clones the last commit of this checkout and takes this machine's settings of apt and pip.
 set -euo pipefail
 
 checkout=$(cd "$(dirname "$0")/../.." && pwd)
 root=$(mktemp -d)
-chmod 755 "$root"
 mounted=()
 
 main() {
@@ -14,15 +13,15 @@ main() {
     trap clean EXIT
     make_root
     take_settings
-    bind /proc /sys /dev /dev/pts /dev/shm
-    mount -t tmpfs tmpfs "$root/tmp"
+    for folder in /proc /sys /dev /dev/pts /dev/shm; do bind "$folder"; done
     git clone --quiet "$checkout" "$root/root/halimede"
     inside make --no-print-directory test
     serve
 }
 
 make_root() {
-    local mirror
+    local mirror program
+    chmod 755 "$root"
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Codename: bookworm' | head -1)
     debootstrap --variant=minbase --include=python3,git,make,ca-certificates bookworm "$root" "$mirror" >/dev/null
     for program in curl redis-server promtool faketime chromium; do
@@ -30,58 +29,54 @@ make_root() {
     done
 }
 
+# Of apt and pip, with the folders of packages that pip's settings name.
 take_settings() {
+    local folder
     rm -f "$root/etc/apt/sources.list"
     cp -r /etc/apt/sources.list* "$root/etc/apt/"
-    cp /etc/resolv.conf /etc/hosts "$root/etc/" 2>/dev/null || true
-    if [ -e /etc/ssl/certs/ca-certificates.crt ]; then
-        cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
-    fi
-    for file in /etc/pip.conf "$HOME/.config/pip/pip.conf" /etc/xdg/pip/pip.conf; do
-        [ ! -e "$file" ] || install -D "$file" "$root/${file/#$HOME//root}"
+    cp /etc/resolv.conf /etc/hosts "$root/etc/"
+    cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
+    for folder in /etc/pip.conf /etc/xdg/pip; do
+        if [ -e "$folder" ]; then mkdir -p "$root/etc/xdg"; cp -r "$folder" "$root$folder"; fi
     done
-    # Folders of packages that pip's settings name.
-    local folder
-    for folder in $(python3 -m pip config list | grep -oE '(^|[^:/])(file://)?/[A-Za-z0-9_-]+/[A-Za-z0-9_-]+' \
-            | grep -oE '/[A-Za-z0-9_-]+/[A-Za-z0-9_-]+$' | sort -u); do
-        [ ! -d "$folder" ] || bind "$folder"
+    if [ -d "$HOME/.config/pip" ]; then mkdir -p "$root/root/.config"; cp -r "$HOME/.config/pip" "$root/root/.config/"; fi
+    for folder in $(python3 -m pip config list | grep -oE "['/ ]/opt/[A-Za-z0-9_-]+" | grep -oE '/opt/.*' | sort -u); do
+        if [ -d "$folder" ]; then bind "$folder"; fi
     done
 }
 
 bind() {
-    local folder
-    for folder in "$@"; do
-        mkdir -p "$root$folder"
-        mount --bind "$folder" "$root$folder"
-        mounted+=("$root$folder")
-    done
+    mkdir -p "$root$1"
+    mount --bind "$1" "$root$1"
+    mounted=("$root$1" "${mounted[@]}")
 }
 
+# A command in the clone, on the new machine.
 inside() {
-    chroot "$root" env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 CI="${CI:-}" \
-        $(env | grep '^PIP_' || true) "${in_environment[@]}" sh -c 'cd /root/halimede && exec "$@"' sh "$@"
+    mapfile -t settings < <(env | grep '^PIP_')
+    chroot "$root" env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 CI=true \
+        "${settings[@]}" env --chdir=/root/halimede "$@"
 }
-in_environment=()
 
-# Until the sample's vector is printed, then Ctrl-C.
+# `make serve` on a clone without environment and models, until it has printed a vector.
 serve() {
-    local log="$root/tmp/serve.log" began=$SECONDS
-    rm -rf "$root"/root/halimede/{.venv,.halimede} "$root"/root/halimede/model_repository/*/[0-9]*
+    local log="$root/root/serve.log" began=$SECONDS
+    rm -rf "$root/root/halimede"
+    git clone --quiet "$checkout" "$root/root/halimede"
     inside make --no-print-directory serve >"$log" 2>&1 &
     until grep -q 'Ctrl-C stops it' "$log"; do
-        kill -0 $! 2>/dev/null || { cat "$log"; exit 1; }
+        kill -0 $! || { cat "$log"; exit 1; }
         sleep 1
     done
     cat "$log"
     echo "make serve: ready after $((SECONDS - began)) s"
-    pkill -INT -f 'halimede serve'
-    wait $! || true
+    pkill -TERM -f 'bin/halimede serve'
+    wait $!
 }
 
 clean() {
-    umount "$root/tmp" 2>/dev/null || true
     local place
-    for ((place = ${#mounted[@]} - 1; place >= 0; place--)); do umount "${mounted[$place]}" || umount -l "${mounted[$place]}"; done
+    for place in "${mounted[@]}"; do umount --lazy "$place"; done
     rm -rf --one-file-system "$root"
 }
 
