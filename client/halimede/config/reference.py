@@ -144,8 +144,8 @@ def _default(field: FieldInfo) -> str:
     value = field.default
     if value is None or value == () or field.default_factory is not None:
         return "–"
-    values = value if isinstance(value, tuple) else (value,)
-    return ", ".join(f"`{_yaml(one)}`" for one in values)
+    parts = value if isinstance(value, tuple) else (value,)
+    return ", ".join(f"`{_yaml(part)}`" for part in parts)
 
 
 def _yaml(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""An embedder's statistics as Prometheus metrics: `register(embedder)`, then serve as usual."""
+"""An embedder's statistics as Prometheus metrics: `register(embedder)`."""
 
 from __future__ import annotations
 
