@@ -60,7 +60,7 @@ class Scripted:
         return self.model
 
     async def embed(self, request: Request, timeout_s: float) -> Answer:
-        texts = request.items
+        texts = request.inputs
         self.asked.append(len(texts))
         if self.fails_after is not None and len(self.asked) > self.fails_after:
             raise ServerUnreachable("scripted")

@@ -23,7 +23,7 @@ from halimede.observability.statistics import Statistics
 from halimede.pipeline import requests
 from halimede.pipeline.chain import Chain
 from halimede.pipeline.link import Deadline, Link
-from halimede.providers.base import Answer, Request, check_dimensions
+from halimede.providers.base import Answer, Request
 from halimede.results import IMAGE, Embeddings, ImageInfo, ServedModel
 from halimede_ops.errors import (
     DeadlineExceeded,
@@ -39,6 +39,7 @@ from halimede_ops.errors import (
     UrlRefused,
 )
 from halimede_ops.quantise import OutputType, quantise
+from halimede_ops.vectors import check_dimensions
 
 MODEL_CHANGES = 5
 """Times that a call is begun anew because the model changed under it."""
@@ -326,7 +327,7 @@ class _Job:
             _check(answer, self.model, len(rows), self.dims)
             vectors[rows] = answer.vectors
             tokens[rows] = answer.tokens
-            versions[rows] = answer.made_by
+            versions[rows] = answer.row_versions
             if answer.images is not None:
                 images[rows] = answer.images
             self._advance(len(rows))

@@ -14,7 +14,7 @@ from halimede.inputs.content import InputKind
 from halimede.observability.statistics import Statistics
 from halimede.pipeline.breaker import Breaker
 from halimede.providers import Answer, Options, Provider, Request, open_provider
-from halimede.providers.base import joined
+from halimede.providers.base import concatenate
 from halimede.results import ServedModel
 from halimede_ops.errors import (
     DeadlineExceeded,
@@ -122,7 +122,7 @@ class Link:
         Raises:
             HalimedeError: the provider's own error after the last retry.
         """
-        count = len(request.items)
+        count = len(request.inputs)
         middle = count // 2
         if self._most_texts is None or count <= self._most_texts:
             try:
@@ -135,7 +135,7 @@ class Link:
                 self._hear_again(request.kind, answer.model)
                 return answer
         halves = [
-            await self.embed(request.part(half), deadline)
+            await self.embed(request.select(half), deadline)
             for half in (slice(middle), slice(middle, None))
         ]
         return _whole(*halves)
@@ -182,7 +182,7 @@ class Link:
 
     async def _ask(self, request: Request, deadline: Deadline) -> Answer:
         await self._turn(deadline)
-        count = len(request.items)
+        count = len(request.inputs)
         self._statistics.requested(self.name, request.kind, count)
         provider = await self.provider()
         try:
@@ -267,4 +267,4 @@ def _is_down(error: HalimedeError) -> bool:
 def _whole(first: Answer, second: Answer) -> Answer:
     if not first.model.is_alike(second.model):
         raise ModelChanged("the model was changed between two halves of a request. Send again.")
-    return joined([first, second])
+    return concatenate([first, second])

@@ -18,9 +18,12 @@ from pydantic import Field, PositiveInt
 from halimede.config.environment import Settings
 from halimede.extras import import_optional
 from halimede.inputs.content import InputKind
-from halimede.providers import base
-from halimede.providers.base import Answer, Request, too_late
+from halimede.providers import input_kinds
+from halimede.providers.answers import unknown_tokens
+from halimede.providers.base import Answer, Request
 from halimede.providers.base import Options as BaseOptions
+from halimede.providers.http_errors import timed_out
+from halimede.providers.probe import PROBES
 from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
 from halimede_ops import errors, vectors
 from halimede_repository import configs
@@ -143,7 +146,7 @@ class Onnx:
     async def health(self, timeout_s: float) -> None:
         """Nothing when a probe is embedded."""
         kind = (await self.describe(timeout_s)).input
-        await self.embed(Request([base.PROBES[kind]], kind), timeout_s)
+        await self.embed(Request([PROBES[kind]], kind), timeout_s)
 
     async def embed(self, request: Request, timeout_s: float) -> Answer:
         """The answer of the model in memory."""
@@ -168,19 +171,19 @@ class Onnx:
         """
         name = self._options.model_id
         config = configs.read(self._options.path, name).config
-        own = base.KINDS_BY_INPUT[configs.parameter(config, "input") or "text"]
+        own = input_kinds.BY_PARAMETER[configs.parameter(config, "input") or "text"]
         image_model = configs.parameter(config, "image_model")
         if kind == "image" and own == "text" and image_model:
             return kind, image_model
         if kind not in (None, own):
-            raise base.unsupported(kind, self.name, own)
+            raise input_kinds.unsupported(kind, self.name, own)
         return own, name
 
     async def _within(self, timeout_s: float, working: Awaitable[T]) -> T:
         try:
             return await asyncio.wait_for(working, timeout_s)
         except asyncio.TimeoutError:
-            raise too_late(self.name, timeout_s) from None
+            raise timed_out(self.name, timeout_s) from None
 
     def _open(self, kind: InputKind, name: str) -> _Opened:
         stamp = self._stamp(name)
@@ -319,7 +322,7 @@ async def _embed_texts(opened: _Opened, request: Request) -> Answer:
     """Tokenize, run, truncate, normalise: what Triton's three steps do."""
     from halimede_ops import text
 
-    texts = base.texts(request, opened.served.name)
+    texts = input_kinds.texts_of(request, opened.served.name)
     decoded = [text.decode(value, row, opened.spec) for row, value in enumerate(texts)]
     prompted = opened.reader.prompted(decoded, [request.input_type or None] * len(decoded))
     done = await _run(opened, prompted)
@@ -329,12 +332,12 @@ async def _embed_texts(opened: _Opened, request: Request) -> Answer:
 
 async def _embed_images(opened: _Opened, request: Request) -> Answer:
     """Decode, resize, run, truncate, normalise: what Triton's three steps do."""
-    pictures = await asyncio.to_thread(lambda: list(opened.reader.read(request.items)))
+    pictures = await asyncio.to_thread(lambda: list(opened.reader.read(request.inputs)))
     done = await _run(opened, [one.pixels for one in pictures])
     facts = [(one.width, one.height, one.format.encode()) for one in pictures]
     return Answer(
         _embeddings(opened, done, request),
-        base.unknown_tokens(len(pictures)),
+        unknown_tokens(len(pictures)),
         opened.served,
         np.array(facts, IMAGE),
     )
@@ -342,10 +345,10 @@ async def _embed_images(opened: _Opened, request: Request) -> Answer:
 
 async def _embed_pairs(opened: _Opened, request: Request) -> Answer:
     """Embed what each pair has, fuse, truncate, normalise: what Triton's fusion does."""
-    fused = await asyncio.gather(*[_fused(opened.reader, pair, request) for pair in request.items])
+    fused = await asyncio.gather(*[_fused(opened.reader, pair, request) for pair in request.inputs])
     return Answer(
         vectors.embed(np.concatenate(fused), opened.spec, request.dimensions),
-        base.unknown_tokens(len(fused)),
+        unknown_tokens(len(fused)),
         opened.served,
     )
 

@@ -21,9 +21,11 @@ from pydantic import PositiveFloat
 
 from halimede.extras import check_installed
 from halimede.inputs.content import InputKind, serialise
-from halimede.providers import base
+from halimede.providers.answers import fingerprint, truncate, unknown_tokens
 from halimede.providers.base import Answer, Request
 from halimede.providers.base import Options as BaseOptions
+from halimede.providers.http_errors import timed_out
+from halimede.providers.input_kinds import check_texts, texts_of
 from halimede.results import IMAGE, ServedModel
 from halimede_ops import errors
 
@@ -70,7 +72,7 @@ class SentenceTransformers:
         model = (await self._running()).model
         if kind == "image" and model.image_model:
             return dataclasses.replace(model, input="image", max_tokens=0)
-        base.check_texts(kind, self.name)
+        check_texts(kind, self.name)
         return model
 
     async def health(self, timeout_s: float) -> None:
@@ -81,22 +83,22 @@ class SentenceTransformers:
         """The answer of the process."""
         worker = await self._running()
         if request.kind == "image" and worker.model.image_model:
-            images = [serialise(image) for image in request.items]
+            images = [serialise(image) for image in request.inputs]
             asked: dict[str, Any] = {"images": [base64.b64encode(one).decode() for one in images]}
         else:
-            texts = base.texts(request, self.name)
+            texts = texts_of(request, self.name)
             asked = {"texts": [text.decode() for text in texts], "input_type": request.input_type}
         try:
             told = await asyncio.wait_for(worker.ask(asked), timeout_s)
         except asyncio.TimeoutError:
             if worker.is_stuck(timeout_s):
                 await self.close()
-            raise base.too_late(self.name, timeout_s) from None
-        count = len(request.items)
+            raise timed_out(self.name, timeout_s) from None
+        count = len(request.inputs)
         vectors = np.frombuffer(base64.b64decode(told["vectors"]), "<f4").reshape(count, -1)
         return Answer(
-            base.cut(np.array(vectors), request.dimensions),
-            np.array(told["tokens"], np.int32) if "tokens" in told else base.unknown_tokens(count),
+            truncate(np.array(vectors), request.dimensions),
+            np.array(told["tokens"], np.int32) if "tokens" in told else unknown_tokens(count),
             worker.model,
             _images(told["images"]) if "images" in told else None,
         )
@@ -128,7 +130,7 @@ class SentenceTransformers:
             )
         except asyncio.TimeoutError:
             await worker.close()
-            raise base.too_late(self.name, self._options.start_timeout_s) from None
+            raise timed_out(self.name, self._options.start_timeout_s) from None
         except BaseException:
             await worker.close()
             raise
@@ -140,7 +142,7 @@ class SentenceTransformers:
             name=self._options.model_id,
             # Of the weights in its memory; never the space of a built model, whose fingerprint
             # covers its files.
-            space=base.fingerprint("sentence_transformers", facts["weights"]),
+            space=fingerprint("sentence_transformers", facts["weights"]),
             precision=facts["precision"],
             dims=facts["dims"],
             max_tokens=facts["max_tokens"],

@@ -19,7 +19,7 @@ import numpy as np
 from halimede.inputs.content import serialise
 from halimede.pipeline.latest import Latest
 from halimede.pipeline.requests import together
-from halimede.providers.base import Answer, Request, joined
+from halimede.providers.base import Answer, Request, concatenate
 from halimede.results import ServedModel
 from halimede_ops.errors import HalimedeError, InvalidInput
 
@@ -60,7 +60,7 @@ def may_answer(candidate: ServedModel, served: ServedModel) -> bool:
 
 def taken(request: Request, candidate: ServedModel) -> np.ndarray:
     """`[items]` bool: which items the candidate answers."""
-    keys = [serialise(item) for item in request.items]
+    keys = [serialise(item) for item in request.inputs]
     if request.sticky_key is not None:
         keys = [request.sticky_key] * len(keys)
     return np.array([_point(key, candidate.version) < candidate.share for key in keys], np.bool_)
@@ -85,13 +85,13 @@ async def split(
     rows = [np.flatnonzero(takes), np.flatnonzero(~takes)]
     answers = await together(
         [
-            functools.partial(ask, request.of(part))
+            functools.partial(ask, request.select(part))
             for ask, part in zip((candidate_or_served, by_served), rows, strict=True)
             if len(part)
         ],
         len(rows),
     )
-    return joined(answers).of(np.argsort(np.concatenate(rows)))
+    return concatenate(answers).select(np.argsort(np.concatenate(rows)))
 
 
 def _point(key: bytes, version: str) -> float:

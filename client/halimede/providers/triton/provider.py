@@ -23,15 +23,11 @@ from halimede.inputs.content import Content, InputKind, Pair
 from halimede.observability import tracing
 from halimede.pipeline.breaker import Breaker
 from halimede.pipeline.latest import Latest
-from halimede.providers.base import (
-    KINDS_BY_INPUT,
-    PROBES,
-    Answer,
-    Request,
-    unknown_tokens,
-    unsupported,
-)
+from halimede.providers import input_kinds
+from halimede.providers.answers import unknown_tokens
+from halimede.providers.base import Answer, Request
 from halimede.providers.base import Options as BaseOptions
+from halimede.providers.probe import PROBES
 from halimede.providers.triton import canary
 from halimede.providers.triton.connection import Connection, Tls, parse
 from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
@@ -250,7 +246,7 @@ class _Server:
         if kind == "image" and named.input == "text" and named.image_model:
             served = await self._ensemble(named.image_model)
         if kind not in (None, served.input):
-            raise unsupported(kind, f"triton:{self.model}", named.input)
+            raise input_kinds.unsupported(kind, f"triton:{self.model}", named.input)
         self._described[served.input] = served
         return served
 
@@ -266,7 +262,7 @@ class _Server:
         return _of_message(answer.config) if self._triton.is_grpc else _of_json(answer)
 
     async def _infer(self, model: str, request: Request, timeout_s: float) -> Any:
-        rows = len(request.items)
+        rows = len(request.inputs)
         inputs = [
             self._input(name, "BYTES", np.array(values, np.object_).reshape(rows, 1))
             for name, values in _columns(request).items()
@@ -301,9 +297,9 @@ class _Server:
 def _columns(request: Request) -> Mapping[str, Sequence[Content]]:
     """A request's items as the input tensors they go into; what a pair lacks is left out."""
     if request.kind != "pair":
-        return {INPUTS[request.kind]: request.items}
+        return {INPUTS[request.kind]: request.inputs}
     columns = {}
-    for name, values in zip(Pair._fields, zip(*request.items, strict=True), strict=True):
+    for name, values in zip(Pair._fields, zip(*request.inputs, strict=True), strict=True):
         if None not in values:
             columns[name.upper()] = values
     return columns
@@ -352,7 +348,7 @@ def _of_facts(
         max_batch_size=max_batch_size,
         mean_cosine=None if cosine is None else float(cosine),
         version=str(versions[0]) if is_pinned else "",
-        input=KINDS_BY_INPUT[parameters.get("input", "text")],
+        input=input_kinds.BY_PARAMETER[parameters.get("input", "text")],
         image_model=parameters.get("image_model", ""),
         max_image_bytes=int(parameters.get("max_image_bytes", MAX_IMAGE_BYTES)),
         share=float(parameters.get(configs.SHARE, 0)),
