@@ -22,6 +22,7 @@ from halimede import (
     Embedder,
     Embeddings,
     InvalidInput,
+    InvalidText,
     OutOfMemory,
     ServerError,
     ServerUnreachable,
@@ -53,6 +54,7 @@ class Scripted:
         self.most_texts: int | None = None
         self.asked: list[int] = []
         self.fails_after: int | None = None
+        self.refused: bytes | None = None
 
     async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         if self.error is not None:
@@ -68,6 +70,8 @@ class Scripted:
             raise self.error
         if self.most_texts is not None and len(texts) > self.most_texts:
             raise MemoryError
+        if self.refused in texts:
+            raise InvalidText("is wrong.", subject="text", index=texts.index(self.refused))
         rows = [np.resize(np.frombuffer(text or b" ", np.uint8), 8) for text in texts]
         return Answer(np.array(rows, np.float32), np.full(len(texts), 3, np.int32), self.model)
 
@@ -149,6 +153,25 @@ def test_the_callers_own_mistake_is_not_passed_on() -> None:
         with pytest.raises(InvalidInput, match="wrong"):
             embedder.embed("a")
     assert second.asked == []
+
+
+@pytest.mark.parametrize("cache", [None, {}])
+def test_an_error_has_its_texts_index(cache: dict[str, Any] | None) -> None:
+    """Sorted by length, sent in many requests and halved, a text that a provider refuses keeps its
+    index in the call or the stream, in the error's field and in its message.
+    """
+    first = Scripted("first")
+    first.refused, first.most_texts = b"wrong", 3
+    texts = ["x" * (index % 11 + 1) for index in range(500)]
+    texts[317] = "wrong"
+    with through(first, **({} if cache is None else {"cache": cache})) as embedder:
+        with pytest.raises(InvalidText, match="^text 317 is wrong") as raised:
+            embedder.embed(texts)
+        assert raised.value.index == 317
+        with pytest.raises(InvalidText, match="^text 317 is wrong") as raised:
+            list(embedder.embed_iter(iter(texts), window=100))
+        assert raised.value.index == 317
+        assert len(embedder.embed(texts[:317])) == 317
 
 
 def test_memory_that_runs_out_halves_the_batch() -> None:

@@ -194,7 +194,9 @@ def check_size(size_bytes: int, max_bytes: int) -> None:
 
 def _pair_input(index: int, text: str | None, image: ImageLike | None) -> LazyPair:
     if text is None and image is None:
-        raise InvalidInput(f"pair {index} has neither a text nor an image. Give one, or both.")
+        raise InvalidInput(
+            "has neither a text nor an image. Give one, or both.", subject="pair", index=index
+        )
     return LazyPair(
         None if text is None else encode_text(text, index),
         None if image is None else image_input(image),

@@ -23,11 +23,12 @@ def encode_text(text: str, index: int) -> bytes:
         InvalidText: it is not a string, or has a lone surrogate.
     """
     if not isinstance(text, str):
-        raise InvalidText(f"text {index} is {type(text).__name__}; give a str.")
+        raise InvalidText(f"is {type(text).__name__}; give a str.", subject="text", index=index)
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:
         raise InvalidText(
-            f"text {index} has a lone surrogate, which UTF-8 cannot hold. "
-            "Decode it with errors='replace'."
+            "has a lone surrogate, which UTF-8 cannot hold. Decode it with errors='replace'.",
+            subject="text",
+            index=index,
         ) from None

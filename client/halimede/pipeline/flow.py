@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -23,7 +22,7 @@ from halimede.observability.statistics import Statistics
 from halimede.pipeline import requests
 from halimede.pipeline.chain import Chain
 from halimede.pipeline.link import Deadline, Link
-from halimede.providers.base import Answer, Request
+from halimede.providers.base import Answer, Request, reindexed
 from halimede.results import IMAGE, Embeddings, ImageInfo, ServedModel
 from halimede_ops.errors import (
     DeadlineExceeded,
@@ -266,17 +265,19 @@ class _Job:
 
     async def _settled(self, rows: range) -> _Part | HalimedeError:
         """The entries of some rows of the call, or what is wrong with the only one."""
+        first = rows.start + self.call.first
         try:
             async with self.room:
-                return await self._window(rows)
+                with reindexed(range(first, first + len(rows))):
+                    return await self._window(rows)
         except OF_ONE_ITEM as error:
             if self.call.kind == "text":
                 raise
-            told = type(error)(_placed(str(error), self.call.kind, rows[0] + self.call.first))
+            placed = _placed(error, self.call.kind, first)
             if self.call.errors == "raise":
-                raise told from None
+                raise placed from None
             self._advance(1)
-            return told
+            return placed
 
     async def _window(self, rows: range) -> _Part:
         """The entries of some rows of the call."""
@@ -290,7 +291,8 @@ class _Job:
         made_by: dict[bytes, int] = {}
 
         async def compute(missing: Sequence[int]) -> Entries:
-            entries, versions = await self._compute([items[row] for row in missing])
+            with reindexed(missing):
+                entries, versions = await self._compute([items[row] for row in missing])
             made_by.update(zip((keys[row] for row in missing), versions.tolist(), strict=True))
             return entries
 
@@ -323,7 +325,8 @@ class _Job:
                 self.dimensions,
                 self.call.sticky_key,
             )
-            answer = await self.link.embed(request, self.deadline)
+            with reindexed(rows):
+                answer = await self.link.embed(request, self.deadline)
             _check(answer, self.model, len(rows), self.dims)
             vectors[rows] = answer.vectors
             tokens[rows] = answer.tokens
@@ -364,10 +367,11 @@ def _check(answer: Answer, model: ServedModel, rows: int, dims: int) -> None:
         )
 
 
-def _placed(message: str, kind: InputKind, place: int) -> str:
-    """An item's error with its place in the call; the provider was sent it alone, as item 0."""
-    named, found = re.subn(r"^(text|image|pair) 0\b", rf"\1 {place}", message)
-    return named if found else f"{kind} {place}: {message}"
+def _placed(error: InvalidInput, kind: InputKind, index: int) -> InvalidInput:
+    """The error of a window's only input. While the input was read, its index was not known."""
+    if error.index is not None:
+        return error
+    return type(error)(f"{kind} {index}: {error}", index=index)
 
 
 def _images(entries: list[Entries]) -> tuple[ImageInfo, ...]:

@@ -14,7 +14,7 @@ from halimede.inputs.content import InputKind
 from halimede.observability.statistics import Statistics
 from halimede.pipeline.breaker import Breaker
 from halimede.providers import Answer, Options, Provider, Request, open_provider
-from halimede.providers.base import concatenate
+from halimede.providers.base import concatenate, reindexed
 from halimede.results import ServedModel
 from halimede_ops.errors import (
     DeadlineExceeded,
@@ -134,10 +134,10 @@ class Link:
             else:
                 self._hear_again(request.kind, answer.model)
                 return answer
-        halves = [
-            await self.embed(request.select(half), deadline)
-            for half in (slice(middle), slice(middle, None))
-        ]
+        halves = []
+        for half in (slice(middle), slice(middle, None)):
+            with reindexed(range(count)[half]):
+                halves.append(await self.embed(request.select(half), deadline))
         return _whole(*halves)
 
     async def health(self, timeout_s: float) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from halimede.inputs.content import Content, InputKind
 from halimede.results import ServedModel
+from halimede_ops.errors import InvalidInput
 
 DEFAULT_TIMEOUT_S = 30.0
 
@@ -77,6 +79,17 @@ def concatenate(answers: Sequence[Answer]) -> Answer:
         np.concatenate(images) if images else None,
         np.concatenate([answer.row_versions for answer in answers]),
     )
+
+
+@contextlib.contextmanager
+def reindexed(rows: Sequence[int]) -> Iterator[None]:
+    """Within a part of a request, raise an error about input `i` as one about input `rows[i]`."""
+    try:
+        yield
+    except InvalidInput as error:
+        if error.index is None:
+            raise
+        raise error.at(rows[error.index]) from None
 
 
 class Provider(Protocol):

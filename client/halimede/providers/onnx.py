@@ -20,7 +20,7 @@ from halimede.extras import import_optional
 from halimede.inputs.content import InputKind
 from halimede.providers import input_kinds
 from halimede.providers.answers import unknown_tokens
-from halimede.providers.base import Answer, Request
+from halimede.providers.base import Answer, Request, reindexed
 from halimede.providers.base import Options as BaseOptions
 from halimede.providers.http_errors import timed_out
 from halimede.providers.probe import PROBES
@@ -345,7 +345,9 @@ async def _embed_images(opened: _Opened, request: Request) -> Answer:
 
 async def _embed_pairs(opened: _Opened, request: Request) -> Answer:
     """Embed what each pair has, fuse, truncate, normalise: what Triton's fusion does."""
-    fused = await asyncio.gather(*[_fused(opened.reader, pair, request) for pair in request.inputs])
+    fused = await asyncio.gather(
+        *[_fused(opened.reader, row, pair, request) for row, pair in enumerate(request.inputs)]
+    )
     return Answer(
         vectors.embed(np.concatenate(fused), opened.spec, request.dimensions),
         unknown_tokens(len(fused)),
@@ -353,14 +355,15 @@ async def _embed_pairs(opened: _Opened, request: Request) -> Answer:
     )
 
 
-async def _fused(halves: _Halves, pair: Any, request: Request) -> np.ndarray:
-    """`[1, dims]` of one pair."""
+async def _fused(halves: _Halves, row: int, pair: Any, request: Request) -> np.ndarray:
+    """Vector `[1, dims]` of the pair in a row of the request."""
     text = image = None
-    if pair.text is not None:
-        asked = Request([pair.text], "text", request.input_type)
-        text = (await _embed_texts(halves.text, asked)).vectors
-    if pair.image is not None:
-        image = (await _embed_images(halves.image, Request([pair.image], "image"))).vectors
+    with reindexed([row]):
+        if pair.text is not None:
+            asked = Request([pair.text], "text", request.input_type)
+            text = (await _embed_texts(halves.text, asked)).vectors
+        if pair.image is not None:
+            image = (await _embed_images(halves.image, Request([pair.image], "image"))).vectors
     return vectors.fuse(text, image, halves.fusion)
 
 

@@ -219,7 +219,8 @@ class _Worker:
             if waiting is None or waiting.done():
                 continue
             if "error" in told:
-                waiting.set_exception(getattr(errors, told["error"])(told["message"]))
+                error_class = getattr(errors, told["error"])
+                waiting.set_exception(error_class(told["message"], **told.get("place", {})))
             else:
                 waiting.set_result(told)
         for waiting in self._waiting.values():

@@ -2,8 +2,9 @@
 
 The first line opens a model: `{"id": 0, "model": …, "device": …}`; each other line embeds:
 `{"id": n, "texts": […], "input_type": …}` or `{"id": n, "images": [base64 of a file, …]}`. Answers
-carry the same id; an error is `{"id": n, "error": class of halimede_ops.errors, "message": …}`. It
-ends with its stdin.
+carry the same id. An error is `{"id": n, "error": class of halimede_ops.errors, "message": …}`, and
+has `"place": {"subject": "image", "index": …}` if it is about one image. The process ends with its
+stdin.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> None:
         except MemoryError:
             answer = {"error": "OutOfMemory", "message": "no memory for this many texts."}
         except _Refused as refused:
-            answer = {"error": refused.error, "message": str(refused)}
+            answer = {"error": refused.error, "message": str(refused), "place": refused.place}
         except Exception as error:  # its words may hold a text or a path
             name = "ServerError" if model is not None else "InvalidModel"
             answer = {"error": name, "message": f"the model failed ({type(error).__name__})."}
@@ -51,10 +52,11 @@ def main() -> None:
 class _Refused(Exception):
     """What the caller gave is wrong."""
 
-    def __init__(self, error: str, message: str) -> None:
+    def __init__(self, error: str, message: str, **place: str | int) -> None:
         super().__init__(message)
         self.error = error
         """Class of halimede_ops.errors."""
+        self.place = place
 
 
 def _open(name: str, device: str) -> Any:
@@ -111,11 +113,15 @@ def _picture(data: bytes, row: int) -> tuple[Any, str]:
             name = "JPEG" if image.format == "MPO" else str(image.format)
             return ImageOps.exif_transpose(image).convert("RGB"), name
     except Image.DecompressionBombError:
-        raise _Refused("ImageTooLarge", f"image {row} has too many pixels.") from None
+        raise _Refused(
+            "ImageTooLarge", "has too many pixels.", subject="image", index=row
+        ) from None
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise _Refused(
             "InvalidImage",
-            f"image {row} is none of {', '.join(FORMATS)}, or damaged ({type(error).__name__}).",
+            f"is none of {', '.join(FORMATS)}, or damaged ({type(error).__name__}).",
+            subject="image",
+            index=row,
         ) from None
 
 

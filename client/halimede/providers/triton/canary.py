@@ -19,7 +19,7 @@ import numpy as np
 from halimede.inputs.content import serialise
 from halimede.pipeline.latest import Latest
 from halimede.pipeline.requests import together
-from halimede.providers.base import Answer, Request, concatenate
+from halimede.providers.base import Answer, Request, concatenate, reindexed
 from halimede.results import ServedModel
 from halimede_ops.errors import HalimedeError, InvalidInput
 
@@ -82,10 +82,14 @@ async def split(
         except HalimedeError:
             return await by_served(part)
 
+    async def answer(ask: Ask, part: np.ndarray) -> Answer:
+        with reindexed(part.tolist()):
+            return await ask(request.select(part))
+
     rows = [np.flatnonzero(takes), np.flatnonzero(~takes)]
     answers = await together(
         [
-            functools.partial(ask, request.select(part))
+            functools.partial(answer, ask, part)
             for ask, part in zip((candidate_or_served, by_served), rows, strict=True)
             if len(part)
         ],

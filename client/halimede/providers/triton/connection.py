@@ -64,6 +64,8 @@ WORDED = (
     ),
 )
 """What Triton says, whatever its code; the error that it is; what is told, with the address."""
+PLACE = re.compile(r"(text|image) (\d+) (.*)", re.DOTALL)
+"""Subject, index and rest of a message about one text or image."""
 SCHEMES = ("grpc", "grpcs", "http", "https")
 LARGEST_MESSAGE_BYTES = 2**31 - 1
 CHANNEL_OPTIONS = [
@@ -197,7 +199,7 @@ class _Translated:
         named, _, rest = message.partition(": ")
         error_class = getattr(errors, named, None)
         if isinstance(error_class, type) and issubclass(error_class, errors.HalimedeError):
-            raise error_class(rest) from None
+            raise _placed(error_class, rest) from None
         error_class = CODES.get(status, errors.HalimedeError)
         if error_class is errors.DeadlineExceeded:
             raise self._deadline() from None
@@ -216,6 +218,14 @@ class _Translated:
             f"no Triton answers at {self.address}. Start one with `make serve`, or give its "
             "address as url."
         )
+
+
+def _placed(error_class: type[errors.HalimedeError], message: str) -> errors.HalimedeError:
+    """The server's error. Its text is all that Triton passes on, so the index is read from it."""
+    place = PLACE.fullmatch(message)
+    if place is None or not issubclass(error_class, errors.InvalidInput):
+        return error_class(message)
+    return error_class(place[3], subject=place[1], index=int(place[2]))
 
 
 def _plain(message: str) -> str:
