@@ -21,7 +21,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from halimede.inputs.content import Content, InputKind, Pair
 from halimede.observability import tracing
-from halimede.pipeline.breaker import Breaker
+from halimede.pipeline.breaker import Breaker, Breakers, is_down
 from halimede.pipeline.latest import Latest
 from halimede.providers import input_kinds
 from halimede.providers.answers import unknown_tokens
@@ -100,6 +100,8 @@ class Triton:
         self.name = f"triton:{model}"
         self._servers = [_Server(url, model, tls or Tls(), follow_canary) for url in urls]
         self._turn = itertools.count()
+        self.breaker = Breakers([server.breaker for server in self._servers])
+        """The servers' own breakers. There is no second one around the provider."""
 
     async def close(self) -> None:
         """Close every connection; a second call does nothing."""
@@ -162,7 +164,7 @@ class _Server:
         try:
             answer = await asking
         except errors.HalimedeError as error:
-            if isinstance(error, (errors.ServerUnreachable, errors.DeadlineExceeded)):
+            if is_down(error):
                 self.breaker.failed()
             raise
         finally:
