@@ -20,18 +20,19 @@ import pytest
 from conftest import MODEL, NAMES, free_options, wait_until
 
 from halimede import (
+    Answer,
     Embedder,
     Embeddings,
     InvalidInput,
     InvalidText,
     OutOfMemory,
+    Request,
     ServerError,
     ServerUnreachable,
     SpaceRefused,
 )
 from halimede.config.file import parse
 from halimede.inputs.content import InputKind
-from halimede.providers import Answer, Request
 from halimede.results import ServedModel
 from halimede_ops import vectors
 from halimede_tools.serve import wheel
