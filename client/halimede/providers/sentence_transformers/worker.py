@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -108,9 +107,11 @@ def _picture(data: bytes, row: int) -> tuple[Any, str]:
     """Return the picture as built models see it, and the name of its format."""
     from PIL import Image, ImageOps
 
+    from halimede_ops.image import FORMATS, NAMES
+
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            name = "JPEG" if image.format == "MPO" else str(image.format)
+            name = NAMES.get(str(image.format), str(image.format))
             return ImageOps.exif_transpose(image).convert("RGB"), name
     except Image.DecompressionBombError:
         raise _Refused(

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, FilePath, model_validator
 from tritonclient.utils import InferenceServerException
 
-from halimede.providers.http_errors import is_connection_error
+from halimede.providers.http_errors import is_connection_error, timed_out
 from halimede_ops import errors
 
 CODES = {
@@ -192,7 +192,7 @@ class _Translated:
         if isinstance(error, InferenceServerException):
             self._from_triton(error)
         if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
-            raise self._deadline() from None
+            raise timed_out(self.address, self.timeout_s) from None
         if is_connection_error(error, "aiohttp"):
             raise self._unreachable() from None
         if isinstance(error, MemoryError):
@@ -210,16 +210,10 @@ class _Translated:
             raise _placed(error_class, rest) from None
         error_class = CODES.get(status, errors.HalimedeError)
         if error_class is errors.DeadlineExceeded:
-            raise self._deadline() from None
+            raise timed_out(self.address, self.timeout_s) from None
         if error_class is errors.ServerUnreachable:
             raise self._unreachable() from None
         raise error_class(message) from None
-
-    def _deadline(self) -> errors.DeadlineExceeded:
-        return errors.DeadlineExceeded(
-            f"{self.address} did not answer within {self.timeout_s:g} s. Raise timeout_s, or "
-            "send less at once."
-        )
 
     def _unreachable(self) -> errors.ServerUnreachable:
         return errors.ServerUnreachable(
