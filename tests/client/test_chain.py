@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,19 @@ import pytest
 from conftest import MODEL, NAMES, free_options, wait_until
 
 from halimede import (
+    Answer,
     Embedder,
     Embeddings,
     InvalidInput,
     InvalidText,
     OutOfMemory,
+    Request,
     ServerError,
     ServerUnreachable,
     SpaceRefused,
 )
 from halimede.config.file import parse
 from halimede.inputs.content import InputKind
-from halimede.providers import Answer, Request
 from halimede.results import ServedModel
 from halimede_ops import vectors
 from halimede_tools.serve import wheel
@@ -258,6 +260,48 @@ def test_a_stream_takes_no_more_than_it_needs() -> None:
             next(parts)
         parts.close()
     assert taken["texts"] <= 10 * (5 + 3)
+
+
+@contextlib.contextmanager
+def unavailable() -> Iterator[tuple[str, Counter[str]]]:
+    """A server that answers 503 to everything, its url, and the requests that it counts."""
+    asked: Counter[str] = Counter()
+
+    class Unavailable(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked["requests"] += 1
+            self.send_error(503)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Unavailable)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_server_is_probed_by_one_breaker(count: int) -> None:
+    """A server that is down gets at most 4 probes in 3 s: two breakers would send 6 or more."""
+    with contextlib.ExitStack() as running:
+        servers = [running.enter_context(unavailable()) for _ in range(count)]
+        model = {"provider": "triton", "model_id": "m", "url": [url for url, _ in servers]}
+        config = {"models": {"m": {**model, "retries": 0}}}
+        embedder = running.enter_context(Embedder(config=config))
+        for _ in range(3):
+            with pytest.raises(ServerUnreachable):
+                embedder.embed("a")
+        for _, asked in servers:
+            asked.clear()
+        time.sleep(3)
+        probes = [asked["requests"] for _, asked in servers]
+    assert all(1 <= probed <= 4 for probed in probes), probes
 
 
 @contextlib.contextmanager

@@ -12,12 +12,11 @@ import tenacity
 
 from halimede.inputs.content import InputKind
 from halimede.observability.statistics import Statistics
-from halimede.pipeline.breaker import Breaker
+from halimede.pipeline.breaker import Breaker, Breakers, is_down
 from halimede.providers import Answer, Options, Provider, Request, open_provider
 from halimede.providers.base import concatenate, reindexed
 from halimede.results import ServedModel
 from halimede_ops.errors import (
-    DeadlineExceeded,
     HalimedeError,
     ModelChanged,
     OutOfMemory,
@@ -68,7 +67,7 @@ class Link:
         self.name = provider.name if provider else f"{options.provider}:{options.model_id}"
         self.has_next = False
         """Whether another link follows in the chain."""
-        self.breaker = Breaker(self.health)
+        self._breaker = Breaker(self.health)
         self._provider = provider
         self._opening = asyncio.Lock()
         self._statistics = statistics
@@ -76,6 +75,11 @@ class Link:
         self._own_kind: InputKind = "text"
         self._most_texts = options.batch_size
         self._free_at = 0.0
+
+    @property
+    def breaker(self) -> Breaker | Breakers:
+        """The breaker around the provider: its own, where it watches its servers itself."""
+        return getattr(self._provider, "breaker", self._breaker)
 
     @property
     def known(self) -> list[ServedModel]:
@@ -212,7 +216,7 @@ class Link:
             answer = await ask()
         except HalimedeError as error:
             self._statistics.failed(self.name, type(error).__name__)
-            if _is_down(error):
+            if is_down(error):
                 self.breaker.failed()
             raise
         self.breaker.succeeded()
@@ -253,15 +257,6 @@ def _may_pass(error: BaseException) -> bool:
     if isinstance(error, (OutOfMemory, ModelChanged)):
         return False  # another request can
     return isinstance(error, HalimedeError) and error.retryable
-
-
-def _is_down(error: HalimedeError) -> bool:
-    """Whether an error says that the provider, not the request, is at fault."""
-    if isinstance(error, DeadlineExceeded):
-        return True
-    return isinstance(error, ServerError) and not isinstance(
-        error, (OutOfMemory, ModelChanged, ServerOverloaded)
-    )
 
 
 def _whole(first: Answer, second: Answer) -> Answer:

@@ -23,13 +23,13 @@ class ApiOptions(Options):
     """File that holds the key."""
 
     def key(self, default_env: str) -> str:
-        """Read the key from the file, or from the environment. NO_KEY if only a `url` is given.
+        """Return the key to send. NO_KEY if there is none and a `url` is given.
 
         Raises:
             InvalidConfig: the configured file or variable does not exist.
             AccessDenied: there is no key, and the provider's own API needs one.
         """
-        key = self._configured(default_env)
+        key = self.secret(default_env)
         if key is None and self.url is None:
             raise AccessDenied(
                 f"{self.provider} wants a key: set {default_env}, or name another variable as "
@@ -37,7 +37,12 @@ class ApiOptions(Options):
             )
         return key or NO_KEY
 
-    def _configured(self, default_env: str) -> str | None:
+    def secret(self, default_env: str) -> str | None:
+        """Read the key from the file, or from the environment. None if there is none.
+
+        Raises:
+            InvalidConfig: the configured file or variable does not exist.
+        """
         if self.api_key_file is not None:
             try:
                 return self.api_key_file.read_text().strip()

@@ -1,4 +1,4 @@
-"""The interface of a provider: what it is asked, what it answers, how it is configured."""
+"""The interface of a provider: requests, answers, configuration."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from halimede.inputs.content import InputKind, serialise
 from halimede.providers.answers import truncate, unknown_tokens
 from halimede.providers.base import Answer, Request
 from halimede.providers.base import Options as BaseOptions
-from halimede.providers.input_types import check_input_type
+from halimede.providers.prompts import check_input_type
 from halimede.results import ServedModel
 from halimede_ops.errors import InvalidDimensions
 

@@ -11,7 +11,7 @@ from halimede_ops import errors
 def timed_out(provider: str, timeout_s: float) -> errors.DeadlineExceeded:
     """Return the error for a provider that did not answer in time."""
     return errors.DeadlineExceeded(
-        f"{provider} did not answer within {timeout_s:g} s. Raise timeout, or send less at once."
+        f"{provider} did not answer within {timeout_s:g} s. Raise timeout_s, or send less at once."
     )
 
 

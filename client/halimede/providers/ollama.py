@@ -26,7 +26,7 @@ from halimede.providers.http_errors import (
     unreachable,
 )
 from halimede.providers.input_kinds import check_texts, texts_of
-from halimede.providers.input_types import check_input_type
+from halimede.providers.prompts import check_input_type
 from halimede.results import ServedModel
 from halimede_ops import errors
 

@@ -12,7 +12,7 @@ from halimede.providers.answers import REMOTE_PRECISION, fingerprint, truncate
 from halimede.providers.api_keys import ApiOptions
 from halimede.providers.base import Answer, Request
 from halimede.providers.input_kinds import check_texts, texts_of
-from halimede.providers.input_types import check_input_type
+from halimede.providers.prompts import check_input_type
 from halimede.results import ServedModel
 
 

@@ -1,4 +1,4 @@
-"""Input types: the names of prompts that go in front of a text."""
+"""Prompts go in front of a text. An input type is the name of a prompt."""
 
 from __future__ import annotations
 
