@@ -127,11 +127,11 @@ def test_a_secret_comes_from_the_environment_or_a_file(
     with pytest.raises(InvalidConfig, match="NO_SUCH_VARIABLE"):
         open_provider(named)
     monkeypatch.setenv("NO_SUCH_VARIABLE", "from-environment")
-    assert named.secret("X") == "from-environment"
+    assert named.key("X") == "from-environment"
     file = tmp_path / "key"
     file.write_text("from-file\n")
     filed = parse({"models": {"m": {**base, "api_key_file": str(file)}}}).chain()[0]
-    assert filed.secret("X") == "from-file"
+    assert filed.key("X") == "from-file"
     file.unlink()
     with pytest.raises(InvalidConfig, match="api_key_file cannot be read"):
         open_provider(filed)

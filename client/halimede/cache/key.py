@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from halimede.inputs.items import Item, Kind, framed, parts
+from halimede.inputs.content import Content, InputKind, length_prefixed, serialise
 
 KEY_BYTES = 20
 FORMAT = b"halimede vector2"
@@ -13,13 +13,13 @@ FORMAT = b"halimede vector2"
 
 
 def keys(
-    items: Sequence[Item],
+    items: Sequence[Content],
     *,
     space: str,
     precision: str,
     input_type: str | None,
     dims: int,
-    kind: Kind = "text",
+    kind: InputKind = "text",
 ) -> list[bytes]:
     """Return each item's key: KEY_BYTES bytes of BLAKE2b.
 
@@ -29,11 +29,11 @@ def keys(
     """
     seed = hashlib.blake2b(digest_size=KEY_BYTES, person=FORMAT)
     for field in (kind, space, precision, input_type, str(dims)):
-        seed.update(framed(None if field is None else field.encode()))
+        seed.update(length_prefixed(None if field is None else field.encode()))
 
-    def key(item: Item) -> bytes:
+    def key(item: Content) -> bytes:
         digest = seed.copy()
-        digest.update(item if isinstance(item, bytes) else b"".join(parts(item)))
+        digest.update(serialise(item))
         return digest.digest()
 
     return [key(item) for item in items]

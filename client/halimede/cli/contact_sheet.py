@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from string import Template
 from typing import NamedTuple
 
-from halimede.inputs.images import Found, find_images
-from halimede.inputs.items import Reader
-from halimede.providers.base import optional
+from halimede.extras import import_optional
+from halimede.inputs.archives import NamedImage, find_images
+from halimede.inputs.content import ReadOptions
 from halimede.results import MAX_IMAGE_BYTES, ImageInfo
 from halimede_ops.errors import HalimedeError
 
@@ -106,10 +106,10 @@ def _thumbnails(names: dict[int, str], where: str) -> dict[int, str]:
     }
 
 
-def _thumbnail(image: Found) -> str | None:
+def _thumbnail(image: NamedImage) -> str | None:
     """An `img` that contains the thumbnail, or None if the image cannot be read now."""
-    pillow = optional("PIL.Image", "images")
-    turned = optional("PIL.ImageOps", "images").exif_transpose
+    pillow = import_optional("PIL.Image", "images")
+    turned = import_optional("PIL.ImageOps", "images").exif_transpose
     try:
         data = asyncio.run(_read(image))
         with pillow.open(io.BytesIO(data)) as full:
@@ -124,10 +124,10 @@ def _thumbnail(image: Found) -> str | None:
     return f'<img alt="" loading="lazy" src="data:image/jpeg;base64,{encoded}">'
 
 
-async def _read(image: Found) -> bytes:
+async def _read(image: NamedImage) -> bytes:
     async def fetch(url: str, max_bytes: int) -> bytes:
         raise NotImplementedError  # a folder has no urls
 
-    item = await image.read(Reader(MAX_IMAGE_BYTES, fetch))
+    item = await image.read(ReadOptions(MAX_IMAGE_BYTES, fetch))
     assert isinstance(item, bytes)
     return item

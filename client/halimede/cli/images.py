@@ -15,7 +15,7 @@ import typer
 from halimede.cli import options, printing
 from halimede.cli.contact_sheet import Hit, sheet
 from halimede.embedder import Embedder
-from halimede.inputs.images import Found, find_images, is_image
+from halimede.inputs.archives import NamedImage, find_images, is_image
 from halimede.results import Embeddings
 from halimede_ops import vectors
 from halimede_ops.errors import HalimedeError, InvalidInput, SpaceRefused
@@ -101,7 +101,7 @@ def search_images(
         print(f"wrote {html}")
 
 
-def _recording(images: Iterable[Found], names: list[str]) -> Iterator[Found]:
+def _recording(images: Iterable[NamedImage], names: list[str]) -> Iterator[NamedImage]:
     """Yield the images and append their names to `names`."""
     for image in images:
         names.append(image.name)

@@ -14,7 +14,7 @@ from halimede.cli import options
 from halimede.config.environment import Settings
 from halimede.config.resolve import resolve
 from halimede.embedder import Embedder
-from halimede.inputs.items import Kind
+from halimede.inputs.content import InputKind
 from halimede.models import catalogue
 from halimede.observability import monitor as monitoring
 from halimede.pipeline import loop
@@ -23,7 +23,7 @@ from halimede.results import ServedModel
 from halimede_ops.errors import InvalidConfig, ModelNotFound
 from halimede_repository import configs
 
-INPUTS: Mapping[Kind, str] = {"text": "text", "image": "image", "pair": "multimodal"}
+INPUTS: Mapping[InputKind, str] = {"text": "text", "image": "image", "pair": "multimodal"}
 """Kind of a model's input → the word for it in `config.pbtxt`."""
 
 

@@ -52,7 +52,7 @@ def prune(
 
 
 def _row(model: store.Stored) -> dict[str, Any]:
-    built = datetime.datetime.fromtimestamp(model.last_built_s, datetime.timezone.utc)
+    built = datetime.datetime.fromtimestamp(model.last_built_s, datetime.UTC)
     return {
         "model": model.name,
         "mb": round(model.size_bytes / 1e6, 1),

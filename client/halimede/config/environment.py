@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import platformdirs
+from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 GIB = 2**30
+SOURCES = Path(__file__).resolve().parents[3]
+CHECKOUT = SOURCES if (SOURCES / "pyproject.toml").exists() else None
+"""The checkout that this code runs from; None where the package is installed."""
+
+
+def _data(name: str, in_checkout: str) -> Path:
+    """A folder of the checkout, or of the user's data directory."""
+    if CHECKOUT is not None:
+        return CHECKOUT / in_checkout
+    return platformdirs.user_data_path("halimede") / name
 
 
 class Settings(BaseSettings):
@@ -25,11 +37,13 @@ class Settings(BaseSettings):
     """Longest time that one call may take, in seconds."""
     config: Path | None = None
     """Path of the configuration file."""
-    repository: Path = Path("model_repository")
-    """Model repository on this machine. The provider `onnx` runs its models, and `halimede models
-    --verbose` reads what the build recorded."""
-    home: Path = Path(".halimede")
-    """Folder that contains the model store."""
+    repository: Path = Field(default_factory=lambda: _data("model_repository", "model_repository"))
+    """Model repository on this machine. The build writes it; Triton and the provider `onnx` serve
+    it; `halimede models --verbose` reads what the build recorded. Default: `model_repository` in
+    the checkout that the code runs from, otherwise in the user's data directory."""
+    home: Path = Field(default_factory=lambda: _data("home", ".halimede"))
+    """Folder of the model store, locks, and the run folders of servers. Default: `.halimede` in
+    the checkout that the code runs from, otherwise a folder in the user's data directory."""
     store_limit_gib: float = 100.0
     """Size to which the model store is pruned after each build, in GiB."""
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tomllib
 from collections.abc import Mapping
 from importlib import resources
 
-import tomllib
 from pydantic import ConfigDict, TypeAdapter
 
 from halimede_ops.errors import ModelNotFound

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from halimede.embedder import Embedder
-from halimede.providers.base import optional
+from halimede.extras import import_optional
 from halimede_ops.errors import HalimedeError
 
 MEMORY_LIMIT = 0.9
@@ -83,8 +83,8 @@ class Monitor:
     def _read_shares(self) -> dict[str, float]:
         if self._metrics_url is None:
             return {}
-        httpx = optional("httpx", "metrics")
-        parser = optional("prometheus_client.parser", "metrics")
+        httpx = import_optional("httpx", "metrics")
+        parser = import_optional("prometheus_client.parser", "metrics")
         try:
             answer = httpx.get(self._metrics_url, timeout=SCRAPE_TIMEOUT_S).raise_for_status()
         except httpx.HTTPError:
@@ -128,7 +128,7 @@ def serve_metrics(monitor: Monitor, host: str, port: int) -> Any:
         MissingExtra: prometheus-client is not installed.
         HalimedeError: the address cannot be listened on.
     """
-    prometheus = optional("prometheus_client", "metrics")
+    prometheus = import_optional("prometheus_client", "metrics")
     registry = prometheus.CollectorRegistry()
     registry.register(monitor)
     try:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from halimede.embedder import Embedder
-from halimede.inputs.items import KINDS
-from halimede.providers.base import optional
+from halimede.extras import import_optional
+from halimede.inputs.content import INPUT_KINDS
 
 
 def register(embedder: Embedder, registry: Any = None) -> Any:
@@ -18,7 +18,7 @@ def register(embedder: Embedder, registry: Any = None) -> Any:
     Raises:
         MissingExtra: prometheus-client is not installed.
     """
-    optional("prometheus_client", "metrics")
+    import_optional("prometheus_client", "metrics")
     from prometheus_client import REGISTRY
 
     collector = _Collector(embedder)
@@ -39,7 +39,7 @@ class _Collector:
         stats = self._embedder.stats()
         for name in (
             "calls",
-            *(f"{kind}s{cached}" for kind in KINDS for cached in ("", "_cached")),
+            *(f"{kind}s{cached}" for kind in INPUT_KINDS for cached in ("", "_cached")),
             "fallbacks",
             "model_changes",
         ):

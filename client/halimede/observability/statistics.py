@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from halimede.inputs.items import KINDS, Kind
+from halimede.inputs.content import INPUT_KINDS, InputKind
 
 LATENCY_WINDOW = 10_000
 """Number of latest calls over which mean and percentiles are computed."""
@@ -22,16 +22,16 @@ class Statistics:
         self.model_changes = 0
         self.errors: Counter[str] = Counter()
         self.item_errors: Counter[str] = Counter()
-        self._items: Counter[Kind] = Counter()
-        self._cached: Counter[Kind] = Counter()
+        self._items: Counter[InputKind] = Counter()
+        self._cached: Counter[InputKind] = Counter()
         self._requests: Counter[str] = Counter()
-        self._sent: Counter[tuple[str, Kind]] = Counter()
+        self._sent: Counter[tuple[str, InputKind]] = Counter()
         self._answered: Counter[str] = Counter()
         self._failures: dict[str, Counter[str]] = {}
         self._latencies_s: deque[float] = deque(maxlen=LATENCY_WINDOW)
         self._latency_sum_s = 0.0
 
-    def requested(self, provider: str, kind: Kind, items: int) -> None:
+    def requested(self, provider: str, kind: InputKind, items: int) -> None:
         """Count a request with this many items."""
         self._requests[provider] += 1
         self._sent[provider, kind] += items
@@ -45,7 +45,13 @@ class Statistics:
         self.model_changes += 1
 
     def answered(
-        self, provider: str, kind: Kind, items: int, cached: int, latency_s: float, fallback: bool
+        self,
+        provider: str,
+        kind: InputKind,
+        items: int,
+        cached: int,
+        latency_s: float,
+        fallback: bool,
     ) -> None:
         """Count an answered call."""
         self.calls += 1
@@ -73,8 +79,8 @@ class Statistics:
         names = sorted({*self._requests, *self._answered, *self._failures})
         return {
             "calls": self.calls,
-            **{f"{kind}s": self._items[kind] for kind in KINDS},
-            **{f"{kind}s_cached": self._cached[kind] for kind in KINDS},
+            **{f"{kind}s": self._items[kind] for kind in INPUT_KINDS},
+            **{f"{kind}s_cached": self._cached[kind] for kind in INPUT_KINDS},
             "fallbacks": self.fallbacks,
             "model_changes": self.model_changes,
             "errors": dict(self.errors),
@@ -83,7 +89,7 @@ class Statistics:
             "providers": {
                 name: {
                     "requests": self._requests[name],
-                    **{f"{kind}s": self._sent[name, kind] for kind in KINDS},
+                    **{f"{kind}s": self._sent[name, kind] for kind in INPUT_KINDS},
                     "calls_answered": self._answered[name],
                     "errors": dict(self._failures.get(name, {})),
                 }

@@ -11,13 +11,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from halimede.inputs.items import Kind
+from halimede.inputs.content import InputKind
 
 API = "opentelemetry.trace"
 
 
 @contextlib.contextmanager
-def span(name: str, kind: Kind, items: int) -> Iterator[dict[str, Any]]:
+def span(name: str, kind: InputKind, items: int) -> Iterator[dict[str, Any]]:
     """Open a span; the caller puts its attributes into the mapping that is yielded."""
     attributes: dict[str, Any] = {f"halimede.{kind}s": items}
     trace = _api()

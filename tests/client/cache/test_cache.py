@@ -42,7 +42,7 @@ from halimede.cache import (
 )
 from halimede.cache.entries import is_intact, pack, unpack
 from halimede.cache.redis import TEMPERATURES
-from halimede.inputs.items import Pair
+from halimede.inputs.content import Pair
 from halimede.results import IMAGE
 from halimede_ops.errors import HalimedeError, InvalidInput, MissingExtra
 from halimede_tools.bench import redis_server
@@ -785,7 +785,7 @@ def test_a_storm_of_calls_is_answered(tmp_path: Path, url: str) -> None:
         call = cache.get_or_compute(wanted(part), compute, Expect(DIMS, max_age_s))
         try:
             entries, _ = await asyncio.wait_for(call, chance.choice([0.005, 0.02, PATIENCE_S]))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return "cancelled"
         except HalimedeError:
             assert fails

@@ -13,7 +13,7 @@ import numpy as np
 from rich.table import Table
 
 from halimede.cache import Cache, Disk, Entries, Expect, Memory, Redis, Tier, keys
-from halimede.providers import hashing
+from halimede.providers.hash import hash_embeddings, hash_space
 from halimede_ops.errors import HalimedeError
 from halimede_tools.bench import redis_server
 from halimede_tools.build.steps import console
@@ -72,12 +72,12 @@ async def _read(
 ) -> None:
     for start in range(0, len(texts), BATCH):
         batch = texts[start : start + BATCH]
-        wanted = keys(batch, space=hashing.space(), precision="fp32", input_type=None, dims=DIMS)
+        wanted = keys(batch, space=hash_space(), precision="fp32", input_type=None, dims=DIMS)
         await cache.get_or_compute(wanted, compute, Expect(DIMS))
 
 
 async def _compute(rows: list[int]) -> Entries:
-    vectors = hashing.embed([str(row).encode() for row in rows], DIMS)
+    vectors = hash_embeddings([str(row).encode() for row in rows], DIMS)
     return Entries(vectors, np.zeros(len(rows), np.int32))
 
 
@@ -90,7 +90,7 @@ def _hash_rates(texts: Sequence[bytes]) -> list[float]:
     for _ in range(ROUNDS):
         began = time.perf_counter()
         for start in range(0, len(texts), BATCH):
-            hashing.embed(texts[start : start + BATCH], DIMS)
+            hash_embeddings(texts[start : start + BATCH], DIMS)
         rates.append(len(texts) / (time.perf_counter() - began))
     return rates
 

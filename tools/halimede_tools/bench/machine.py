@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from halimede_tools.settings import ROOT
@@ -17,7 +17,7 @@ def taken(command: str, model: str, packages: Sequence[str]) -> str:
     """Two lines: command, date, commit and model; processor, cores and versions."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return (
-        f"`{command}`, {datetime.now(timezone.utc):%Y-%m-%d}, commit {_commit()}, {model}.\n"
+        f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, commit {_commit()}, {model}.\n"
         f"{_processor()}, {len(os.sched_getaffinity(0))} cores, "
         f"Python {platform.python_version()}, {versions}."
     )
