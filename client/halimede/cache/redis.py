@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from halimede.cache.tier import KeyValue
-from halimede_ops.errors import InvalidInput, MissingExtra
+from halimede.extras import import_optional
+from halimede_ops.errors import InvalidInput
 
 HOT_TTL_S, WARM_TTL_S, COLD_TTL_S = 3600.0, 24 * 3600.0, 7 * 24 * 3600.0
 TEMPERATURES = ("hot", "warm", "cold")
@@ -128,14 +129,9 @@ class Redis:
 
 
 def _client(url: str, timeout_s: float) -> Any:
-    try:
-        from redis import asyncio as redis
-        from redis.asyncio.retry import Retry
-        from redis.backoff import NoBackoff
-    except ImportError as error:
-        raise MissingExtra(
-            "a Redis tier needs the package redis: pip install 'halimede[redis]'."
-        ) from error
+    redis = import_optional("redis.asyncio", "redis")
+    retry = import_optional("redis.asyncio.retry", "redis").Retry
+    no_backoff = import_optional("redis.backoff", "redis").NoBackoff
     try:
         pool = redis.BlockingConnectionPool.from_url(
             url,
@@ -144,7 +140,7 @@ def _client(url: str, timeout_s: float) -> Any:
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
             # One immediate retry: an idle connection may be dead while the server is alive.
-            retry=Retry(NoBackoff(), 1),
+            retry=retry(no_backoff(), 1),
         )
     except (ValueError, TypeError):
         raise InvalidInput(
