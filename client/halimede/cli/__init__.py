@@ -14,7 +14,19 @@ from typing import Annotated
 
 import typer
 
-from halimede.cli import cache, configuration, embed, images, service, similarity, store
+from halimede.cli import (
+    cache,
+    compare,
+    configuration,
+    embed,
+    embed_image,
+    health,
+    models,
+    monitor,
+    search_images,
+    similarity,
+    store,
+)
 from halimede_ops.errors import HalimedeError
 
 MAY_PASS = 3
@@ -51,13 +63,13 @@ def _options(
 if importlib.util.find_spec(TOOLS):
     importlib.import_module(f"{TOOLS}.cli").register(app)
 app.command()(embed.embed)
-app.command()(images.embed_image)
-app.command()(images.search_images)
+app.command()(embed_image.embed_image)
+app.command()(search_images.search_images)
 app.command()(similarity.similarity)
-app.command()(similarity.compare)
-app.command()(service.models)
-app.command()(service.health)
-app.command()(service.monitor)
+app.command()(compare.compare)
+app.command()(models.models)
+app.command()(health.health)
+app.command()(monitor.monitor)
 app.add_typer(cache.app, name="cache")
 app.add_typer(store.app, name="store")
 app.add_typer(configuration.app, name="config")

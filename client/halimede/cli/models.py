@@ -1,8 +1,7 @@
-"""`halimede models`, `halimede health` and `halimede monitor`."""
+"""`halimede models`."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +12,8 @@ import typer
 from halimede.cli import options
 from halimede.config.environment import Settings
 from halimede.config.resolve import resolve
-from halimede.embedder import Embedder
 from halimede.inputs.content import InputKind
 from halimede.models import catalogue
-from halimede.observability import monitor as monitoring
 from halimede.pipeline import loop
 from halimede.providers.triton import provider
 from halimede.results import ServedModel
@@ -66,71 +63,16 @@ def models(
         options.print_rows([_available_row(row) for row in rows], as_json, "no model matches")
         return
     repository = Settings().repository
-    served = [_served_row(model, repository, verbose) for model in _served(url, timeout_s)]
+    served = [_served_row(model, repository, verbose) for model in served_models(url, timeout_s)]
     options.print_rows(served, as_json, "no embedding model is ready")
 
 
-def health(
-    as_json: options.AsJson = False,
-    url: options.Url = None,
-    model: options.Model = None,
-    config: options.ConfigFile = None,
-    timeout_s: options.TimeoutS = None,
-) -> None:
-    """Embed a probe text with each provider; exit code 1 if none is healthy.
+def served_models(url: str | None, timeout_s: float | None) -> list[ServedModel]:
+    """Return the embedding models that a server has ready.
 
-    A provider is healthy if it answers within 5 s.
+    Raises:
+        InvalidConfig: the default model has another provider than Triton.
     """
-    with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
-        reports = embedder.health()
-    if as_json:
-        print(json.dumps(reports[0] if len(reports) == 1 else reports))
-    else:
-        for report in reports:
-            options.print_facts(report, as_json=False)
-    if not any(report["healthy"] for report in reports):
-        raise typer.Exit(1)
-
-
-def monitor(
-    every_s: Annotated[float, typer.Option(help="Seconds between two probes of a model.")] = 15.0,
-    host: Annotated[
-        str, typer.Option(help="Address on which the metrics are served.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(help="Port on which the metrics are served; 0: any free port.")
-    ] = 8003,
-    metrics_url: Annotated[
-        str | None, typer.Option(help="Triton's metrics, such as http://127.0.0.1:8002/metrics.")
-    ] = None,
-    rounds: Annotated[
-        int | None, typer.Option(help="Number of probes. Default: until interrupted.")
-    ] = None,
-    url: options.Url = None,
-    timeout_s: options.TimeoutS = None,
-) -> None:
-    """Probe every served model regularly, print each change, and serve metrics to Prometheus.
-
-    A model is unhealthy if its probe fails or takes more than 5 s, or if the server uses more than
-    90 % of its memory. Exit code 1 if a model is unhealthy after the last probe.
-    """
-    with contextlib.ExitStack() as stack:
-        embedders = {
-            model.name: stack.enter_context(Embedder(url, model.name, timeout_s=timeout_s))
-            for model in _served(url, timeout_s)
-        }
-        watched = monitoring.Monitor(embedders, metrics_url)
-        server = monitoring.serve_metrics(watched, host, port)
-        stack.callback(server.shutdown)
-        print(f"metrics  http://{host}:{server.server_port}/metrics", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            monitoring.watch(watched, every_s, lambda line: print(line, flush=True), rounds)
-    if not all(report["healthy"] for report in watched.reports.values()):
-        raise typer.Exit(1)
-
-
-def _served(url: str | None, timeout_s: float | None) -> list[ServedModel]:
-    """The embedding models that a server has ready."""
     first = resolve(url=url, timeout_s=timeout_s).chain()[0]
     if not isinstance(first, provider.Options):
         raise InvalidConfig(
