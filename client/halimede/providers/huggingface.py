@@ -51,10 +51,6 @@ class HuggingFace(TextApi):
             options.url or options.model_id, provider="hf-inference", token=options.key(KEY_ENV)
         )
 
-    async def close(self) -> None:
-        """Close the connections. A second call does nothing."""
-        await self._client.close()
-
     async def _request(
         self, texts: Sequence[str], dimensions: int | None, timeout_s: float
     ) -> tuple[np.ndarray, np.ndarray]:

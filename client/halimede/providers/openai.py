@@ -57,10 +57,6 @@ class OpenAI(TextApi):
         if options.model_id in DIMS:
             self._model = self._described(DIMS[options.model_id])
 
-    async def close(self) -> None:
-        """Close the connections. A second call does nothing."""
-        await self._client.close()
-
     async def _request(
         self, texts: Sequence[str], dimensions: int | None, timeout_s: float
     ) -> tuple[np.ndarray, np.ndarray]:

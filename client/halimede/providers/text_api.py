@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from halimede.results import ServedModel
 
 class TextApi(abc.ABC):
     """A text model behind an API that reports neither a version nor the length of its vectors."""
+
+    _client: Any
+    """The SDK's asyncio client."""
 
     def __init__(self, options: ApiOptions, max_tokens: int, max_batch_size: int) -> None:
         """Prepare a provider; `max_tokens` is the limit unless the options give another."""
@@ -36,6 +40,10 @@ class TextApi(abc.ABC):
         Raises:
             HalimedeError: every failure. An SDK's own error is never raised.
         """
+
+    async def close(self) -> None:
+        """Close the connections. A second call does nothing."""
+        await self._client.close()
 
     async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         """Return the model. The length of its vectors is that of a probe's.

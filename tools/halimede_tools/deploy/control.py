@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from halimede.pipeline import loop
-from halimede.providers.triton.connection import Call, Connection, Tls
+from halimede.providers.triton.connection import Connection, Send, Tls
 from halimede_launch.start import CONTROL_HEADER
 from halimede_ops.errors import AccessDenied, DeployError, HalimedeError, ServerError
 
@@ -92,7 +92,7 @@ class Control:
     def _unload(self, model: str, client: Any, limit: dict[str, float]) -> Any:
         return client.unload_model(model, headers=self._headers, unload_dependents=True, **limit)
 
-    def _call(self, send: Call, timeout_s: float) -> Any:
+    def _call(self, send: Send, timeout_s: float) -> Any:
         return loop.shared().wait(self._triton.call(send, timeout_s))
 
 

@@ -39,8 +39,8 @@ MESSAGES: tuple[tuple[str, type[errors.HalimedeError], str], ...] = (
     (
         "restricted, expecting header",
         errors.AccessDenied,
-        "the server at {} wants its control key for this, and was given none or a wrong one. "
-        "`halimede deploy` takes its file as --control-key-file.",
+        "the server at {} needs its control key for this, and was given none or a wrong one. Pass "
+        "the key's file as --control-key-file.",
     ),
     (
         "not (?:at )?ready|is unloading|being loaded",
@@ -88,7 +88,7 @@ CHANNEL_OPTIONS = [
 ]
 
 
-Call = Callable[[Any, dict[str, float]], Awaitable[Any]]
+Send = Callable[[Any, dict[str, float]], Awaitable[Any]]
 """Calls a method of tritonclient's client with the keywords that limit its time."""
 
 
@@ -140,7 +140,7 @@ class Connection:
         self._tls = tls if scheme.endswith("s") else None
         self._client: Any = None
 
-    async def call(self, send: Call, timeout_s: float) -> Any:
+    async def call(self, send: Send, timeout_s: float) -> Any:
         """Return what `send` returns.
 
         Args:

@@ -27,9 +27,9 @@ from halimede.providers.answers import unknown_tokens
 from halimede.providers.base import Answer, Request
 from halimede.providers.base import Options as BaseOptions
 from halimede.providers.probe import PROBES
-from halimede.providers.triton import canary
+from halimede.providers.triton import canary, served_model
 from halimede.providers.triton.connection import Connection, Tls, parse
-from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
+from halimede.results import IMAGE, ServedModel
 from halimede_engine import batching
 from halimede_ops import errors
 from halimede_repository import configs
@@ -271,7 +271,11 @@ class _Server:
         answer = await self._triton.call(
             lambda client, limit: client.get_model_config(model, **limit), timeout_s
         )
-        return _from_message(answer.config) if self._triton.is_grpc else _from_json(answer)
+        return (
+            served_model.from_message(answer.config)
+            if self._triton.is_grpc
+            else served_model.from_json(answer)
+        )
 
     async def _infer(self, model: str, request: Request, timeout_s: float) -> Any:
         rows = len(request.inputs)
@@ -324,43 +328,3 @@ def _images(result: Any) -> np.ndarray:
     for name, values in columns.items():
         images[name] = values
     return images
-
-
-def _from_message(config: Any) -> ServedModel | None:
-    """The model of a `ModelConfig` message, from gRPC."""
-    parameters = {key: value.string_value for key, value in config.parameters.items()}
-    versions = list(config.version_policy.specific.versions)
-    return _from_facts(config.name, config.max_batch_size, parameters, versions)
-
-
-def _from_json(config: dict[str, Any]) -> ServedModel | None:
-    """The model of a config as JSON, from HTTP."""
-    items = config.get("parameters", {}).items()
-    parameters = {key: value["string_value"] for key, value in items}
-    versions = config.get("version_policy", {}).get("specific", {}).get("versions", [])
-    return _from_facts(config["name"], config["max_batch_size"], parameters, versions)
-
-
-def _from_facts(
-    name: str, max_batch_size: int, parameters: Mapping[str, str], versions: Sequence[int]
-) -> ServedModel | None:
-    """The model that a config's parameters describe. None for a step, which has none."""
-    if "space" not in parameters:
-        return None
-    cosine = parameters.get("mean_cosine")
-    # Only a number that is derived from the content identifies it; 1 is just the first version.
-    is_pinned = len(versions) == 1 and int(versions[0]) > 1
-    return ServedModel(
-        name=name,
-        space=parameters["space"],
-        precision=parameters["precision"],
-        dims=int(parameters["dims"]),
-        max_tokens=int(parameters.get("max_tokens", 0)),
-        max_batch_size=max_batch_size,
-        mean_cosine=None if cosine is None else float(cosine),
-        version=str(versions[0]) if is_pinned else "",
-        input=input_kinds.BY_PARAMETER[parameters.get("input", "text")],
-        image_model=parameters.get("image_model", ""),
-        max_image_bytes=int(parameters.get("max_image_bytes", MAX_IMAGE_BYTES)),
-        share=float(parameters.get(configs.SHARE, 0)),
-    )
