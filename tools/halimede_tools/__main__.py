@@ -339,14 +339,6 @@ def bench_cache() -> None:
     measure()
 
 
-@app.command()
-def audit() -> None:
-    """Look for known vulnerabilities in what is installed, and for secrets in what git has."""
-    from halimede_tools.audit import audit as look
-
-    look()
-
-
 def main() -> None:
     """Run a command; one of our own errors is one plain line and exit code 1."""
     try:
