@@ -6,6 +6,8 @@ ARGS ?=
 PROFILE ?= cpu
 PYTHON ?= python3
 BIN := .venv/bin
+# Installs what Debian has and a checkout needs, as root; otherwise names it.
+PROGRAMS := tools/halimede_tools/serve/programs.py
 # Exact versions that were tested together; other Python versions resolve from pyproject.toml.
 LOCK := constraints-$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 CONSTRAIN := $(if $(wildcard $(LOCK)),--constraint $(LOCK))
@@ -21,25 +23,40 @@ help:  ## List the verbs
 
 env: .venv/.installed  ## Make the virtual environment
 
+# Triton's Python stub links libpython, so serving needs it besides venv.
 .venv/.installed: pyproject.toml $(wildcard constraints-*.txt)
-	$(PYTHON) -m venv .venv || { echo "No venv in this Python. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) $(PROGRAMS) serve
+	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@echo 'Installing into .venv; the first time takes some minutes …'
-	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,docker,client,build,test,lint]'
+	@began=$$(date +%s); \
+	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,build,client,docker]' \
+	&& echo "Installed in $$(($$(date +%s) - began)) s."
+	@touch $@
+
+# What tests, lints and documents, besides.
+.venv/.developing: .venv/.installed
+	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,build,client,docker,test,lint,docs]'
 	@touch $@
 
 build: env  ## Build MODEL (a name or a folder) into model_repository/; NAME=…, DEVICE=cuda
-	$(BIN)/python -m halimede_tools build $(MODEL) $(if $(NAME),--name $(NAME)) --device $(DEVICE) $(ARGS)
+	$(BIN)/halimede build "$(MODEL)" $(if $(NAME),--name $(NAME)) --device $(DEVICE) $(ARGS)
+
+.PHONY: programs develop
+develop: .venv/.developing
+
+programs:
+	@$(PYTHON) $(PROGRAMS) test
 
 .PHONY: default
 default: env
-	@$(BIN)/python -m halimede_tools build
+	@$(BIN)/halimede build
 
 serve: env  ## Build what is missing and serve; ARGS='--http-port 9000 …'
-	@exec $(BIN)/python -m halimede_tools serve $(ARGS)
+	@exec $(BIN)/halimede serve $(ARGS)
 
 deploy: env  ## A candidate beside, or in place of, a served model; ARGS='canary NAME --share 0.1'
-	@$(BIN)/python -m halimede_tools deploy $(ARGS)
+	@$(BIN)/halimede deploy $(ARGS)
 
 up: default  ## The stack in containers: Triton, Redis, Prometheus, Grafana; PROFILE=gpu
 	$(COMPOSE) --profile $(PROFILE) up --detach --build
@@ -52,52 +69,60 @@ up: default  ## The stack in containers: Triton, Redis, Prometheus, Grafana; PRO
 down:  ## Stop the stack and remove its containers, network and volumes
 	$(COMPOSE) --profile cpu --profile gpu down --volumes --remove-orphans
 
-test: env default  ## Lint, then run every test against a real Triton, two files at a time
-	$(MAKE) --no-print-directory lint
+test: programs develop default  ## Lint, then run every test against a real Triton, two files at a time
+	@$(MAKE) --no-print-directory lint docs
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-containers: env default  ## The stack in containers, really run; needs root
+test-containers: develop default  ## The stack in containers, really run; needs root
 	tests/containers/engine.sh $(BIN)/python -m pytest -m containers $(ARGS)
 
-test-faults: env default  ## What fails around a server, with a minute of overload
-	$(BIN)/python -m pytest tests/test_faults.py -m 'faults or not faults' $(ARGS)
+test-faults: develop default  ## What fails around a server, with a minute of overload
+	$(BIN)/python -m pytest tests/system/test_faults.py -m 'faults or not faults' $(ARGS)
 
-security: env default  ## Who may do what, what the logs hold, secrets, known vulnerabilities
-	$(BIN)/python -m pytest tests/test_security.py tests/test_audit.py $(ARGS)
+security: develop default  ## Who may do what, what the logs hold, secrets, known vulnerabilities
+	$(BIN)/python -m pytest tests/system/test_security.py tests/tools/test_audit.py $(ARGS)
 	@# 3: only the line numbers in the baseline were brought up to date.
 	$(BIN)/detect-secrets-hook --no-verify --baseline .secrets.baseline $$(git ls-files) || [ $$? -eq 3 ]
 	$(BIN)/python -m pip freeze --all --exclude-editable > .venv/installed.txt
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement .venv/installed.txt
 
-lint: env  ## Linter, formatter and type checker
+lint: develop  ## Linter, formatter and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: env  ## Format the code
+format: develop  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+.PHONY: docs docs-reference
+docs: develop  ## Build the documentation into site/; a broken link or anchor fails
+	$(BIN)/zensical build --strict --clean
+
+docs-reference: develop  ## Write the generated pages of docs/reference/
+	$(BIN)/python tests/reference_pages.py
+	$(BIN)/halimede config reference > docs/reference/configuration.md
+
 perf: env default  ## Server against bare engine with perf_analyzer; report in docs/benchmarks/
-	$(BIN)/python -m halimede_tools perf $(ARGS)
+	$(BIN)/halimede bench server $(ARGS)
 
 sts: env  ## STS Spearman through a running server; ARGS='--file stsb-dev.tsv'
-	$(BIN)/python -m halimede_tools sts $(ARGS)
+	$(BIN)/halimede bench sts $(ARGS)
 
 bench: env default  ## Every engine against its peers, in one run; report in docs/benchmarks/
-	$(BIN)/python -m halimede_tools bench --model $(MODEL) $(ARGS)
+	$(BIN)/halimede bench --model $(MODEL) $(ARGS)
 
 bench-cache: env  ## Cache hits and hash embeddings against the texts/s they must reach
-	$(BIN)/python -m halimede_tools bench-cache
+	$(BIN)/halimede bench cache
 
 soak: env default  ## 500,000 mixed requests, each checked: errors, memory, drift; report in docs/
-	$(BIN)/python -m halimede_tools soak --model $(MODEL) $(ARGS)
+	$(BIN)/halimede soak --model $(MODEL) $(ARGS)
 
 gpu-check: env  ## On a machine with an NVIDIA GPU: vectors and speed there; DEVICE=tensorrt
-	$(BIN)/python -m halimede_tools gpu-check --model $(MODEL) --device $(if $(filter cpu,$(DEVICE)),cuda,$(DEVICE)) $(ARGS)
+	$(BIN)/halimede bench gpu --model $(MODEL) --device $(if $(filter cpu,$(DEVICE)),cuda,$(DEVICE)) $(ARGS)
 
 tune: env default  ## Threads, streams, provider and tokens a run for MODEL on this machine
-	$(BIN)/python -m halimede_tools tune --model $(MODEL) $(ARGS)
+	$(BIN)/halimede tune --model $(MODEL) $(ARGS)
 
 clean:  ## Remove environment, downloads and built files
 	rm -rf .venv .halimede model_repository/*/[0-9]* model_repository/*/warmup

@@ -16,5 +16,5 @@ ENV PATH=/opt/halimede/.venv/bin:$PATH \
     HALIMEDE_REPOSITORY=/models
 USER 10001
 VOLUME ["/work", "/models"]
-ENTRYPOINT ["python", "-m", "halimede_tools"]
+ENTRYPOINT ["halimede"]
 CMD ["build"]

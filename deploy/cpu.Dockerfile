@@ -6,7 +6,7 @@ RUN apt-get update \
 WORKDIR /source
 # What is installed changes rarely, the code often: two layers.
 COPY LICENSE README.md constraints-py311.txt pyproject.toml ./
-RUN mkdir client python_backend tools \
+RUN mkdir --parents client/halimede python_backend tools/halimede_tools \
     && python3 -m venv /opt/halimede \
     && /opt/halimede/bin/pip install --no-cache-dir --constraint constraints-py311.txt '.[server]' \
     && /opt/halimede/bin/pip uninstall --yes halimede mpmath sympy
@@ -14,7 +14,7 @@ COPY . .
 RUN /opt/halimede/bin/pip install --no-cache-dir --no-deps . \
     && /opt/halimede/bin/pip uninstall --yes pip setuptools \
     && cd /opt/halimede \
-    && bin/python -c 'from pathlib import Path; from halimede_tools.serve.wheel import lay_out; lay_out(Path("/source/python_backend"), Path("backends"))'
+    && bin/python -c 'from pathlib import Path; from halimede_tools.serve.wheel import lay_out; from halimede_tools.settings import Settings; lay_out(Settings().python_backend, Path("backends"))'
 
 FROM debian:bookworm-slim
 RUN apt-get update \
@@ -32,5 +32,5 @@ USER 10001
 VOLUME /models
 EXPOSE 8000 8001 8002
 HEALTHCHECK --interval=15s --timeout=10s --start-period=2m --retries=3 CMD ["halimede", "health"]
-ENTRYPOINT ["python", "-m", "halimede_tools", "serve", "--exec"]
+ENTRYPOINT ["halimede", "serve", "--exec"]
 CMD ["--host", "0.0.0.0"]

@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace import TracerProvider
 ROOT = Path(__file__).resolve().parents[1]
 from halimede_repository import configs
 from halimede_tools.build.samples import corpus
-from halimede_tools.serve import ports, wheel
+from halimede_tools.serve import ports, programs, wheel
 from halimede_tools.settings import Settings
 
 MODEL = "all-MiniLM-L6-v2"
@@ -39,6 +39,22 @@ def pytest_configure() -> None:
     mine = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     each = len(ports.PORTS) // processes
     ports.PORTS = ports.PORTS[mine * each : (mine + 1) * each]
+
+
+def require(program: str) -> None:
+    """Skip the test where a program is not installed, and say how to install it. In CI, which must
+    have every program, the test fails instead.
+    """
+    command = programs.is_missing(program)
+    if command and os.environ.get("CI"):
+        pytest.fail(f"{program} is not installed. Run: {command}", pytrace=False)
+    if command:
+        pytest.skip(f"{program} is not installed. Run: {command}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        require(mark.args[0])
 
 
 def free_options(**fields: object) -> wheel.Options:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from halimede.providers import hashing
+from halimede.providers.hash import hash_embeddings
 
 DIMS = 384
 
@@ -40,7 +40,7 @@ class Simulation:
 
 
 def vectors(texts: list[str], dims: int) -> list[list[float]]:
-    full = hashing.embed([text.encode() for text in texts], max(dims, DIMS))
+    full = hash_embeddings([text.encode() for text in texts], max(dims, DIMS))
     cut = full[:, :dims]
     return (cut / (cut**2).sum(1, keepdims=True) ** 0.5).tolist()
 

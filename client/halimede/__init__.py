@@ -1,8 +1,9 @@
 """halimede: embeddings from Triton and other providers, with results that say what they are."""
 
-from halimede.config.file import Config
+from halimede.config.schema import Config
 from halimede.embedder import AsyncEmbedder, Embedder
-from halimede.inputs.images import find_images
+from halimede.inputs.archives import find_images
+from halimede.providers.base import Answer, Provider, Request
 from halimede.results import Embeddings, ImageInfo, ServedModel
 from halimede_ops.errors import (
     AccessDenied,
@@ -31,6 +32,7 @@ from halimede_ops.errors import (
 
 __all__ = [
     "AccessDenied",
+    "Answer",
     "AsyncEmbedder",
     "Config",
     "DeadlineExceeded",
@@ -50,6 +52,8 @@ __all__ = [
     "ModelChanged",
     "ModelNotFound",
     "OutOfMemory",
+    "Provider",
+    "Request",
     "ServedModel",
     "ServerError",
     "ServerOverloaded",

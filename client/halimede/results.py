@@ -1,4 +1,4 @@
-"""What the client gives back: vectors with the facts needed to use them safely."""
+"""Results of the client: vectors with the facts that are needed to use them safely."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from halimede.inputs.items import Kind
+from halimede.inputs.content import InputKind
 from halimede_ops.errors import HalimedeError
 
 UNKNOWN_TOKENS = -1
-"""Token count of a text whose provider does not tell it, and of an image."""
+"""Token count of images, and of texts whose provider does not count tokens."""
 IMAGE = np.dtype([("width", "<i4"), ("height", "<i4"), ("format", "S8")])
-"""What is told of an image: pixels as it is seen, and Pillow's name of its format. 0 and empty
-where it is not told, and for texts."""
-
-
+"""Size of an image in pixels, after its EXIF orientation, and Pillow's name of its format. 0 and
+empty if unknown, and for texts."""
 MAX_IMAGE_BYTES = 10 * 1024 * 1024
-"""Largest encoded image that a model takes, unless it says another size."""
+"""Largest encoded image of a model that sets no limit of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,44 +26,44 @@ class ServedModel:
 
     name: str
     space: str
-    """Fingerprint of weights, tokenizer, pooling, head, prompts and dims, 16 hex digits: vectors
-    may be compared only within one space."""
+    """Fingerprint of weights, tokenizer, pooling, head, prompts and dims, 16 hex digits. Vectors
+    can be compared only within one space."""
     precision: str
-    """fp32, fp16 or int8; `remote` where the provider does not tell."""
+    """fp32, fp16 or int8. `remote` if the provider does not report it."""
     dims: int
     """Length of a full vector."""
     max_tokens: int
-    """Longest text in tokens; what lies beyond is cut off. 0: it takes no text."""
+    """Token limit of a text; the rest is cut off. 0 if the model embeds no texts."""
     max_batch_size: int
-    """Most items in one request."""
+    """Maximum inputs in one request."""
     provider: str = "triton"
     """Kind of provider."""
     mean_cosine: float | None = None
-    """Mean cosine to the reference, as the build measured it; None where nobody recorded it."""
+    """Mean cosine to the reference, measured by the build. None if it was not measured."""
     version: str = ""
-    """Version that names this content and no other; empty where versions do not."""
-    input: Kind = "text"
-    """What it embeds."""
+    """Version that identifies this content. Empty if the provider has no such versions."""
+    input: InputKind = "text"
+    """Kind of inputs that it embeds."""
     image_model: str = ""
-    """Name of the model that embeds images into the same space; empty: there is none."""
+    """Name of the model that embeds images into the same space. Empty if there is none."""
     max_image_bytes: int = MAX_IMAGE_BYTES
     """Largest encoded image."""
     share: float = 0.0
-    """Of a candidate: the share of its model's requests that it answers."""
+    """For a candidate: share of the model's requests that it answers, 0 to 1."""
 
     def is_alike(self, other: ServedModel) -> bool:
-        """Whether vectors of both may stand in one result: same space and precision."""
+        """Whether vectors of both can be in one result: they have one space and precision."""
         return (self.space, self.precision) == (other.space, other.precision)
 
 
 class ImageInfo(NamedTuple):
-    """What an image is, as the model told when it was embedded."""
+    """Size and format of an image, from the model that embedded it."""
 
     width: int
-    """Pixels, as the image is seen: after its EXIF orientation. 0: not told."""
+    """Pixels, after the EXIF orientation. 0 if unknown."""
     height: int
     format: str
-    """Pillow's name of the format, such as JPEG; empty: not told."""
+    """Pillow's name of the format, such as JPEG. Empty if unknown."""
 
     def __str__(self) -> str:
         return f"{self.format} {self.width} × {self.height}" if self.format else ""
@@ -73,34 +71,34 @@ class ImageInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
-    """Embeddings of texts, images or pairs, in their order: all of one space and precision.
+    """Embeddings of texts, images or pairs, in their order, with one space and precision.
 
-    There is one row an item. With `errors="collect"` items that failed have no row: `errors` has
-    them, and `indices` says which item each row is.
+    Each input has one row. With `errors="collect"`, inputs that failed have none: `errors` has
+    their errors, and `indices` the input of each row.
     """
 
     vectors: np.ndarray
     """`[rows, dims]` of `output_type`; for `binary` and `ubinary` `[rows, dims / 8]` bytes."""
     tokens: np.ndarray
-    """`[rows]` int32: tokens each whole text has, special tokens included; -1: not told."""
+    """`[rows]` int32: tokens of each whole text, special tokens included. -1 if unknown."""
     model: str
     space: str
     precision: str
     max_tokens: int
     provider: str = "triton"
-    """Kind of provider whose model this is."""
+    """Kind of provider."""
     output_type: str = "float32"
     cached: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.bool_))
     """`[rows]` bool: whether the vector came from a cache."""
     indices: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
-    """`[rows]` int64: which item of the call, or of the stream, each row is."""
+    """`[rows]` int64: index of each row's input in the call or stream."""
     versions: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
-    """`[rows]` int64: version of the model that gave each vector; 0: not told, as of one from a
-    cache. A canary answers some of a call's items."""
+    """`[rows]` int64: model version of each vector; a canary may answer some inputs of a call. 0 if
+    unknown, as for vectors from a cache."""
     images: tuple[ImageInfo, ...] = ()
-    """What each row's image is; none for texts."""
+    """Size and format of each row's image. Empty for texts."""
     errors: Mapping[int, HalimedeError] = dataclasses.field(default_factory=dict)
-    """Item → what was wrong with it, of the items that have no row."""
+    """Index of an input without a row → its error."""
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -113,5 +111,5 @@ class Embeddings:
 
     @property
     def truncated(self) -> np.ndarray:
-        """`[rows]` bool: whether a text was longer than the model's limit and was cut off."""
+        """`[rows]` bool: whether a text exceeded the model's token limit and was cut off."""
         return self.tokens > self.max_tokens

@@ -40,7 +40,7 @@ user's text or a path of the server's.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class HalimedeError(Exception):
@@ -48,12 +48,31 @@ class HalimedeError(Exception):
 
     code: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
+    index: int | None = None
+    """Index of the text, image or pair that the error is about. None: it is not about one."""
 
 
 class InvalidInput(HalimedeError, ValueError):
-    """The request itself is wrong: change it before sending it again."""
+    """The request itself is wrong: change it before sending it again.
+
+    With a `subject` the message begins with it and the index: `InvalidText("is not valid UTF-8.",
+    subject="text", index=3)` reads "text 3 is not valid UTF-8."
+    """
 
     code = "INVALID_ARG"
+
+    def __init__(self, message: str, *, subject: str = "", index: int | None = None) -> None:
+        super().__init__(message)
+        self.subject = subject
+        self.index = index
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{self.subject} {self.index} {message}" if self.subject else message
+
+    def at(self, index: int) -> Self:
+        """Return the same error about the input at another index."""
+        return type(self)(self.args[0], subject=self.subject, index=index)
 
 
 class InvalidText(InvalidInput):

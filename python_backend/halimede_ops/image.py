@@ -97,8 +97,10 @@ def opened(data: bytes, spec: ImageSpec, row: int) -> Iterator[Image.Image]:
     """
     if len(data) > spec.max_image_bytes:
         raise ImageTooLarge(
-            f"image {row} has {len(data):,} bytes; at most {spec.max_image_bytes:,} are taken. "
-            "Send it smaller or compressed more."
+            f"has {len(data):,} bytes; at most {spec.max_image_bytes:,} are taken. "
+            "Send it smaller or compressed more.",
+            subject="image",
+            index=row,
         )
     with _errors_named(spec, row):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -152,15 +154,21 @@ def _pixels(seen: Image.Image, spec: ImageSpec) -> np.ndarray:
 
 def _check(image: Image.Image, spec: ImageSpec, row: int) -> None:
     if image.width < 1 or image.height < 1:
-        raise InvalidImage(f"image {row} is {image.width} x {image.height} pixels: it is empty.")
+        raise InvalidImage(
+            f"is {image.width} x {image.height} pixels: it is empty.", subject="image", index=row
+        )
     if image.format == "WEBP" and getattr(image, "is_animated", False):
-        raise InvalidImage(f"image {row} is an animated WebP. Send one of its frames.")
+        raise InvalidImage(
+            "is an animated WebP. Send one of its frames.", subject="image", index=row
+        )
     if decoded(image, spec) > spec.max_image_pixels:
         width, height = resized(image.width, image.height, spec)
         raise ImageTooLarge(
-            f"image {row} is {image.width} x {image.height} pixels, and {width} x {height} when "
+            f"is {image.width} x {image.height} pixels, and {width} x {height} when "
             f"resized for the model; at most {spec.max_image_pixels:,} are taken. "
-            "Send it smaller, or a part of it."
+            "Send it smaller, or a part of it.",
+            subject="image",
+            index=row,
         )
 
 
@@ -170,17 +178,23 @@ def _errors_named(spec: ImageSpec, row: int) -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError:
-        raise InvalidImage(f"image {row} is none of {', '.join(FORMATS)}, or damaged.") from None
+        raise InvalidImage(
+            f"is none of {', '.join(FORMATS)}, or damaged.", subject="image", index=row
+        ) from None
     except Image.DecompressionBombError:
         raise ImageTooLarge(
-            f"image {row} has far more than the {spec.max_image_pixels:,} pixels that are taken. "
-            "Send it smaller, or a part of it."
+            f"has far more than the {spec.max_image_pixels:,} pixels that are taken. "
+            "Send it smaller, or a part of it.",
+            subject="image",
+            index=row,
         ) from None
     except MemoryError:
         raise OutOfMemory(f"no memory to decode image {row} now.") from None
     except Exception as error:
         raise InvalidImage(
-            f"image {row} is damaged ({type(error).__name__}). Send the whole file, undamaged."
+            f"is damaged ({type(error).__name__}). Send the whole file, undamaged.",
+            subject="image",
+            index=row,
         ) from None
 
 

@@ -82,8 +82,10 @@ def decode(value: bytes | str, row: int, spec: ModelSpec) -> str:
     """
     if len(value) > spec.max_text_bytes:
         raise InvalidText(
-            f"text {row} has {len(value):,} bytes; {spec.name} takes {spec.max_text_bytes:,}. "
-            "Split it into parts."
+            f"has {len(value):,} bytes; {spec.name} takes {spec.max_text_bytes:,}. "
+            "Split it into parts.",
+            subject="text",
+            index=row,
         )
     if isinstance(value, str):
         return value
@@ -91,5 +93,7 @@ def decode(value: bytes | str, row: int, spec: ModelSpec) -> str:
         return value.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidText(
-            f"text {row} is not valid UTF-8 (byte {error.start}). Send it encoded as UTF-8."
+            f"is not valid UTF-8 (byte {error.start}). Send it encoded as UTF-8.",
+            subject="text",
+            index=row,
         ) from None

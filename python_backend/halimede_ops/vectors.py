@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from halimede_ops.errors import InvalidDimensions, InvalidInput
 from halimede_ops.fusion import Fusion
 from halimede_ops.spec import ModelSpec
+
+
+class _Model(Protocol):
+    """A model's name and the length of its vectors: those of a ModelSpec, or of a client."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dims(self) -> int: ...
 
 
 def embed(pooled: np.ndarray, spec: ModelSpec, dimensions: int | None = None) -> np.ndarray:
@@ -22,7 +34,7 @@ def embed(pooled: np.ndarray, spec: ModelSpec, dimensions: int | None = None) ->
     return normalise(cut) if spec.normalised else cut
 
 
-def check_dimensions(dimensions: int | None, spec: ModelSpec) -> int:
+def check_dimensions(dimensions: int | None, spec: _Model) -> int:
     """`dimensions`, or the model's dims for None.
 
     Raises:

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,19 @@ import pytest
 from conftest import MODEL, NAMES, free_options, wait_until
 
 from halimede import (
+    Answer,
     Embedder,
     Embeddings,
     InvalidInput,
+    InvalidText,
     OutOfMemory,
+    Request,
     ServerError,
     ServerUnreachable,
     SpaceRefused,
 )
 from halimede.config.file import parse
-from halimede.inputs.items import Kind
-from halimede.providers import Answer, Request
+from halimede.inputs.content import InputKind
 from halimede.results import ServedModel
 from halimede_ops import vectors
 from halimede_tools.serve import wheel
@@ -53,14 +56,15 @@ class Scripted:
         self.most_texts: int | None = None
         self.asked: list[int] = []
         self.fails_after: int | None = None
+        self.refused: bytes | None = None
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         if self.error is not None:
             raise self.error
         return self.model
 
     async def embed(self, request: Request, timeout_s: float) -> Answer:
-        texts = request.items
+        texts = request.inputs
         self.asked.append(len(texts))
         if self.fails_after is not None and len(self.asked) > self.fails_after:
             raise ServerUnreachable("scripted")
@@ -68,6 +72,8 @@ class Scripted:
             raise self.error
         if self.most_texts is not None and len(texts) > self.most_texts:
             raise MemoryError
+        if self.refused in texts:
+            raise InvalidText("is wrong.", subject="text", index=texts.index(self.refused))
         rows = [np.resize(np.frombuffer(text or b" ", np.uint8), 8) for text in texts]
         return Answer(np.array(rows, np.float32), np.full(len(texts), 3, np.int32), self.model)
 
@@ -149,6 +155,25 @@ def test_the_callers_own_mistake_is_not_passed_on() -> None:
         with pytest.raises(InvalidInput, match="wrong"):
             embedder.embed("a")
     assert second.asked == []
+
+
+@pytest.mark.parametrize("cache", [None, {}])
+def test_an_error_has_its_texts_index(cache: dict[str, Any] | None) -> None:
+    """Sorted by length, sent in many requests and halved, a text that a provider refuses keeps its
+    index in the call or the stream, in the error's field and in its message.
+    """
+    first = Scripted("first")
+    first.refused, first.most_texts = b"wrong", 3
+    texts = ["x" * (index % 11 + 1) for index in range(500)]
+    texts[317] = "wrong"
+    with through(first, **({} if cache is None else {"cache": cache})) as embedder:
+        with pytest.raises(InvalidText, match="^text 317 is wrong") as raised:
+            embedder.embed(texts)
+        assert raised.value.index == 317
+        with pytest.raises(InvalidText, match="^text 317 is wrong") as raised:
+            list(embedder.embed_iter(iter(texts), window=100))
+        assert raised.value.index == 317
+        assert len(embedder.embed(texts[:317])) == 317
 
 
 def test_memory_that_runs_out_halves_the_batch() -> None:
@@ -235,6 +260,48 @@ def test_a_stream_takes_no_more_than_it_needs() -> None:
             next(parts)
         parts.close()
     assert taken["texts"] <= 10 * (5 + 3)
+
+
+@contextlib.contextmanager
+def unavailable() -> Iterator[tuple[str, Counter[str]]]:
+    """A server that answers 503 to everything, its url, and the requests that it counts."""
+    asked: Counter[str] = Counter()
+
+    class Unavailable(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked["requests"] += 1
+            self.send_error(503)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Unavailable)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_server_is_probed_by_one_breaker(count: int) -> None:
+    """A server that is down gets at most 4 probes in 3 s: two breakers would send 6 or more."""
+    with contextlib.ExitStack() as running:
+        servers = [running.enter_context(unavailable()) for _ in range(count)]
+        model = {"provider": "triton", "model_id": "m", "url": [url for url, _ in servers]}
+        config = {"models": {"m": {**model, "retries": 0}}}
+        embedder = running.enter_context(Embedder(config=config))
+        for _ in range(3):
+            with pytest.raises(ServerUnreachable):
+                embedder.embed("a")
+        for _, asked in servers:
+            asked.clear()
+        time.sleep(3)
+        probes = [asked["requests"] for _, asked in servers]
+    assert all(1 <= probed <= 4 for probed in probes), probes
 
 
 @contextlib.contextmanager

@@ -67,7 +67,8 @@ def test_redis_is_shared(tmp_path: Path) -> None:
         with Embedder(config=config) as second:
             assert second.embed(["b", "a"]).cached.all()
             tiers = second.stats()["cache"]["tiers"]
-    assert set(tiers) == {"hot", "warm", "cold"}
+    assert set(tiers) == {"redis"}
+    assert tiers["redis"]["hits"] == tiers["redis"]["hits_hot"] == 2
 
 
 def test_cache_enabled_and_cache_ttl_are_a_models_own() -> None:

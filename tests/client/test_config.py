@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from halimede import Config, Embedder, InvalidConfig
-from halimede.config.file import load, parse, resolve
+from halimede.config import reference
+from halimede.config.file import load, parse
+from halimede.config.resolve import resolve
 from halimede.providers import KINDS, open_provider
 
 FULL = """
@@ -65,7 +68,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert config.cache.disk.ttl_s == 86400
     assert config.cache.redis.hot_ttl_s == 60
     tiers = config.cache.open().stats()["tiers"]
-    assert list(tiers) == ["memory", "disk", "hot", "warm", "cold"]
+    assert list(tiers) == ["memory", "disk", "redis"]
 
 
 @pytest.mark.parametrize(
@@ -124,11 +127,11 @@ def test_a_secret_comes_from_the_environment_or_a_file(
     with pytest.raises(InvalidConfig, match="NO_SUCH_VARIABLE"):
         open_provider(named)
     monkeypatch.setenv("NO_SUCH_VARIABLE", "from-environment")
-    assert named.secret("X") == "from-environment"
+    assert named.key("X") == "from-environment"
     file = tmp_path / "key"
     file.write_text("from-file\n")
     filed = parse({"models": {"m": {**base, "api_key_file": str(file)}}}).chain()[0]
-    assert filed.secret("X") == "from-file"
+    assert filed.key("X") == "from-file"
     file.unlink()
     with pytest.raises(InvalidConfig, match="api_key_file cannot be read"):
         open_provider(filed)
@@ -192,3 +195,18 @@ def test_every_provider_has_options() -> None:
     for kind in KINDS:
         with pytest.raises(InvalidConfig, match=r"models\.m\.modelid is not known\. Did you mean"):
             parse({"models": {"m": {"provider": kind, "modelid": "x"}}})
+
+
+def test_every_key_is_in_the_reference_with_its_meaning() -> None:
+    """docs/reference/configuration.md is what `halimede config reference` prints, and no key of
+    the file or the environment is without a description.
+    """
+    page = (ROOT / "docs" / "reference" / "configuration.md").read_text("utf-8")
+    assert page == reference.markdown(), "run: halimede config reference > " + (
+        "docs/reference/configuration.md"
+    )
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    assert [row for row in rows if row[-1].strip(" |") == ""] == []
+    keys = {row[0].strip("| `") for row in rows}
+    assert {"default_model", "model_id", "ca_file", "hot_ttl", "allow_http", "streams"} <= keys
+    assert {"HALIMEDE_URL", "HALIMEDE_STORE_LIMIT_GIB"} <= keys

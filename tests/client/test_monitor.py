@@ -42,8 +42,8 @@ def test_a_server_that_is_gone_is_unhealthy() -> None:
     """The line says why; the metric is 0; its figures are left out."""
     with Embedder(GONE, timeout_s=30) as embedder:
         watched = monitor.Monitor({"m": embedder}, f"http://{GONE}/metrics")
-        [line] = watched.look()
-        assert list(watched.look()) == []
+        [line] = watched.probe()
+        assert list(watched.probe()) == []
         [healthy, *_] = watched.collect()
     assert line.startswith("m: unhealthy: no Triton answers at")
     assert healthy.samples[0].value == 0
@@ -67,7 +67,7 @@ def test_memory_above_nine_tenths_is_unhealthy(server: Server) -> None:
     try:
         with Embedder(server.grpc_address) as embedder:
             watched = monitor.Monitor({"m": embedder}, f"http://127.0.0.1:{simulated.server_port}/")
-            assert list(watched.look()) == ["m: unhealthy: 95% of the memory is used"]
+            assert list(watched.probe()) == ["m: unhealthy: 95% of the memory is used"]
     finally:
         simulated.shutdown()
     assert watched.shares == {"memory": 0.95, "cpu": 0.5}

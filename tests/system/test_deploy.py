@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from halimede_tools.serve import container
 from halimede_tools.serve.wheel import ENVIRONMENT, Options, Server
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
-OPERATIONS = DEPLOY.parent / "docs" / "operations.md"
+CLUSTER = DEPLOY.parent / "docs" / "guides" / "cluster.md"
 BASE = DEPLOY / "kubernetes" / "base"
 KUBERNETES = "1.31"
 
@@ -140,7 +139,7 @@ def probes() -> dict[str, list[str]]:
     return {"cluster": pod["livenessProbe"]["exec"]["command"], "compose": health}
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.needs("curl")
 @pytest.mark.parametrize("where", ["cluster", "compose"])
 def test_probes_of_nvidias_containers_embed(server: Server, where: str) -> None:
     """A server answers them; one that does not have the model fails them."""
@@ -149,7 +148,7 @@ def test_probes_of_nvidias_containers_embed(server: Server, where: str) -> None:
     assert subprocess.run([word.replace(MODEL, "none") for word in command]).returncode != 0
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+@pytest.mark.needs("promtool")
 def test_alerts_fire_when_they_should() -> None:
     """promtool's own verdict over the rules and their tests."""
     for arguments in (["check", "config", "prometheus.yml"], ["test", "rules", "rules_test.yml"]):
@@ -168,7 +167,7 @@ def test_rules_dashboard_and_autoscaler_ask_for_metrics_that_triton_has(server: 
     asked = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
     dashboard = json.loads((DEPLOY / "grafana" / "dashboards" / "halimede.json").read_text())
     asked += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    [adapter] = re.findall(r"```yaml\n(rules:.*?)```", OPERATIONS.read_text(), re.DOTALL)
+    [adapter] = re.findall(r"```yaml\n(rules:.*?)```", CLUSTER.read_text(), re.DOTALL)
     [rule] = yaml.safe_load(adapter)["rules"]
     assert rule["name"]["as"] in (BASE / "autoscaling.yaml").read_text()
     asked.append(rule["metricsQuery"])

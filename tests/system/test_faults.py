@@ -1,5 +1,5 @@
 """What a server does when something around it fails, under load: nothing wrong is answered, and it
-recovers by itself or says what to do. docs/operations.md has the table.
+recovers by itself or says what to do. docs/guides/failures.md has the table.
 
 Of the client alone: Redis that is killed and a disk that is full are in test_cache.py, and a chain
 that goes on while Triton is killed is in test_chain.py.
@@ -28,17 +28,16 @@ from test_serve import read_until, start
 from halimede import Embedder
 from halimede_ops import vectors
 from halimede_ops.errors import OutOfMemory, ServerError
-from halimede_tools.serve import wheel
+from halimede_tools.serve import programs, wheel
 from halimede_tools.settings import Settings
 
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 TEXTS = [f"text number {index}" + " word" * (index % 40) for index in range(40)]
 is_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
 
 @contextlib.contextmanager
 def served(*mounts: str, **environment: str) -> Iterator[tuple[subprocess.Popen, wheel.Options]]:
-    """`tools serve`, with file systems of its own mounted for it alone, as `path=size`."""
+    """`halimede serve`, with file systems of its own mounted for it alone, as `path=size`."""
     options = free_options()
     within = []
     if mounts:
@@ -248,7 +247,7 @@ def test_clients_that_never_read(server: wheel.Server, right: np.ndarray) -> Non
     assert during < before + 200 * 2**20
 
 
-@pytest.mark.skipif(not FAKETIME.exists(), reason="apt-get install faketime")
+@pytest.mark.needs("faketime")
 def test_a_clock_that_jumps(
     right: np.ndarray, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,7 +256,7 @@ def test_a_clock_that_jumps(
     clock.write_text("+0")
     # Of Triton and its backends; what makes the clock jump breaks the sleep of a Python launcher.
     for name, value in {
-        "LD_PRELOAD": str(FAKETIME),
+        "LD_PRELOAD": str(programs.FAKETIME),
         "FAKETIME_TIMESTAMP_FILE": str(clock),
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         "FAKETIME_CACHE_DURATION": "1",

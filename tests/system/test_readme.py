@@ -1,4 +1,4 @@
-"""The README is run, not read."""
+"""README and documentation are run, not read: every command in them, and every block of Python."""
 
 from __future__ import annotations
 
@@ -9,71 +9,132 @@ import subprocess
 import sys
 from pathlib import Path
 
+import documents
 import pytest
+import typer
 from conftest import NAMES, ROOT, free_options
 from PIL import Image
 
 from halimede import Embedder
+from halimede.cli import app
 from halimede_tools.serve import wheel
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
-COMMANDS = [
-    line
-    for language, code in BLOCKS
-    if language == "sh"
-    for line in code.splitlines()
-    if line.startswith(".venv/bin/halimede")
-]
-
-
+README = documents.README.read_text()
+FALLBACK = ROOT / "docs" / "guides" / "fallback-and-cache.md"
+ELSEWHERE = {
+    "make up": "needs a Docker engine: test_containers.py",
+    "make down": "needs a Docker engine: test_containers.py",
+    "make ": "test_verbs_exist; CI runs `make test`, which makes the environment and the models",
+    "python3 -m venv ": "test_wheel.py does it",
+    ". ": "activates an environment",
+    "pip install ": "test_wheel.py installs the wheel in a fresh environment",
+    "curl ": "test_serve.py: test_serve_shows_a_sample_and_stops_every_child prints this line",
+    "docker build ": "needs a Docker engine: test_containers.py",
+    "kubectl ": "needs a cluster: test_deploy.py checks the manifests",
+    "halimede serve": "runs until Ctrl-C: test_serve.py, test_security.py, test_tracing.py",
+    "halimede build": "needs a hub or minutes: test_build.py, test_models.py, test_clip.py",
+    "halimede deploy": "needs a candidate: test_rollout.py",
+    "halimede tune": "takes a minute: test_tune.py",
+    "halimede bench": "takes minutes: test_bench.py",
+    "halimede fusion": "needs an image model: test_fusion.py",
+    "halimede monitor": "runs until Ctrl-C: test_monitor.py",
+}
+"""Beginning of a command → why it is not run here, and what runs it."""
+COMMANDS = [one for one in documents.commands() if not one.line.startswith(tuple(ELSEWHERE))]
+LISTED = [one for one in documents.commands() if one.line.startswith(tuple(ELSEWHERE))]
+PYTHON = documents.blocks("python")
 PYTHONPATH = ":".join(
     str(ROOT / part) for part in os.environ.get("PYTHONPATH", "").split(":") if part
 )
 
 
-def environment(server: wheel.Server) -> dict[str, str]:
-    return {**os.environ, "HALIMEDE_URL": server.grpc_address}
+def here(text: str, server: wheel.Server) -> str:
+    """A text of a page with this server's addresses."""
+    return text.replace("127.0.0.1:8001", server.grpc_address).replace(
+        "127.0.0.1:8000", server.http_address
+    )
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run_as_written(server: wheel.Server, folder: Path, command: str) -> None:
-    """Every halimede command of the README succeeds."""
-    words = shlex.split(command.replace(".venv/bin", str(Path(sys.executable).parent)))
-    alone = {**environment(server), "PYTHONPATH": PYTHONPATH}
-    subprocess.run(words, cwd=folder, env=alone, check=True, capture_output=True)
+def environment(server: wheel.Server, folder: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "HALIMEDE_URL": server.grpc_address,
+        "HALIMEDE_REPOSITORY": str(ROOT / "model_repository"),
+        "HALIMEDE_HOME": str(folder / "home"),
+        "PYTHONPATH": PYTHONPATH,
+    }
 
 
-@pytest.fixture
-def folder(server: wheel.Server, tmp_path: Path) -> Path:
-    """A folder with the README's configuration in it, on this server's address."""
-    for name, text in re.findall(r"`(\S+\.yaml)`:\n\n```yaml\n(.*?)```", README, re.DOTALL):
-        (tmp_path / name).write_text(text.replace("127.0.0.1:8001", server.grpc_address))
-    (tmp_path / "photos").mkdir()
+def prepare(folder: Path, page: Path, server: wheel.Server) -> None:
+    """Lay out in a folder what a page speaks of, its configurations on this server's address."""
+    for name, text in documents.files(page):
+        (folder / name).write_text(here(text, server))
+    (folder / "photos").mkdir()
     for name, colour in (("cat.jpg", "grey"), ("bicycle.png", "red")):
-        Image.new("RGB", (40, 30), colour).save(tmp_path / "photos" / name)
+        Image.new("RGB", (40, 30), colour).save(folder / "photos" / name)
     for name in ("model_repository", "README.md"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    return tmp_path
+        (folder / name).symlink_to(ROOT / name)
 
 
-@pytest.mark.parametrize("code", PYTHON)
-def test_python_runs_as_written(server: wheel.Server, folder: Path, code: str) -> None:
-    """Every Python block of the README runs, on this server's address."""
-    here = code.replace("127.0.0.1:8001", server.grpc_address)
-    alone = {**environment(server), "PYTHONPATH": PYTHONPATH}
-    subprocess.run([sys.executable, "-c", here], cwd=folder, env=alone, check=True)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.place)
+def test_commands_run_as_written(
+    server: wheel.Server, tmp_path: Path, command: documents.Command
+) -> None:
+    """Every halimede command of a page succeeds; what is not run here is listed with the reason."""
+    prepare(tmp_path, command.page, server)
+    program, *words = shlex.split(here(command.line, server))
+    assert program == "halimede"
+    run = [str(Path(sys.executable).parent / program), *words]
+    env = environment(server, tmp_path)
+    subprocess.run(run, cwd=tmp_path, env=env, check=True, capture_output=True)
 
 
-def test_the_chain_answers_without_the_server(folder: Path) -> None:
-    """The README's configuration gives vectors, from its fallback, when nothing listens."""
-    file = folder / "halimede.yaml"
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.place)
+def test_python_runs_as_written(
+    server: wheel.Server, tmp_path: Path, block: documents.Block
+) -> None:
+    """Every Python block of a page runs, on this server's address."""
+    prepare(tmp_path, block.page, server)
+    code = here(block.code, server)
+    env = environment(server, tmp_path)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [*(one for one in LISTED if one.line.startswith("halimede ")), *documents.named_commands()],
+    ids=lambda command: command.place,
+)
+def test_commands_that_are_not_run_exist(command: documents.Command) -> None:
+    """Verb and options of a command that is run elsewhere, or named in a sentence, exist."""
+    _, *words = shlex.split(command.line)
+    asked = typer.main.get_command(app)
+    while words:
+        _, words, _ = asked.make_parser(typer.Context(asked)).parse_args(words)
+        if not words or not hasattr(asked, "commands"):
+            return
+        asked, words = asked.commands[words[0]], words[1:]
+
+
+@pytest.mark.parametrize("beginning", ELSEWHERE)
+def test_no_reason_is_left_over(beginning: str) -> None:
+    """Every reason not to run a command is that of a command on some page; the tests it names are
+    there.
+    """
+    assert any(one.line.startswith(beginning) for one in LISTED)
+    named = re.findall(r"test_\w+\.py", ELSEWHERE[beginning])
+    assert [name for name in named if not list((ROOT / "tests").rglob(name))] == []
+
+
+def test_the_chain_answers_without_the_server(server: wheel.Server, tmp_path: Path) -> None:
+    """The guide's configuration gives vectors, from its fallback, when nothing listens."""
+    prepare(tmp_path, FALLBACK, server)
+    file = tmp_path / "halimede.yaml"
     file.write_text(
         re.sub(r"url: \S+\d", f"url: 127.0.0.1:{free_options().grpc_port}", file.read_text())
     )
     with Embedder(config=file) as embedder:
-        os.chdir(folder)
+        os.chdir(tmp_path)
         try:
             result = embedder.embed("hello world")
         finally:
@@ -81,13 +142,15 @@ def test_the_chain_answers_without_the_server(folder: Path) -> None:
     assert (result.provider, result.precision) == ("onnx", "int8")
 
 
-def test_verbs_exist() -> None:
-    """Every `make` verb that the README names is in the Makefile."""
-    verbs = set(re.findall(r"`make ([a-z-]+)", README)) | set(
-        re.findall(r"^make ([a-z-]+)", README, re.M)
+@pytest.mark.parametrize("page", documents.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_verbs_exist(page: Path) -> None:
+    """Every `make` verb that a page names is in the Makefile."""
+    text = page.read_text()
+    verbs = set(re.findall(r"`make ([a-z-]+)", text)) | set(
+        re.findall(r"^make ([a-z-]+)", text, re.M)
     )
     makefile = (ROOT / "Makefile").read_text()
-    assert verbs
+    assert verbs or page != documents.README
     assert all(f"\n{verb}:" in makefile for verb in verbs)
 
 

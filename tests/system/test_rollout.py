@@ -1,4 +1,4 @@
-"""`tools deploy`: versions of a model beside each other on a real Triton, under load, in both
+"""`halimede deploy`: versions of a model beside each other on a real Triton, under load, in both
 designs.
 """
 
@@ -439,7 +439,7 @@ def test_the_commands(served: Served, versions: list[Built]) -> None:
 
     def deploy(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "halimede_tools", "deploy", *reach, *words],
+            [sys.executable, "-m", "halimede", "deploy", *reach, *words],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -1,4 +1,4 @@
-"""`halimede_tools serve` as a user runs it: started, stopped, and told plainly what is wrong."""
+"""`halimede serve` as a user runs it: started, stopped, and told plainly what is wrong."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from halimede_tools.settings import Settings
 def start(
     options: wheel.Options, *more: str, within: Sequence[str] = (), **environment: str
 ) -> subprocess.Popen[str]:
-    """`tools serve` with these ports and the FP32 model alone, run by the command `within`."""
+    """`halimede serve` with these ports and the FP32 model alone, run by the command `within`."""
     import os
 
-    command = [*within, sys.executable, "-m", "halimede_tools", "serve", "--models", MODEL]
+    command = [*within, sys.executable, "-m", "halimede", "serve", "--models", MODEL]
     command += ["--http-port", str(options.http_port), "--grpc-port", str(options.grpc_port)]
     command += ["--metrics-port", str(options.metrics_port), *more]
     return subprocess.Popen(

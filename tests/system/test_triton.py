@@ -335,6 +335,9 @@ def test_client_errors_are_typed(server: wheel.Server, steps_server: wheel.Serve
                 embedder.embed("\ud800")
             with pytest.raises(InvalidText, match="Split it"):
                 embedder.embed("a" * (4 * 2**20 + 1))
+            with pytest.raises(InvalidText, match="^text 1 has 4,194,305 bytes") as raised:
+                embedder.embed(["a", "a" * (4 * 2**20 + 1), "b" * 100])
+            assert raised.value.index == 1
         with Embedder(url, "no-such-model") as embedder, pytest.raises(ModelNotFound):
             embedder.embed("a")
     with Embedder(steps_server.grpc_address, f"{MODEL}-onnx") as embedder:

@@ -58,9 +58,9 @@ def test_build_writes_exactly_the_committed_configs(
 def test_configs_parse_and_read_back(built: repository.Built, tmp_path: Path) -> None:
     """Every config parses as a ModelConfig named as its folder; ensembles carry the facts."""
     repository.write(built, tmp_path)
-    for path in tmp_path.glob("*/model_config.pbtxt"):
+    for path in tmp_path.glob("*/config.pbtxt"):
         assert model_config.read(path).name == path.parent.name
-    parameters = model_config.read(tmp_path / NAMES["int8"] / "model_config.pbtxt").parameters
+    parameters = model_config.read(tmp_path / NAMES["int8"] / "config.pbtxt").parameters
     assert {key: value.string_value for key, value in parameters.items()} == {
         "space": built.spec.space,
         "precision": "int8",
@@ -232,8 +232,8 @@ def test_configs_for_a_gpu(built: repository.Built, tmp_path: Path, device: str)
     """DEVICE asks for GPU instances with its accelerator; nothing else changes."""
     repository.write(built, tmp_path / "cpu")
     repository.write(dataclasses.replace(built, device=device), tmp_path / device)
-    for path in sorted((tmp_path / device).glob("*/model_config.pbtxt")):
-        on_cpu = tmp_path / "cpu" / path.parent.name / "model_config.pbtxt"
+    for path in sorted((tmp_path / device).glob("*/config.pbtxt")):
+        on_cpu = tmp_path / "cpu" / path.parent.name / "config.pbtxt"
         if not path.parent.name.endswith("-onnx"):
             assert path.read_bytes() == on_cpu.read_bytes()
             continue
@@ -277,11 +277,12 @@ def test_catalogue_is_found_by_either_name_and_filtered() -> None:
 
 def test_catalogue_has_every_row_of_the_specification() -> None:
     """Twenty models, names unique, each with a licence and a source on the hub."""
-    assert len({row.name for row in catalogue.MODELS}) == len(catalogue.MODELS) == 20
-    assert all(row.licence and row.repository for row in catalogue.MODELS)
+    assert len({row.name for row in catalogue.models()}) == len(catalogue.models()) == 20
+    assert all(row.licence and row.repository for row in catalogue.models())
+    assert catalogue.find(catalogue.DEFAULT) is catalogue.models()[0]
 
 
 def test_models_page_tells_of_every_row() -> None:
-    """docs/models.md says of each model of the catalogue what was verified."""
-    page = (ROOT / "docs" / "models.md").read_text()
-    assert [row.name for row in catalogue.MODELS if row.name not in page] == []
+    """docs/reference/models.md says of each model of the catalogue what was verified."""
+    page = (ROOT / "docs" / "reference" / "models.md").read_text()
+    assert [row.name for row in catalogue.models() if row.name not in page] == []

@@ -32,7 +32,7 @@ HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
 def test_a_machine_without_a_gpu_is_told_what_it_lacks(device: str) -> None:
     """One line on stderr and exit code 1; it names the package that brings the provider."""
-    command = [sys.executable, "-m", "halimede_tools", "gpu-check", "--device", device]
+    command = [sys.executable, "-m", "halimede", "bench", "gpu", "--device", device]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: no GPU check for {device} here: ")

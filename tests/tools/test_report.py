@@ -39,7 +39,9 @@ def publish(folder: Path, *paths: Path) -> subprocess.CompletedProcess[str]:
 def test_without_a_checkout_a_report_goes_to_the_current_directory(tmp_path: Path) -> None:
     """The same text is on stdout; it names halimede's version, as there is no commit."""
     packages, folder = tmp_path / "lib" / "packages", tmp_path / "work"
-    shutil.copytree(ROOT / "tools" / "halimede_tools", packages / "halimede_tools")
+    for room in ("client", "python_backend", "tools"):
+        for package in (ROOT / room).glob("halimede*"):
+            shutil.copytree(package, packages / package.name)
     folder.mkdir()
     done = publish(folder, packages)
     text = (folder / "x.md").read_text()

@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from halimede.config.environment import GIB
+import halimede_ops
+from halimede.config.environment import CHECKOUT, GIB
 from halimede.config.environment import Settings as ClientSettings
 
-ROOT = Path(__file__).resolve().parents[2]
-"""The checkout."""
+PACKAGES = Path(halimede_ops.__file__).parents[1]
+"""The folder that our packages lie in: python_backend/ of a checkout, or site-packages."""
+WHEEL_BACKENDS = PACKAGES / "halimede_backends"
+"""The backends, in an installed wheel."""
+
+ROOT = CHECKOUT or Path()
+"""Folder that reports are written under."""
 
 
 class Settings(ClientSettings):
-    """The client's settings with the checkout's folders, and what the tools need beside them."""
+    """The client's settings, and what the tools need besides."""
 
-    home: Path = ROOT / ".halimede"
-    """Downloads, exported and quantised files, locks, and the server's run folder."""
-    repository: Path = ROOT / "model_repository"
-    """The Triton model repository that is built and served."""
-    python_backend: Path = ROOT / "python_backend"
+    python_backend: Path = WHEEL_BACKENDS if WHEEL_BACKENDS.exists() else PACKAGES
     """The backends that run inside Triton."""
     backends: Path | None = None
     """A backend directory laid out beforehand, as a container image has it; None: at each start."""

@@ -1,8 +1,8 @@
-"""Vectors with what is told of their items, and the bytes that stand for one of them in a tier.
+"""Cached vectors with their facts, and the bytes in which a tier stores one of them.
 
 A value is `checksum <u4 | FORMAT 4 bytes | dims <u4 | tokens <i4 | computed_s <f8 | image IMAGE |
-vector <f4 × dims`, little endian; computed_s is Unix time. The checksum is the CRC-32 of key and
-the rest, so a value under a wrong key is found too.
+vector <f4 × dims`, little endian; computed_s is Unix time. The checksum is the CRC-32 of the key
+and the rest, so that it also detects a value under a wrong key.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ FORMAT = b"hlv2"
 
 
 class Entries(NamedTuple):
-    """Vectors of items, in their order."""
+    """Vectors and the facts of their items, in order."""
 
     vectors: np.ndarray
     """`[rows, dims]` float32."""
     tokens: np.ndarray
-    """`[rows]` int32: tokens of each whole text."""
+    """`[rows]` int32: tokens of each text before truncation."""
     images: np.ndarray | None = None
-    """`[rows]` of IMAGE; None: of texts."""
+    """`[rows]` of IMAGE; None for texts."""
 
 
 class Expect(NamedTuple):
-    """What the entries of one call must be."""
+    """Requirements on the entries of one call."""
 
     dims: int
     max_age_s: float | None = None
-    """Seconds since it was computed after which a vector is not wanted any more, in no tier."""
+    """Vectors computed longer ago are computed again, whatever the tier's time to live."""
 
 
 @functools.cache
 def record(dims: int) -> np.dtype:
-    """The layout of one value."""
+    """The layout of one value, as a structured dtype."""
     return np.dtype(
         [
             ("checksum", "<u4"),
@@ -58,7 +58,7 @@ def record(dims: int) -> np.dtype:
 
 
 def pack(keys: Sequence[bytes], entries: Entries) -> list[bytes]:
-    """Each entry's value, in order."""
+    """Return each entry as the bytes that a tier stores, in order."""
     rows, dims = entries.vectors.shape
     records = np.zeros(rows, record(dims))
     records["format"], records["dims"], records["computed_s"] = FORMAT, dims, time.time()
@@ -74,17 +74,17 @@ def pack(keys: Sequence[bytes], entries: Entries) -> list[bytes]:
 
 
 def unpack(values: Sequence[bytes], expect: Expect) -> Entries:
-    """The entries of intact values, in order; the arrays are the caller's own.
+    """Return the entries of intact values, in order, as new arrays.
 
     Raises:
-        InvalidInput: the values are of other dims.
+        InvalidInput: the values have other dims.
     """
     joined, layout = b"".join(values), record(expect.dims)
     records = np.frombuffer(joined, layout, len(joined) // layout.itemsize)
     if len(records) != len(values) or (records["dims"] != expect.dims).any():
         raise InvalidInput(
-            f"the keys are of vectors of other dims than {expect.dims}. "
-            "Give keys and Expect the same dims."
+            f"the keys belong to vectors of other dims than {expect.dims}. "
+            "Give `keys` and `Expect` the same dims."
         )
     return Entries(
         records["vector"].astype(np.float32),
@@ -94,7 +94,7 @@ def unpack(values: Sequence[bytes], expect: Expect) -> Entries:
 
 
 def is_intact(key: bytes, value: object, expect: Expect) -> bool:
-    """Whether a value is whole, of this format, of these dims and was stored under this key."""
+    """Whether a value is undamaged, has this format and these dims, and belongs to this key."""
     return (
         isinstance(value, bytes)
         and len(value) == record(expect.dims).itemsize
@@ -104,7 +104,7 @@ def is_intact(key: bytes, value: object, expect: Expect) -> bool:
 
 
 def is_fresh(value: bytes, expect: Expect) -> bool:
-    """Whether an intact value is young enough."""
+    """Whether an intact value is at most `max_age_s` old."""
     if expect.max_age_s is None:
         return True
     computed_s: float = struct.unpack_from("<d", value, 16)[0]
@@ -112,16 +112,16 @@ def is_fresh(value: bytes, expect: Expect) -> bool:
 
 
 def check(entries: Entries, rows: int, expect: Expect) -> Entries:
-    """The entries, if they are `[rows, dims]` and `[rows]`.
+    """Return the entries after checking their shapes, `[rows, dims]` and `[rows]`.
 
     Raises:
-        InvalidInput: they are not.
+        InvalidInput: they have other shapes.
     """
     shapes = (np.shape(entries.vectors), np.shape(entries.tokens))
     if shapes != ((rows, expect.dims), (rows,)):
         raise InvalidInput(
-            f"compute gave vectors {shapes[0]} and tokens {shapes[1]} for {rows} items of "
-            f"{expect.dims} dims. Give one row an item."
+            f"compute returned vectors {shapes[0]} and tokens {shapes[1]} for {rows} items of "
+            f"{expect.dims} dims. Return one row for each item."
         )
     return entries
 

@@ -1,39 +1,39 @@
-"""The key of a cached vector: a digest of all that the vector depends on."""
+"""The key of a cached vector: a digest of everything that determines the vector."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 
-from halimede.inputs.items import Item, Kind, framed, parts
+from halimede.inputs.content import Content, InputKind, length_prefixed, serialise
 
 KEY_BYTES = 20
 FORMAT = b"halimede vector2"
-"""Domain of the digest, 16 bytes; another format of keys takes another."""
+"""Domain of the digest, 16 bytes; change it with the format of the keys."""
 
 
 def keys(
-    items: Sequence[Item],
+    items: Sequence[Content],
     *,
     space: str,
     precision: str,
     input_type: str | None,
     dims: int,
-    kind: Kind = "text",
+    kind: InputKind = "text",
 ) -> list[bytes]:
-    """Each item's key, KEY_BYTES bytes of BLAKE2b.
+    """Return each item's key: KEY_BYTES bytes of BLAKE2b.
 
-    Two keys are equal only when kind, space, precision, input type, dims and item all are: each
-    field is hashed behind its length, the item last. The output type is left out on purpose, as
-    cached vectors are float32 and are quantised after the cache.
+    Two keys are equal only if kind, space, precision, input type, dims and item are all equal:
+    each field is hashed after its length, the item last. The output type is not part of the key,
+    because cached vectors are float32 and are quantised after the cache.
     """
     seed = hashlib.blake2b(digest_size=KEY_BYTES, person=FORMAT)
     for field in (kind, space, precision, input_type, str(dims)):
-        seed.update(framed(None if field is None else field.encode()))
+        seed.update(length_prefixed(None if field is None else field.encode()))
 
-    def key(item: Item) -> bytes:
+    def key(item: Content) -> bytes:
         digest = seed.copy()
-        digest.update(item if isinstance(item, bytes) else b"".join(parts(item)))
+        digest.update(serialise(item))
         return digest.digest()
 
     return [key(item) for item in items]

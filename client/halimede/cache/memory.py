@@ -1,18 +1,19 @@
-"""Values in this process, the least recently used leaving first."""
+"""Values in this process; the least recently used is evicted first."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from halimede.cache.tier import Item
+from halimede.cache.tier import KeyValue
 
 OVERHEAD_BYTES = 256
-"""What Python adds to a value: its key and its place; a test measures it."""
+"""Memory that Python needs for one value beside its bytes: the key and the dict's entry. A test
+measures it."""
 
 
 class Memory:
-    """Values of at most `max_bytes` together, overhead included."""
+    """Stores at most `max_bytes` of values, overhead included."""
 
     timeout_s = None
 
@@ -20,38 +21,42 @@ class Memory:
         self.name = name
         self._max_bytes = max_bytes
         self._size_bytes = 0
-        self._held: OrderedDict[bytes, bytes] = OrderedDict()
+        self._values: OrderedDict[bytes, bytes] = OrderedDict()
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all values with their overhead."""
         return self._size_bytes
 
+    def stats(self) -> Mapping[str, int]:
+        """The size."""
+        return {"size_bytes": self._size_bytes}
+
     async def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Each key's value, or None."""
-        held, touch = self._held, self._held.move_to_end
-        values = [held.get(key) for key in keys]
+        """Return each key's value, or None."""
+        mark_used = self._values.move_to_end
+        values = [self._values.get(key) for key in keys]
         for key, value in zip(keys, values, strict=True):
             if value is not None:
-                touch(key)
+                mark_used(key)
         return values
 
-    async def put(self, items: Sequence[Item]) -> None:
-        """Hold the values; what was used longest ago leaves."""
-        for key, value in items:
-            known = self._held.pop(key, None)
-            if known is not None:
-                self._size_bytes -= len(known) + OVERHEAD_BYTES
-            self._held[key] = value
+    async def put(self, values: Sequence[KeyValue]) -> None:
+        """Store the values and evict the least recently used beyond `max_bytes`."""
+        for key, value in values:
+            replaced = self._values.pop(key, None)
+            if replaced is not None:
+                self._size_bytes -= len(replaced) + OVERHEAD_BYTES
+            self._values[key] = value
             self._size_bytes += len(value) + OVERHEAD_BYTES
         while self._size_bytes > self._max_bytes:
-            self._size_bytes -= len(self._held.popitem(last=False)[1]) + OVERHEAD_BYTES
+            self._size_bytes -= len(self._values.popitem(last=False)[1]) + OVERHEAD_BYTES
 
     async def clear(self) -> None:
-        """Forget everything."""
-        self._held.clear()
+        """Delete every value."""
+        self._values.clear()
         self._size_bytes = 0
 
     async def close(self) -> None:
-        """Forget everything."""
+        """Delete every value."""
         await self.clear()

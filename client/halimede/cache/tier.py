@@ -1,44 +1,43 @@
-"""What a tier is: a place that holds values by key."""
+"""The interface of a cache tier: a store of values by key."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-Item = tuple[bytes, bytes]
-"""Key and value."""
+KeyValue = tuple[bytes, bytes]
+"""A key and its value."""
 
 
 class Tier(Protocol):
-    """Holds values by key. It may forget any of them, fail or be slow: its lane guards it."""
+    """Stores values by key. It may lose a value, fail or be slow: `GuardedTier` handles that."""
 
     @property
     def name(self) -> str:
-        """Unique within a cache; the tier's name in `stats()` and in the log."""
+        """Name in `stats()` and in the log, unique within a cache."""
         ...
 
     @property
     def timeout_s(self) -> float | None:
-        """Longest wait for one call. None: in this process, answers at once and never fails."""
+        """Longest wait for one call. None: the tier is in this process and never waits or fails."""
         ...
 
     async def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
-        """Each key's value, or None."""
+        """Return each key's value, or None."""
         ...
 
-    async def put(self, items: Sequence[Item]) -> None:
-        """Hold the values, in place of what was there."""
+    async def put(self, values: Sequence[KeyValue]) -> None:
+        """Store the values; a value replaces the earlier one of its key."""
         ...
 
     async def clear(self) -> None:
-        """Forget every value that halimede stored."""
+        """Delete every value that halimede stored."""
         ...
 
     async def close(self) -> None:
         """Release threads and connections; a second call does nothing."""
         ...
 
-    @property
-    def size_bytes(self) -> int | None:
-        """What is held, or None where only a server knows."""
+    def stats(self) -> Mapping[str, Any]:
+        """Figures that only the tier knows: `size_bytes`, None where the store does not say."""
         ...

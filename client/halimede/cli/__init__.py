@@ -1,12 +1,16 @@
-"""`halimede`: embed and compare texts and images, look after models, cache and configuration.
+"""`halimede`: build, serve and use embedding models.
 
 Exit codes: 0 done; 1 an error that the same command meets again; 2 wrong usage; 3 an error that
-may pass, such as a server that is not there. An error is one line on stderr.
+may pass, such as a server that does not answer. An error is one line on stderr.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import importlib.util
 import sys
+from typing import Annotated
 
 import typer
 
@@ -14,13 +18,38 @@ from halimede.cli import cache, configuration, embed, images, service, similarit
 from halimede_ops.errors import HalimedeError
 
 MAY_PASS = 3
+INTERRUPTED = 130
+TOOLS = "halimede_tools"
+"""Package of the verbs that build, serve and measure."""
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help=__doc__,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"halimede {importlib.metadata.version('halimede')}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+]
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None: ...
+
+
+if importlib.util.find_spec(TOOLS):
+    importlib.import_module(f"{TOOLS}.cli").register(app)
 app.command()(embed.embed)
 app.command()(images.embed_image)
 app.command()(images.search_images)
@@ -41,7 +70,6 @@ def main() -> None:
     except HalimedeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(MAY_PASS if error.retryable else 1)
-
-
-if __name__ == "__main__":
-    main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -11,19 +11,14 @@ from halimede import providers
 from halimede.cli import options
 from halimede.config.file import load
 
-app = typer.Typer(no_args_is_help=True, help="Look after a configuration.")
-
-
-@app.callback()
-def _noun() -> None:
-    """Make `check` a command of its own, though it is the only one."""
+app = typer.Typer(no_args_is_help=True, help="Check a configuration file; explain its keys.")
 
 
 @app.command()
 def check(
     file: Annotated[Path, typer.Argument(help="YAML file.")], as_json: options.AsJson = False
 ) -> None:
-    """Read a configuration, and open its providers without asking them anything."""
+    """Check a configuration file and open its providers, without a request to them."""
     config = load(file)
     chain = config.chain()
     for model in chain:
@@ -34,3 +29,11 @@ def check(
         "development": config.development,
     }
     options.print_facts({"ok": True, **facts}, as_json)
+
+
+@app.command()
+def reference() -> None:
+    """Print every key with its type, default and meaning, in Markdown."""
+    from halimede.config.reference import markdown
+
+    print(markdown(), end="")

@@ -1,4 +1,4 @@
-"""A contact sheet: one HTML file that shows images and how near they are, and needs no other."""
+"""A contact sheet: one self-contained HTML file that shows images and their cosines."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from string import Template
 from typing import NamedTuple
 
-from halimede.inputs.images import Found, find_images
-from halimede.inputs.items import Reader
-from halimede.providers.base import optional
+from halimede.extras import import_optional
+from halimede.inputs.archives import NamedImage, find_images
+from halimede.inputs.content import ReadOptions
 from halimede.results import MAX_IMAGE_BYTES, ImageInfo
 from halimede_ops.errors import HalimedeError
 
 EDGE = 360
-"""Longest edge of a thumbnail in pixels: sharp at twice the pixels of its 180."""
-QUALITY = 80
+"""Longest edge of a thumbnail in pixels: twice the 180 it is shown at, for dense screens."""
+JPEG_QUALITY = 80
 
 PAGE = Template("""\
 <!doctype html>
@@ -66,26 +66,26 @@ $name<br>
 
 
 class Hit(NamedTuple):
-    """An image that was found."""
+    """An image that a search returned."""
 
-    place: int
-    """In its folder or archive, as `find_images` goes through it."""
+    position: int
+    """Index in the order in which `find_images` yields the images."""
     name: str
     cosine: float
     image: ImageInfo
 
 
 def sheet(title: str, about: str, hits: Sequence[Hit], where: str) -> str:
-    """The HTML of these images in this order, their thumbnails in it; names are escaped.
+    """Return the HTML of these images in this order, with thumbnails; names are escaped.
 
     Raises:
         MissingExtra: pillow is not installed.
     """
-    thumbnails = _thumbnails({hit.place: hit.name for hit in hits}, where)
+    thumbnails = _thumbnails({hit.position: hit.name for hit in hits}, where)
     figures = [
         FIGURE.substitute(
             rank=rank,
-            thumbnail=thumbnails.get(hit.place, "<small>no preview</small>"),
+            thumbnail=thumbnails.get(hit.position, "<small>no preview</small>"),
             cosine=f"{hit.cosine:.3f}",
             name=html.escape(hit.name),
             size=html.escape(str(hit.image)),
@@ -98,36 +98,36 @@ def sheet(title: str, about: str, hits: Sequence[Hit], where: str) -> str:
 
 
 def _thumbnails(names: dict[int, str], where: str) -> dict[int, str]:
-    """An `img` for each of these places that still has the image of this name."""
+    """An `img` for each index at which the image still has this name."""
     return {
-        place: image
-        for place, found in enumerate(find_images(where))
-        if names.get(place) == found.name and (image := _thumbnail(found))
+        index: thumbnail
+        for index, image in enumerate(find_images(where))
+        if names.get(index) == image.name and (thumbnail := _thumbnail(image))
     }
 
 
-def _thumbnail(found: Found) -> str | None:
-    """An `img` with the image in it, or None when it cannot be read any more."""
-    pillow = optional("PIL.Image", "images")
-    turned = optional("PIL.ImageOps", "images").exif_transpose
+def _thumbnail(image: NamedImage) -> str | None:
+    """An `img` that contains the thumbnail, or None if the image cannot be read now."""
+    pillow = import_optional("PIL.Image", "images")
+    turned = import_optional("PIL.ImageOps", "images").exif_transpose
     try:
-        data = asyncio.run(_read(found))
-        with pillow.open(io.BytesIO(data)) as image:
-            image.draft("RGB", (2 * EDGE, 2 * EDGE))
-            small = turned(image).convert("RGB")
+        data = asyncio.run(_read(image))
+        with pillow.open(io.BytesIO(data)) as full:
+            full.draft("RGB", (2 * EDGE, 2 * EDGE))
+            small = turned(full).convert("RGB")
             small.thumbnail((EDGE, EDGE))
         out = io.BytesIO()
-        small.save(out, "JPEG", quality=QUALITY)
+        small.save(out, "JPEG", quality=JPEG_QUALITY)
     except (HalimedeError, OSError, ValueError, SyntaxError, pillow.DecompressionBombError):
         return None
     encoded = base64.b64encode(out.getvalue()).decode()
     return f'<img alt="" loading="lazy" src="data:image/jpeg;base64,{encoded}">'
 
 
-async def _read(found: Found) -> bytes:
-    async def fetch(url: str, most_bytes: int) -> bytes:
+async def _read(image: NamedImage) -> bytes:
+    async def fetch(url: str, max_bytes: int) -> bytes:
         raise NotImplementedError  # a folder has no urls
 
-    item = await found.read(Reader(MAX_IMAGE_BYTES, fetch))
+    item = await image.read(ReadOptions(MAX_IMAGE_BYTES, fetch))
     assert isinstance(item, bytes)
     return item

@@ -6,13 +6,10 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from halimede.cli import options
+from halimede.cli import options, printing
 from halimede.embedder import Embedder
 from halimede.results import Embeddings
 from halimede_ops.quantise import OutputType
-
-SHOWN = 20
-"""Vectors printed; --json and --npy give all."""
 
 
 def embed(
@@ -29,11 +26,11 @@ def embed(
     config: options.ConfigFile = None,
     timeout_s: options.TimeoutS = None,
 ) -> None:
-    """Embed texts given as arguments, in a file, or on stdin."""
-    given = options.read_texts(texts, file)
+    """Embed texts from the arguments, a file or stdin."""
+    lines = options.read_texts(texts, file)
     with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
         result = embedder.embed(
-            given,
+            lines,
             input_type=input_type,
             dimensions=dimensions,
             output_type=cast(OutputType, output_type),
@@ -50,12 +47,7 @@ def embed(
 
 def _json(result: Embeddings) -> dict[str, Any]:
     return {
-        "model": result.model,
-        "provider": result.provider,
-        "space": result.space,
-        "precision": result.precision,
-        "dims": result.dims,
-        "output_type": result.output_type,
+        **printing.facts(result),
         "embeddings": [
             {
                 "index": index,
@@ -69,12 +61,6 @@ def _json(result: Embeddings) -> dict[str, Any]:
 
 
 def _print(result: Embeddings, npy: Path | None) -> None:
-    print(f"{result.model} ({result.precision}, space {result.space}), {result.dims} dims")
-    for index, vector in enumerate(result.vectors[:SHOWN]):
-        head = ", ".join(f"{value:.4g}" for value in vector[:6].tolist())
-        cut = f"  cut off at {result.max_tokens} tokens" if result.truncated[index] else ""
-        print(f"{index:>5}  [{head}{', …' if len(vector) > 6 else ''}]{cut}")
-    if len(result) > SHOWN:
-        print(f"       … and {len(result) - SHOWN} more; --json or --npy gives all")
-    if npy is not None:
-        print(f"wrote {npy}: {len(result)} × {result.dims} {result.output_type}")
+    notes = (f"cut off at {result.max_tokens} tokens" if cut else "" for cut in result.truncated)
+    rows = zip(range(len(result)), result.vectors, notes, strict=True)
+    printing.print_vectors(result, rows, len(result), npy)

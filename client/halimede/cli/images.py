@@ -12,17 +12,14 @@ from typing import Annotated, Any, cast
 import numpy as np
 import typer
 
-from halimede.cli import options
+from halimede.cli import options, printing
 from halimede.cli.contact_sheet import Hit, sheet
 from halimede.embedder import Embedder
-from halimede.inputs.images import Found, find_images, is_image
+from halimede.inputs.archives import NamedImage, find_images, is_image
 from halimede.results import Embeddings
 from halimede_ops import vectors
 from halimede_ops.errors import HalimedeError, InvalidInput, SpaceRefused
 from halimede_ops.quantise import OutputType
-
-SHOWN = 20
-"""Vectors printed; --json and --npy give all."""
 
 Where = Annotated[str, typer.Argument(help="A folder of images, or a zip or tar archive.")]
 
@@ -42,13 +39,13 @@ def embed_image(
     config: options.ConfigFile = None,
     timeout_s: options.TimeoutS = None,
 ) -> None:
-    """Embed images; exit code 1 when one could not be, with its error on stderr."""
+    """Embed images; exit code 1 if one fails, with its error on stderr."""
     names: list[str] = []
     with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
-        found = (one for where in images for one in find_images(where))
+        every_image = (image for where in images for image in find_images(where))
         parts = list(
             embedder.embed_images_iter(
-                _noting(found, names),
+                _recording(every_image, names),
                 dimensions=dimensions,
                 output_type=cast(OutputType, output_type),
                 ranges=options.read_ranges(ranges),
@@ -57,16 +54,16 @@ def embed_image(
             )
         )
     if not parts:
-        raise InvalidInput("there is no image.")
+        raise InvalidInput("there is no image. Give image files, folders, archives or urls.")
     if npy is not None:
         options.write_npy(npy, np.concatenate([part.vectors for part in parts]))
-    wrong = {place: error for part in parts for place, error in part.errors.items()}
+    failures = {index: error for part in parts for index, error in part.errors.items()}
     if as_json:
-        print(json.dumps(_json(parts, names, wrong)))
+        print(json.dumps(_json(parts, names, failures)))
     else:
         _print(parts, names, npy)
-    _tell(wrong, names)
-    if wrong:
+    _print_errors(failures, names)
+    if failures:
         raise typer.Exit(1)
 
 
@@ -75,7 +72,7 @@ def search_images(
     where: Where,
     top: Annotated[int, typer.Option(min=1, help="Images to show.")] = 10,
     html: Annotated[
-        Path | None, typer.Option(help="Write a contact sheet of them to this file.")
+        Path | None, typer.Option(help="Write a page with the images shown, one HTML file.")
     ] = None,
     as_json: options.AsJson = False,
     url: options.Url = None,
@@ -83,61 +80,57 @@ def search_images(
     config: options.ConfigFile = None,
     timeout_s: options.TimeoutS = None,
 ) -> None:
-    """Show the images that are nearest to a text or to another image."""
+    """Show the images nearest to a text or to another image."""
     names: list[str] = []
-    wrong: dict[int, HalimedeError] = {}
+    failures: dict[int, HalimedeError] = {}
     hits: list[Hit] = []
     with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
-        asked = embedder.embed_images(query) if _is_image(query) else embedder.embed(query)
-        found = _noting(find_images(where), names)
-        for part in embedder.embed_images_iter(found, progress=True, errors="collect"):
-            wrong |= part.errors
-            hits = heapq.nlargest(top, [*hits, *_hits(part, asked, names)], lambda hit: hit.cosine)
-    _tell(wrong, names)
+        of_query = embedder.embed_images(query) if _is_image(query) else embedder.embed(query)
+        images = _recording(find_images(where), names)
+        for part in embedder.embed_images_iter(images, progress=True, errors="collect"):
+            failures |= part.errors
+            hits = heapq.nlargest(
+                top, [*hits, *_hits(part, of_query, names)], lambda hit: hit.cosine
+            )
+    _print_errors(failures, names)
     if html is not None:
         title = Path(query).name if _is_image(query) else query
-        html.write_text(sheet(title, f"{len(names)} images · {asked.model}", hits, where))
+        html.write_text(sheet(title, f"{len(names)} images · {of_query.model}", hits, where))
     _print_hits(hits, as_json)
     if html is not None and not as_json:
         print(f"wrote {html}")
 
 
-def _noting(found: Iterable[Found], names: list[str]) -> Iterator[Found]:
-    """What is found, its names noted as it is taken."""
-    for one in found:
-        names.append(one.name)
-        yield one
+def _recording(images: Iterable[NamedImage], names: list[str]) -> Iterator[NamedImage]:
+    """Yield the images and append their names to `names`."""
+    for image in images:
+        names.append(image.name)
+        yield image
 
 
 def _is_image(query: str) -> bool:
     return is_image(query) and Path(query).is_file()
 
 
-def _hits(part: Embeddings, asked: Embeddings, names: list[str]) -> list[Hit]:
-    """The images of a part with their cosines to what is asked."""
-    if part.space != asked.space:
+def _hits(part: Embeddings, query: Embeddings, names: list[str]) -> list[Hit]:
+    """The images of a part with their cosines to the query's vector."""
+    if part.space != query.space:
         raise SpaceRefused(
-            f"{asked.model} has space {asked.space} and {part.model} {part.space}: their vectors "
-            "cannot be compared."
+            f"the query's model {query.model} has space {query.space}, the images' model "
+            f"{part.model} has space {part.space}: their vectors cannot be compared."
         )
-    cosines = vectors.cosine(part.vectors, np.repeat(asked.vectors, len(part), axis=0))
+    cosines = vectors.cosine(part.vectors, np.repeat(query.vectors, len(part), axis=0))
     return [
-        Hit(int(place), names[place], float(cosine), image)
-        for place, cosine, image in zip(part.indices, cosines, part.images, strict=True)
+        Hit(int(index), names[index], float(cosine), image)
+        for index, cosine, image in zip(part.indices, cosines, part.images, strict=True)
     ]
 
 
 def _json(
-    parts: list[Embeddings], names: list[str], wrong: Mapping[int, HalimedeError]
+    parts: list[Embeddings], names: list[str], failures: Mapping[int, HalimedeError]
 ) -> dict[str, Any]:
-    first = parts[0]
     return {
-        "model": first.model,
-        "provider": first.provider,
-        "space": first.space,
-        "precision": first.precision,
-        "dims": first.dims,
-        "output_type": first.output_type,
+        **printing.facts(parts[0]),
         "embeddings": [
             {
                 "index": int(part.indices[row]),
@@ -150,29 +143,23 @@ def _json(
         ],
         "errors": [
             {
-                "index": place,
-                "name": names[place],
+                "index": index,
+                "name": names[index],
                 "error": type(error).__name__,
                 "message": str(error),
             }
-            for place, error in wrong.items()
+            for index, error in failures.items()
         ],
     }
 
 
 def _print(parts: list[Embeddings], names: list[str], npy: Path | None) -> None:
-    first, count = parts[0], sum(map(len, parts))
-    print(f"{first.model} ({first.precision}, space {first.space}), {first.dims} dims")
-    rows = ((part, row) for part in parts for row in range(len(part)))
-    for (part, row), _ in zip(rows, range(SHOWN), strict=False):
-        image, vector = part.images[row], part.vectors[row]
-        head = ", ".join(f"{value:.4g}" for value in vector[:6].tolist())
-        place = int(part.indices[row])
-        print(f"{place:>5}  [{head}{', …' if len(vector) > 6 else ''}]  {names[place]}  {image}")
-    if count > SHOWN:
-        print(f"       … and {count - SHOWN} more; --json or --npy gives all")
-    if npy is not None:
-        print(f"wrote {npy}: {count} × {first.dims} {first.output_type}")
+    rows = (
+        (int(index), vector, f"{names[index]}  {image}")
+        for part in parts
+        for index, vector, image in zip(part.indices, part.vectors, part.images, strict=True)
+    )
+    printing.print_vectors(parts[0], rows, sum(map(len, parts)), npy)
 
 
 def _print_hits(hits: list[Hit], as_json: bool) -> None:
@@ -182,7 +169,7 @@ def _print_hits(hits: list[Hit], as_json: bool) -> None:
     options.print_rows(rows, as_json, "there is no image")
 
 
-def _tell(wrong: Mapping[int, HalimedeError], names: list[str]) -> None:
+def _print_errors(failures: Mapping[int, HalimedeError], names: list[str]) -> None:
     """One line on stderr for each image that could not be embedded."""
-    for place, error in wrong.items():
-        print(f"error: {names[place]}: {error}", file=sys.stderr)
+    for index, error in failures.items():
+        print(f"error: {names[index]}: {error}", file=sys.stderr)

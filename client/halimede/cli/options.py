@@ -1,4 +1,4 @@
-"""What several commands share: options, texts, tables."""
+"""Options, inputs and tables that several commands share."""
 
 from __future__ import annotations
 
@@ -15,29 +15,42 @@ from rich.table import Table
 from halimede_ops.errors import InvalidInput, InvalidText
 
 Url = Annotated[
-    str | None, typer.Option(help="host:port for gRPC, http://host:port for HTTP. [HALIMEDE_URL]")
+    str | None,
+    typer.Option(help="Server: host:port for gRPC, http://host:port for HTTP. [HALIMEDE_URL]"),
 ]
 Model = Annotated[
-    str | None, typer.Option(help="A served model, or one of --config. [HALIMEDE_MODEL]")
+    str | None, typer.Option(help="A served model, or a model of --config. [HALIMEDE_MODEL]")
 ]
-TimeoutS = Annotated[float | None, typer.Option(help="Seconds a request. [HALIMEDE_TIMEOUT_S]")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="File. [HALIMEDE_CONFIG]")]
+TimeoutS = Annotated[
+    float | None, typer.Option(help="Longest wait for a request, in seconds. [HALIMEDE_TIMEOUT_S]")
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file. [HALIMEDE_CONFIG]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Texts = Annotated[list[str] | None, typer.Argument(help="Texts; none: lines of stdin.")]
-File = Annotated[Path | None, typer.Option(help="File with one text a line.")]
-InputType = Annotated[str | None, typer.Option(help="query, document, …")]
+Texts = Annotated[list[str] | None, typer.Argument(help="Texts. Default: the lines of stdin.")]
+File = Annotated[Path | None, typer.Option(help="File with one text per line.")]
+InputType = Annotated[
+    str | None, typer.Option(help="Input type of the model, such as query or document.")
+]
 OutputTypeName = Annotated[
     str, typer.Option("--output-type", help="float32, float16, int8, uint8, binary, ubinary.")
 ]
 Ranges = Annotated[
-    Path | None, typer.Option(help="For int8 and uint8: .npy of [2, dims], low and high.")
+    Path | None,
+    typer.Option(help="For int8 and uint8: .npy file [2, dims] of lowest and highest values."),
 ]
 Npy = Annotated[Path | None, typer.Option(help="Write the vectors to this .npy file.")]
-Dimensions = Annotated[int | None, typer.Option(help="Keep this many components.")]
+Dimensions = Annotated[
+    int | None, typer.Option(help="Truncate the vectors to this many components.")
+]
 
 
 def read_texts(texts: list[str] | None, file: Path | None) -> list[str]:
-    """The texts given as arguments, or the lines of a file or of stdin."""
+    """Return the texts given as arguments, else the lines of a file or of stdin.
+
+    Raises:
+        InvalidInput: texts and a file are both given, or the file cannot be read.
+        InvalidText: the file or stdin is not UTF-8.
+    """
     if texts and file:
         raise InvalidInput("texts and --file are both given; give one of them.")
     if texts:
@@ -54,7 +67,11 @@ def read_texts(texts: list[str] | None, file: Path | None) -> list[str]:
 
 
 def read_ranges(ranges: Path | None) -> np.ndarray | None:
-    """The ranges in a file."""
+    """Return the ranges in a .npy file.
+
+    Raises:
+        InvalidInput: the file cannot be read.
+    """
     if ranges is None:
         return None
     try:
@@ -64,13 +81,13 @@ def read_ranges(ranges: Path | None) -> np.ndarray | None:
 
 
 def write_npy(npy: Path, vectors: np.ndarray) -> None:
-    """Write vectors under this very name."""
-    with npy.open("wb") as out:  # a path would get a suffix
+    """Write vectors to this file."""
+    with npy.open("wb") as out:  # given a path, numpy adds the suffix .npy
         np.save(out, vectors)
 
 
 def print_facts(facts: dict[str, Any], as_json: bool) -> None:
-    """Facts as JSON, or one a line."""
+    """Print facts as JSON, or one per line."""
     if as_json:
         print(json.dumps(facts))
         return
@@ -78,13 +95,13 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
     print("\n".join(f"{key:<{width}}  {value}" for key, value in facts.items()))
 
 
-def print_rows(rows: list[dict[str, Any]], as_json: bool, none: str) -> None:
-    """Rows as JSON, or as a table; `none` is said when there are none."""
+def print_rows(rows: list[dict[str, Any]], as_json: bool, empty_message: str) -> None:
+    """Print rows as JSON or as a table; without rows the table is `empty_message`."""
     if as_json:
         print(json.dumps(rows))
         return
     if not rows:
-        print(none)
+        print(empty_message)
         return
     table = Table(box=None, pad_edge=False)
     columns = list(dict.fromkeys(name for row in rows for name in row))

@@ -12,9 +12,9 @@ import typer
 
 from halimede.cli import options
 from halimede.config.environment import Settings
-from halimede.config.file import resolve
+from halimede.config.resolve import resolve
 from halimede.embedder import Embedder
-from halimede.inputs.items import Kind
+from halimede.inputs.content import InputKind
 from halimede.models import catalogue
 from halimede.observability import monitor as monitoring
 from halimede.pipeline import loop
@@ -23,44 +23,51 @@ from halimede.results import ServedModel
 from halimede_ops.errors import InvalidConfig, ModelNotFound
 from halimede_repository import configs
 
-INPUTS: Mapping[Kind, str] = {"text": "text", "image": "image", "pair": "multimodal"}
-"""What a model takes, in the words of its config's parameter `input`."""
+INPUTS: Mapping[InputKind, str] = {"text": "text", "image": "image", "pair": "multimodal"}
+"""Kind of a model's input → the word for it in `config.pbtxt`."""
 
 
 def models(
     verbose: Annotated[
-        bool, typer.Option(help="Also the figures of the build's check, from HALIMEDE_REPOSITORY.")
+        bool, typer.Option(help="Show what the build measured, read from HALIMEDE_REPOSITORY.")
     ] = False,
     available: Annotated[
-        bool, typer.Option("--available", help="Models that can be built, instead.")
+        bool, typer.Option("--available", help="List the models that can be built.")
     ] = False,
-    language: Annotated[str | None, typer.Option(help="With --available: such as de.")] = None,
-    dims: Annotated[int | None, typer.Option(help="With --available.")] = None,
-    max_parameters: Annotated[
-        int | None, typer.Option(help="With --available: size, in millions of weights.")
+    language: Annotated[
+        str | None, typer.Option(help="With --available: a language, such as de.")
     ] = None,
-    licence: Annotated[str | None, typer.Option(help="With --available: such as MIT.")] = None,
+    dims: Annotated[
+        int | None, typer.Option(help="With --available: length of the vectors.")
+    ] = None,
+    max_parameters: Annotated[
+        int | None, typer.Option(help="With --available: most weights, in millions.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="With --available: a licence, such as MIT.")
+    ] = None,
     use_case: Annotated[
-        str | None, typer.Option(help="With --available: such as retrieval, code, biomedical.")
+        str | None,
+        typer.Option(help="With --available: a use case, such as retrieval, code or biomedical."),
     ] = None,
     as_json: options.AsJson = False,
     url: options.Url = None,
     timeout_s: options.TimeoutS = None,
 ) -> None:
-    """List the embedding models a server has ready, or those of the catalogue."""
+    """List the embedding models that a server has ready, or that can be built."""
     if available:
-        found = catalogue.filtered(
+        rows = catalogue.filtered(
             language=language,
             dims=dims,
             max_parameters_million=max_parameters,
             licence=licence,
             use_case=use_case,
         )
-        options.print_rows([_listed(row) for row in found], as_json, "no model fits")
+        options.print_rows([_available_row(row) for row in rows], as_json, "no model matches")
         return
     repository = Settings().repository
-    rows = [_row(model, repository, verbose) for model in _served(url, timeout_s)]
-    options.print_rows(rows, as_json, "no embedding model is ready")
+    served = [_served_row(model, repository, verbose) for model in _served(url, timeout_s)]
+    options.print_rows(served, as_json, "no embedding model is ready")
 
 
 def health(
@@ -70,7 +77,10 @@ def health(
     config: options.ConfigFile = None,
     timeout_s: options.TimeoutS = None,
 ) -> None:
-    """Embed a probe text with each provider; exit code 1 when none is there and fast enough."""
+    """Embed a probe text with each provider; exit code 1 if none is healthy.
+
+    A provider is healthy if it answers within 5 s.
+    """
     with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
         reports = embedder.health()
     if as_json:
@@ -83,20 +93,26 @@ def health(
 
 
 def monitor(
-    every_s: Annotated[float, typer.Option(help="Seconds between two rounds of probes.")] = 15.0,
-    host: Annotated[str, typer.Option(help="Address for the metrics.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port for the metrics; 0: any.")] = 8003,
+    every_s: Annotated[float, typer.Option(help="Seconds between two probes of a model.")] = 15.0,
+    host: Annotated[
+        str, typer.Option(help="Address on which the metrics are served.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port on which the metrics are served; 0: any free port.")
+    ] = 8003,
     metrics_url: Annotated[
         str | None, typer.Option(help="Triton's metrics, such as http://127.0.0.1:8002/metrics.")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds; none: until interrupted.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Number of probes. Default: until interrupted.")
+    ] = None,
     url: options.Url = None,
     timeout_s: options.TimeoutS = None,
 ) -> None:
-    """Probe every served model again and again; a line for each change, metrics for Prometheus.
+    """Probe every served model regularly, print each change, and serve metrics to Prometheus.
 
-    A model is unhealthy when its probe fails or takes more than 5 s, or when the server uses more
-    than 90 % of its memory. Exit code 1 after the last round when one is.
+    A model is unhealthy if its probe fails or takes more than 5 s, or if the server uses more than
+    90 % of its memory. Exit code 1 if a model is unhealthy after the last probe.
     """
     with contextlib.ExitStack() as stack:
         embedders = {
@@ -115,13 +131,16 @@ def monitor(
 
 def _served(url: str | None, timeout_s: float | None) -> list[ServedModel]:
     """The embedding models that a server has ready."""
-    asked = resolve(url=url, timeout_s=timeout_s).chain()[0]
-    if not isinstance(asked, provider.Options):
-        raise InvalidConfig(f"{asked.model_id} is of provider {asked.provider}; give --url.")
-    return loop.shared().wait(provider.models(asked))
+    first = resolve(url=url, timeout_s=timeout_s).chain()[0]
+    if not isinstance(first, provider.Options):
+        raise InvalidConfig(
+            f"{first.model_id} has the provider {first.provider}, which lists no models. "
+            "Give --url of a Triton server."
+        )
+    return loop.shared().wait(provider.models(first))
 
 
-def _listed(row: catalogue.Model) -> dict[str, Any]:
+def _available_row(row: catalogue.Model) -> dict[str, Any]:
     return {
         "name": row.name,
         "dims": row.dims,
@@ -129,12 +148,12 @@ def _listed(row: catalogue.Model) -> dict[str, Any]:
         "parameters_million": row.parameters_million,
         "languages": ", ".join(row.languages),
         "use_case": row.use_case,
-        "licence": row.licence + (" (to be accepted)" if row.restricted else ""),
+        "licence": row.licence + (" (must be accepted)" if row.restricted else ""),
         "notes": ", ".join([*row.tags, *(["custom code"] if row.custom_code else [])]),
     }
 
 
-def _row(model: ServedModel, repository: Path, verbose: bool) -> dict[str, Any]:
+def _served_row(model: ServedModel, repository: Path, verbose: bool) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": model.name,
         "input": INPUTS[model.input],
@@ -149,7 +168,7 @@ def _row(model: ServedModel, repository: Path, verbose: bool) -> dict[str, Any]:
 
 
 def _quality(repository: Path, model: ServedModel) -> dict[str, Any]:
-    """The figures of the build's check, when the served model is the one of the repository."""
+    """What the build measured, if the served model is the one in the repository."""
     try:
         record = json.loads(
             (configs.read(repository, model.name).folder / "quality.json").read_text()

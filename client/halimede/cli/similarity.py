@@ -23,11 +23,11 @@ def similarity(
     config: options.ConfigFile = None,
     timeout_s: options.TimeoutS = None,
 ) -> None:
-    """Cosine of each text with every other."""
-    given = options.read_texts(texts, file)
+    """Print the cosine of each text with every other."""
+    lines = options.read_texts(texts, file)
     with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
-        result = embedder.embed(given, input_type=input_type, dimensions=dimensions)
-    count = len(given)
+        result = embedder.embed(lines, input_type=input_type, dimensions=dimensions)
+    count = len(lines)
     cosines = [
         vectors.cosine(result.vectors, result.vectors[[row] * count]).round(6).tolist()
         for row in range(count)
@@ -40,33 +40,35 @@ def similarity(
 
 
 def compare(
-    first: Annotated[str, typer.Argument(help="A served model, or one of --config.")],
-    second: Annotated[str, typer.Argument(help="Another.")],
+    first: Annotated[str, typer.Argument(help="A served model, or a model of --config.")],
+    second: Annotated[str, typer.Argument(help="Another model.")],
     file: options.File = None,
     as_json: options.AsJson = False,
     url: options.Url = None,
     config: options.ConfigFile = None,
     timeout_s: options.TimeoutS = None,
 ) -> None:
-    """Cosine between two models' vectors of the same texts: lines of a file or of stdin."""
+    """Compare two models by the cosine of their vectors of the same texts, from a file or stdin."""
     texts = options.read_texts(None, file)
     if not texts:
-        raise InvalidInput("there is no text to compare on; give --file or lines on stdin.")
+        raise InvalidInput("there is no text to compare on. Give --file, or lines on stdin.")
     results = []
     for model in (first, second):
         with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
             results.append(embedder.embed(texts))
-    one, other = results
-    if one.dims != other.dims:
-        raise InvalidInput(f"{first} has {one.dims} dims and {second} {other.dims}.")
-    cosines = vectors.cosine(one.vectors, other.vectors)
+    a, b = results
+    if a.dims != b.dims:
+        raise InvalidInput(
+            f"{first} has {a.dims} dims and {second} has {b.dims}. Compare models of the same dims."
+        )
+    cosines = vectors.cosine(a.vectors, b.vectors)
     options.print_facts(
         {
             "texts": len(texts),
-            "models": [one.model, other.model],
-            "spaces": [one.space, other.space],
-            "precisions": [one.precision, other.precision],
-            "comparable": one.space == other.space,
+            "models": [a.model, b.model],
+            "spaces": [a.space, b.space],
+            "precisions": [a.precision, b.precision],
+            "comparable": a.space == b.space,
             "mean_cosine": round(float(cosines.mean()), 6),
             "min_cosine": round(float(cosines.min()), 6),
         },

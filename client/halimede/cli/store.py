@@ -11,12 +11,12 @@ from halimede.cli import options
 from halimede.config.environment import Settings
 from halimede.models import store
 
-app = typer.Typer(no_args_is_help=True, help="Look after downloads and built files of models.")
+app = typer.Typer(no_args_is_help=True, help="List, verify or prune downloaded and built models.")
 
 
 @app.command()
 def ls(as_json: options.AsJson = False) -> None:
-    """List what the store holds, used last first."""
+    """List the models in the store, the last built first."""
     settings = Settings()
     rows = [_row(model) for model in store.stored(settings.models, settings.repository)]
     options.print_rows(rows, as_json, "the store is empty")
@@ -24,38 +24,39 @@ def ls(as_json: options.AsJson = False) -> None:
 
 @app.command()
 def verify(
-    name: Annotated[str | None, typer.Argument(help="One model; none: all.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A model. Default: all models.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Read every file again and compare its sha256; exit code 1 when one is damaged."""
-    wrong = store.verify(Settings().models, name)
-    rows = [{"model": model, "damaged": ", ".join(files)} for model, files in wrong.items()]
-    options.print_rows(rows, as_json, "every file is as it was made")
-    if wrong:
+    """Read every file and compare its sha256; exit code 1 if one is damaged."""
+    damaged = store.verify(Settings().models, name)
+    rows = [{"model": model, "damaged": ", ".join(files)} for model, files in damaged.items()]
+    options.print_rows(rows, as_json, "no file is damaged")
+    if damaged:
         raise typer.Exit(1)
 
 
 @app.command()
 def prune(
     limit_gib: Annotated[
-        float | None, typer.Option(help="Size to come down to. [HALIMEDE_STORE_LIMIT_GIB]")
+        float | None,
+        typer.Option(help="Largest size in GiB. [HALIMEDE_STORE_LIMIT_GIB]"),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Evict the models used longest ago until the store fits; what is served stays."""
+    """Delete the models built longest ago until the store fits; served models stay."""
     settings = Settings()
     if limit_gib is not None:
         settings = settings.model_copy(update={"store_limit_gib": limit_gib})
     evicted = store.prune(settings.models, settings.repository, settings.store_limit_bytes)
-    options.print_rows([_row(model) for model in evicted], as_json, "nothing had to go")
+    options.print_rows([_row(model) for model in evicted], as_json, "nothing had to be deleted")
 
 
 def _row(model: store.Stored) -> dict[str, Any]:
-    used = datetime.datetime.fromtimestamp(model.used, datetime.timezone.utc)
+    built = datetime.datetime.fromtimestamp(model.last_built_s, datetime.UTC)
     return {
         "model": model.name,
         "mb": round(model.size_bytes / 1e6, 1),
-        "used": used.strftime("%Y-%m-%d %H:%M UTC"),
+        "used": built.strftime("%Y-%m-%d %H:%M UTC"),
         "steps": ", ".join(model.steps),
         "state": "building" if model.building else "served" if model.served else "",
     }

@@ -1,1 +1,1 @@
-"""Configuration: a YAML file, the environment, one typed object."""
+"""The configuration: argument > environment > file > default, resolved into one typed object."""

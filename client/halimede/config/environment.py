@@ -1,12 +1,24 @@
-"""Settings of the client from the environment; arguments and flags go before them."""
+"""Settings of the client from the environment; arguments and flags take precedence."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import platformdirs
+from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 GIB = 2**30
+SOURCES = Path(__file__).resolve().parents[3]
+CHECKOUT = SOURCES if (SOURCES / "pyproject.toml").exists() else None
+"""The checkout that this code runs from; None where the package is installed."""
+
+
+def _data(name: str, in_checkout: str) -> Path:
+    """A folder of the checkout, or of the user's data directory."""
+    if CHECKOUT is not None:
+        return CHECKOUT / in_checkout
+    return platformdirs.user_data_path("halimede") / name
 
 
 class Settings(BaseSettings):
@@ -15,26 +27,29 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="HALIMEDE_")
 
     url: str | tuple[str, ...] | None = None
-    """Server: `host:port` or `grpc://host:port` for gRPC, `http://host:port` for HTTP."""
+    """Server of the default model: `host:port` or `grpc://host:port` for gRPC,
+    `http://host:port` for HTTP."""
     model: str | None = None
-    """Name of the served model, or of one of the configuration's."""
+    """Name of a served model, or of a model of the configuration file."""
     timeout_s: float | None = None
-    """Longest wait for one request."""
+    """Longest wait for one request to the default model, in seconds."""
     deadline_s: float | None = None
-    """Longest time that one call may take."""
+    """Longest time that one call may take, in seconds."""
     config: Path | None = None
-    """Configuration file."""
-    repository: Path = Path("model_repository")
-    """Model repository, where it is on this machine: what it records is read, and the provider
-    onnx runs it."""
-    home: Path = Path(".halimede")
-    """Folder of the model store, where it is on this machine."""
+    """Path of the configuration file."""
+    repository: Path = Field(default_factory=lambda: _data("model_repository", "model_repository"))
+    """Model repository on this machine. The build writes it; Triton and the provider `onnx` serve
+    it; `halimede models --verbose` reads what the build recorded. Default: `model_repository` in
+    the checkout that the code runs from, otherwise in the user's data directory."""
+    home: Path = Field(default_factory=lambda: _data("home", ".halimede"))
+    """Folder of the model store, locks, and the run folders of servers. Default: `.halimede` in
+    the checkout that the code runs from, otherwise a folder in the user's data directory."""
     store_limit_gib: float = 100.0
-    """Size that the model store is pruned to after each build."""
+    """Size to which the model store is pruned after each build, in GiB."""
 
     @property
     def models(self) -> Path:
-        """The model store: one folder a model, one folder a build step in it."""
+        """The model store: one folder per model, with one folder per build step."""
         return self.home / "models"
 
     @property

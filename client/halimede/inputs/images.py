@@ -1,8 +1,8 @@
-"""Images as they are given: paths, urls, bytes, PIL images, and what folders and archives hold.
+"""Images from paths, URLs, bytes and PIL images.
 
-Each becomes a source that is read when its turn comes. A picture of PIL is encoded as PNG, with its
-EXIF orientation, which loses nothing: a mode that PNG does not have (CMYK, YCbCr, 32-bit) becomes
-RGB, as the model sees every picture.
+Each image is loaded when it is read. A PIL image is encoded as PNG with its EXIF orientation,
+which is lossless. Modes that PNG does not have (CMYK, YCbCr, 32-bit) become RGB, which is what
+models see.
 """
 
 from __future__ import annotations
@@ -10,76 +10,107 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import io
-import lzma
 import os
 import re
 import stat
 import sys
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from halimede.inputs.items import Item, Pair, Reader, Source
-from halimede.pipeline.requests import encode_one
-from halimede.results import MAX_IMAGE_BYTES
+from halimede.inputs.content import LazyInput, Pair, ReadOptions
+from halimede.inputs.texts import encode_text
 from halimede_ops.errors import ImageTooLarge, InvalidImage, InvalidInput
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
 
-Image: TypeAlias = "str | os.PathLike[str] | bytes | PilImage | Source"
-"""An image as it is given: path or url, bytes of a file, a picture of PIL, a source of `find`."""
+ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | PilImage | LazyInput"
+"""An image: a path or URL, the bytes of a file, a PIL image, or an image of `find_images`."""
 
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
-"""Names that images in folders and archives end with; other files are passed over."""
-HEADER_BYTES = 64 * 1024
-"""Longest header of a tar: a name, or attributes. tarfile holds it in memory whatever it says."""
 BYTES = bytes | bytearray | memoryview
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-HEADER_TYPES = frozenset(
-    (
-        tarfile.GNUTYPE_LONGNAME,
-        tarfile.GNUTYPE_LONGLINK,
-        tarfile.XHDTYPE,
-        tarfile.XGLTYPE,
-        tarfile.SOLARIS_XHDTYPE,
-    )
-)
 PNG_MODES = frozenset(("1", "L", "LA", "P", "RGB", "RGBA", "I;16"))
-ORIENTATION = 0x0112
-"""Tag of EXIF."""
-TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-DAMAGED = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    OSError,
-    ValueError,
-    NotImplementedError,  # a compression that Python does not have
-    RuntimeError,  # encrypted
-)
-"""What zipfile and tarfile raise for archives that are not what they should be."""
+EXIF_ORIENTATION = 0x0112
 
 
-def sources(images: Iterable[Image] | Image) -> list[Source]:
-    """The sources of images; of one alone, a list of one."""
+@dataclasses.dataclass(frozen=True)
+class ImageBytes:
+    """An image in memory."""
+
+    data: bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes held in memory."""
+        return len(self.data)
+
+    async def read(self, options: ReadOptions) -> bytes:
+        """Return the encoded image.
+
+        Raises:
+            ImageTooLarge: it has more bytes than `options` allows.
+        """
+        check_size(len(self.data), options.max_bytes)
+        return self.data
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyImage:
+    """An image that is loaded when it is read."""
+
+    load: Callable[[ReadOptions], Awaitable[bytes]]
+    memory_bytes = 0
+
+    async def read(self, options: ReadOptions) -> bytes:
+        """Return the encoded image.
+
+        Raises:
+            InvalidInput: it cannot be loaded, or has more bytes than `options` allows.
+        """
+        data = await self.load(options)
+        check_size(len(data), options.max_bytes)
+        return data
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyPair:
+    """A text and an image that is loaded when it is read. Either may be None."""
+
+    text: bytes | None
+    image: LazyInput | None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes held in memory before the image is read."""
+        image_bytes = 0 if self.image is None else self.image.memory_bytes
+        return image_bytes + len(self.text or b"")
+
+    async def read(self, options: ReadOptions) -> Pair:
+        """Return the text with the encoded image.
+
+        Raises:
+            InvalidInput: the image cannot be loaded, or is too large.
+        """
+        image = None if self.image is None else await self.image.read(options)
+        assert image is None or isinstance(image, bytes)
+        return Pair(self.text, image)
+
+
+def image_inputs(images: Iterable[ImageLike] | ImageLike) -> list[LazyInput]:
+    """Convert images to inputs. A single image becomes a list of one."""
     if isinstance(images, Iterable) and not isinstance(images, BYTES | str):
-        return [source(image) for image in images]
-    return [source(images)]
+        return [image_input(image) for image in images]
+    return [image_input(images)]
 
 
-def pairs(
-    texts: Sequence[str | None] | None, images: Sequence[Image | None] | None
-) -> list[Source]:
-    """The sources of pairs, from texts and images at the same places.
+def pair_inputs(
+    texts: Sequence[str | None] | None, images: Sequence[ImageLike | None] | None
+) -> list[LazyInput]:
+    """Convert texts, and the images at the same indices, to inputs.
 
     Raises:
-        InvalidInput: they are not of one number, or a place has neither.
+        InvalidInput: their numbers differ, or both are None at an index.
         InvalidText: a text is not a string, or has a lone surrogate.
     """
     if texts is None:
@@ -88,185 +119,64 @@ def pairs(
         images = [None] * len(texts)
     if len(texts) != len(images):
         raise InvalidInput(
-            f"{len(texts)} texts and {len(images)} images are given; give as many of both, and "
+            f"{len(texts)} texts and {len(images)} images are given. Give as many of both, with "
             "None where one is missing."
         )
-    return [_pair(place, texts[place], images[place]) for place in range(len(texts))]
+    return [_pair_input(index, texts[index], images[index]) for index in range(len(texts))]
 
 
-def source(given: Any) -> Source:
-    """The source of an image: of its path, url, bytes, or of a PIL image; a source is its own.
-
-    What is none of these is a source that says so when it is read.
-    """
-    if isinstance(given, BYTES):
-        return Held(bytes(given))
-    if isinstance(given, str) and URL.match(given):
-        return Url(given)
-    if isinstance(given, (str, os.PathLike)):
-        return File(Path(given))
+def image_input(image: Any) -> LazyInput:
+    """Convert an image to an input. An object of any other type fails when it is read."""
+    if isinstance(image, BYTES):
+        return ImageBytes(bytes(image))
+    if isinstance(image, str) and URL.match(image):
+        return image_at_url(image)
+    if isinstance(image, (str, os.PathLike)):
+        return image_in_file(Path(image))
     pil = sys.modules.get("PIL.Image")
-    if pil is not None and isinstance(given, pil.Image):
-        return Picture(given)
-    if isinstance(given, Source):
-        return given
-    return Broken(
-        InvalidImage(f"it is {type(given).__name__}; give a path, a url, bytes or a PIL image.")
+    if pil is not None and isinstance(image, pil.Image):
+        # The image must not change until it is embedded.
+        return LazyImage(lambda _: asyncio.to_thread(encode, image))
+    if isinstance(image, LazyInput):
+        return image
+    return unreadable_image(
+        InvalidImage(f"it is {type(image).__name__}; give a path, a URL, bytes or a PIL image.")
     )
 
 
-def find_images(where: Path | str) -> Iterator[Found]:
-    """The images of a folder, of a zip or tar archive, or the one that is a file or at a url; by
-    name in a folder, in an archive as it comes. Archives are read as they are gone through.
-
-    Files that are not named as images are passed over, and so are hidden ones and links.
-
-    Raises:
-        InvalidInput: there is nothing at the path.
-    """
-    path = Path(where)
-    if isinstance(where, str) and URL.match(where):
-        yield Found(where, Url(where))
-    elif path.is_dir():
-        yield from _in_folder(path)
-    elif not path.is_file():
-        raise InvalidInput("there is no such file or folder of images.")
-    elif path.name.lower().endswith(".zip"):
-        yield from _in_zip(path)
-    elif path.name.lower().endswith(TARS):
-        yield from _in_tar(path)
-    else:
-        yield Found(path.name, File(path))
+def image_at_url(url: str) -> LazyImage:
+    """Return the image at a URL, to be fetched when it is read."""
+    return LazyImage(lambda options: options.fetch(url, options.max_bytes))
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """An image of a folder or an archive."""
-
-    name: str
-    """Path in the folder or archive; name of a file; url."""
-    source: Source
-
-    @property
-    def held_bytes(self) -> int:
-        """What it holds in memory."""
-        return self.source.held_bytes
-
-    async def read(self, reader: Reader) -> Item:
-        """The image."""
-        return await self.source.read(reader)
+def image_in_file(path: Path) -> LazyImage:
+    """Return the image in a file, to be loaded when it is read."""
+    return LazyImage(lambda options: asyncio.to_thread(_read_file, path, options.max_bytes))
 
 
-@dataclasses.dataclass(frozen=True)
-class Held:
-    """An image in memory."""
+def unreadable_image(error: InvalidInput) -> LazyImage:
+    """Return an image that raises this error when it is read."""
 
-    data: bytes
+    async def fail(_: ReadOptions) -> bytes:
+        raise error
 
-    @property
-    def held_bytes(self) -> int:
-        """What it holds in memory."""
-        return len(self.data)
-
-    async def read(self, reader: Reader) -> bytes:
-        """The image."""
-        return checked(self.data, reader.most_bytes)
-
-
-@dataclasses.dataclass(frozen=True)
-class File:
-    """An image in a file."""
-
-    path: Path
-    held_bytes = 0
-
-    async def read(self, reader: Reader) -> bytes:
-        """The image."""
-        return await asyncio.to_thread(self._read, reader.most_bytes)
-
-    def _read(self, most_bytes: int) -> bytes:
-        try:
-            facts = self.path.stat()
-            if not stat.S_ISREG(facts.st_mode):
-                raise InvalidImage("it is no file.")
-            check_size(facts.st_size, most_bytes)
-            with self.path.open("rb") as file:
-                return checked(file.read(most_bytes + 1), most_bytes)
-        except OSError as error:
-            raise InvalidImage(f"the file cannot be read: {error.strerror}.") from None
-
-
-@dataclasses.dataclass(frozen=True)
-class Url:
-    """An image at a url."""
-
-    url: str
-    held_bytes = 0
-
-    async def read(self, reader: Reader) -> bytes:
-        """The image."""
-        return await reader.fetch(self.url, reader.most_bytes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A picture of PIL, which must stay as it is until it was embedded."""
-
-    picture: Any
-    held_bytes = 0
-
-    async def read(self, reader: Reader) -> bytes:
-        """The image."""
-        return checked(await asyncio.to_thread(encode, self.picture), reader.most_bytes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Broken:
-    """An image that cannot be read."""
-
-    error: InvalidInput
-    held_bytes = 0
-
-    async def read(self, reader: Reader) -> bytes:
-        """Nothing: the error is raised."""
-        raise self.error
-
-
-@dataclasses.dataclass(frozen=True)
-class Both:
-    """A text and an image, of which one may be missing."""
-
-    text: bytes | None
-    image: Source | None
-
-    @property
-    def held_bytes(self) -> int:
-        """What it holds in memory."""
-        held = 0 if self.image is None else self.image.held_bytes
-        return held + len(self.text or b"")
-
-    async def read(self, reader: Reader) -> Pair:
-        """The pair."""
-        image = None if self.image is None else await self.image.read(reader)
-        assert image is None or isinstance(image, bytes)
-        return Pair(self.text, image)
+    return LazyImage(fail)
 
 
 def encode(picture: Any) -> bytes:
-    """A picture of PIL as PNG, with its EXIF orientation.
+    """Encode a PIL image as PNG, with its EXIF orientation.
 
     Raises:
-        InvalidImage: it has no pixels, is of a mode that cannot become RGB, or its own file is
-            damaged.
+        InvalidImage: it has no pixels, its mode cannot become RGB, or its file is damaged.
     """
     out = io.BytesIO()
     try:
         exif = picture.getexif()
-        turned = type(exif)()
-        turned[ORIENTATION] = exif.get(ORIENTATION, 1)
-        seen = picture if picture.mode in PNG_MODES else picture.convert("RGB")
-        seen.save(out, "PNG", compress_level=1, exif=turned)
-    except (OSError, ValueError, SyntaxError, SystemError) as error:  # its file is read only now
+        orientation = type(exif)()
+        orientation[EXIF_ORIENTATION] = exif.get(EXIF_ORIENTATION, 1)
+        converted = picture if picture.mode in PNG_MODES else picture.convert("RGB")
+        converted.save(out, "PNG", compress_level=1, exif=orientation)
+    except (OSError, ValueError, SyntaxError, SystemError) as error:  # PIL reads the file here
         raise InvalidImage(
             f"the PIL image of mode {picture.mode} and size {picture.size} cannot be encoded "
             f"({type(error).__name__})."
@@ -274,100 +184,32 @@ def encode(picture: Any) -> bytes:
     return out.getvalue()
 
 
-def checked(data: bytes, most_bytes: int) -> bytes:
-    """The image, if it has at most so many bytes.
-
-    Raises:
-        ImageTooLarge: it has more.
-    """
-    check_size(len(data), most_bytes)
-    return data
-
-
-def check_size(size_bytes: int, most_bytes: int) -> None:
-    """Nothing when an image of this size is taken.
-
-    Raises:
-        ImageTooLarge: it is not.
-    """
-    if size_bytes > most_bytes:
+def check_size(size_bytes: int, max_bytes: int) -> None:
+    """Raise ImageTooLarge if an image of `size_bytes` exceeds `max_bytes`."""
+    if size_bytes > max_bytes:
         raise ImageTooLarge(
-            f"the image has {size_bytes:,} bytes; at most {most_bytes:,} are taken. Scale it down."
+            f"the image has {size_bytes:,} bytes; at most {max_bytes:,} are allowed. Scale it down."
         )
 
 
-def _pair(place: int, text: str | None, image: Image | None) -> Both:
+def _pair_input(index: int, text: str | None, image: ImageLike | None) -> LazyPair:
     if text is None and image is None:
-        raise InvalidInput(f"pair {place} has neither a text nor an image. Give one, or both.")
-    return Both(
-        None if text is None else encode_one(text, place),
-        None if image is None else source(image),
+        raise InvalidInput(
+            "has neither a text nor an image. Give one, or both.", subject="pair", index=index
+        )
+    return LazyPair(
+        None if text is None else encode_text(text, index),
+        None if image is None else image_input(image),
     )
 
 
-def is_image(name: str) -> bool:
-    """Whether a file is named as an image, and not hidden."""
-    path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-
-
-def _in_folder(folder: Path) -> Iterator[Found]:
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(filter(is_image, files)):
-            path = Path(parent) / name
-            if not path.is_symlink():
-                yield Found(str(path.relative_to(folder)), File(path))
-
-
-def _in_zip(path: Path) -> Iterator[Found]:
+def _read_file(path: Path, max_bytes: int) -> bytes:
     try:
-        archive = zipfile.ZipFile(path)
-    except DAMAGED:
-        raise InvalidInput("the archive cannot be read: it is damaged.") from None
-    with archive:
-        for member in archive.infolist():
-            if is_image(member.filename) and not member.is_dir():
-                yield Found(member.filename, _member(member.file_size, archive.open, member))
-
-
-def _in_tar(path: Path) -> Iterator[Found]:
-    """The images of a tar, gone through once from its beginning."""
-    try:
-        with tarfile.open(path, "r|*", tarinfo=_Header) as archive:
-            for member in archive:
-                if is_image(member.name) and member.isfile():
-                    yield Found(member.name, _member(member.size, archive.extractfile, member))
-                archive.members = []  # type: ignore[attr-defined]  # else every header is kept
-    except DAMAGED:
-        yield Found(path.name, Broken(InvalidImage("the rest of the archive is damaged.")))
-
-
-class _Header(tarfile.TarInfo):
-    """A tar's header, refused when it has a name or attributes that would fill the memory."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
-        header = super().frombuf(buf, encoding, errors)
-        if header.type in HEADER_TYPES and header.size > HEADER_BYTES:
-            raise tarfile.ReadError("header")
-        return header
-
-
-def _member(size_bytes: int, opened: Any, member: Any) -> Source:
-    """An image of an archive."""
-    try:
-        check_size(size_bytes, MAX_IMAGE_BYTES)
-        with opened(member) as file:
-            return Held(_read(file, size_bytes))
-    except ImageTooLarge as error:
-        return Broken(error)
-    except DAMAGED:
-        return Broken(InvalidImage("it is damaged in its archive, or encrypted."))
-
-
-def _read(file: IO[bytes], size_bytes: int) -> bytes:
-    data = file.read(size_bytes)
-    if len(data) < size_bytes:
-        raise EOFError
-    return data
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InvalidImage("it is not a file.")
+        check_size(status.st_size, max_bytes)
+        with path.open("rb") as file:
+            return file.read(max_bytes + 1)
+    except OSError as error:
+        raise InvalidImage(f"the file cannot be read: {error.strerror}.") from None

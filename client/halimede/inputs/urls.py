@@ -1,8 +1,8 @@
-"""What is at a url, fetched as one fetches what a stranger names: little, soon, and from outside.
+"""Fetches an untrusted image URL: bounded size and time, public addresses only.
 
-The server never fetches. Every address that a host's name stands for must be public, and the
-connection goes to an address that was checked, not to the name again; each redirect is checked
-like a url of its own. Proxies of the environment are not used: they would resolve the name anew.
+The client fetches; the server never does. Every address of a host must be public. The connection
+goes to a checked address, so that a second DNS answer cannot redirect it. Each redirect is checked
+like a new URL. Proxies of the environment are not used, because they would resolve the host again.
 """
 
 from __future__ import annotations
@@ -15,103 +15,103 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
-from halimede.providers.base import optional
+from halimede.extras import import_optional
 from halimede_ops.errors import FetchFailed, ImageTooLarge, InvalidImage, UrlRefused
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 AZURE = ipaddress.IPv4Address("168.63.129.16")
-"""Of the public range, but the host of every virtual machine on Azure answers there."""
+"""A public address where the host of every virtual machine on Azure answers."""
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 """IPv6 addresses that stand for the IPv4 address in their last 32 bits (RFC 6052)."""
 UNTYPED = ("", "application/octet-stream", "binary/octet-stream")
-"""Content types of servers that do not know better."""
-# Compressed content could grow a thousandfold; what is counted is what arrives.
+"""Content types of servers that do not tell the real one."""
+# Bytes are counted as they arrive, and compressed content could expand a thousandfold.
 HEADERS = {"User-Agent": "halimede", "Accept": "image/*", "Accept-Encoding": "identity"}
 
 
 class UrlOptions(BaseModel):
-    """Which urls of images are fetched, and how long that may take."""
+    """Which image URLs are fetched, and how long that may take."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     timeout_s: PositiveFloat = Field(20.0, alias="timeout")
     """Longest wait for one image, redirects included, in seconds."""
     redirects: NonNegativeInt = 5
-    """Most redirects that are followed."""
+    """Maximum number of redirects to follow."""
     allow_http: bool = False
-    """Whether http is fetched too, and not https alone."""
+    """Fetch http as well as https."""
     allow_private: bool | tuple[str, ...] = False
-    """Whether addresses that are not public are fetched from, such as this machine and those of its
-    network: true for all, or the hosts that may have one."""
+    """Fetch from addresses that are not public, such as this machine and its network: true for all
+    hosts, or a list of hosts."""
 
 
 class Fetch:
-    """Fetches images."""
+    """Fetches images from URLs."""
 
     def __init__(self, options: UrlOptions) -> None:
         self.options = options
 
-    async def __call__(self, url: str, most_bytes: int) -> bytes:
-        """What is at the url.
+    async def __call__(self, url: str, max_bytes: int) -> bytes:
+        """Return the content of a URL.
 
         Raises:
             UrlRefused: it is not https, or it or a redirect leads to an address that is not public.
-            FetchFailed: nothing was there, or it did not all come in time.
-            InvalidImage: it is no image, by its content type.
-            ImageTooLarge: it has more than `most_bytes`.
+            FetchFailed: the server did not answer, or did not send everything in time.
+            InvalidImage: the content type is not an image's.
+            ImageTooLarge: the content has more than `max_bytes`.
             MissingExtra: httpx is not installed.
         """
-        httpx: Any = optional("httpx", "images")
+        httpx: Any = import_optional("httpx", "images")
         try:
             return await asyncio.wait_for(
-                self._follow(httpx, url, most_bytes), self.options.timeout_s
+                self._follow(httpx, url, max_bytes), self.options.timeout_s
             )
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise FetchFailed(
-                f"the url gave no whole image within {self.options.timeout_s:g} s. Try again, or "
-                "raise urls.timeout."
+                f"the URL did not send its whole image within {self.options.timeout_s:g} s. Try "
+                "again, or raise urls.timeout."
             ) from None
         except httpx.InvalidURL:
-            raise UrlRefused("the url is not one. Give https://host/path.") from None
+            raise UrlRefused("the URL is invalid. Give https://host/path.") from None
         except httpx.HTTPError as error:
-            raise FetchFailed(f"the url could not be fetched ({type(error).__name__}).") from None
+            raise FetchFailed(f"the URL could not be fetched ({type(error).__name__}).") from None
 
-    async def _follow(self, httpx: Any, url: str, most_bytes: int) -> bytes:
-        """What is at the end of the url's redirects."""
-        at = httpx.URL(url)
+    async def _follow(self, httpx: Any, url: str, max_bytes: int) -> bytes:
+        """Return the content at the end of the redirects."""
+        current = httpx.URL(url)
         for _ in range(self.options.redirects + 1):
-            self._check_form(at)
-            addresses = await self._addresses(at)
-            # A client each: no cookie and no connection is shared between hosts.
+            self._check_form(current)
+            addresses = await self._addresses(current)
+            # One client per redirect: hosts share no cookie and no connection.
             async with httpx.AsyncClient(verify=self._tls, trust_env=False, timeout=None) as client:
-                response = await _respond(httpx, client, at, addresses)
+                response = await _respond(httpx, client, current, addresses)
                 if not response.has_redirect_location:
-                    return await _body(response, most_bytes)
-                at = at.join(response.headers["Location"])
-        raise FetchFailed(f"the url redirects more than {self.options.redirects} times.")
+                    return await _body(response, max_bytes)
+                current = current.join(response.headers["Location"])
+        raise FetchFailed(f"the URL redirects more than {self.options.redirects} times.")
 
     def _check_form(self, url: Any) -> None:
         schemes = ("https", "http") if self.options.allow_http else ("https",)
         if url.scheme not in schemes or not url.host:
-            raise UrlRefused(f"only {' and '.join(schemes)} urls are fetched (urls.allow_http).")
+            raise UrlRefused(f"only {' and '.join(schemes)} URLs are fetched (urls.allow_http).")
         if url.port is not None and not 0 < url.port < 65536:
-            raise UrlRefused("the url's port is none.")
+            raise UrlRefused("the URL's port is invalid.")
         if url.userinfo:
-            raise UrlRefused("the url has a user or a password. Fetch it yourself, give the bytes.")
+            raise UrlRefused("the URL has a user or password. Fetch it yourself; give the bytes.")
 
     async def _addresses(self, url: Any) -> list[str]:
-        """The addresses of the url's host, all of them allowed."""
+        """Resolve the URL's host. Every address is allowed, or UrlRefused is raised."""
         loop = asyncio.get_running_loop()
         host = url.raw_host.decode("ascii")
         try:
-            found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            resolved = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
-            raise FetchFailed("the url's host has no address.") from None
-        addresses = [str(socket_address[0]) for *_, socket_address in found]
+            raise FetchFailed("the URL's host has no address.") from None
+        addresses = [str(socket_address[0]) for *_, socket_address in resolved]
         if not self._may_be_private(host) and not all(map(is_public, addresses)):
             raise UrlRefused(
-                "the url leads to an address that is not public. Fetch it yourself and give the "
+                "the URL leads to an address that is not public. Fetch it yourself and give the "
                 "bytes, or name its host in urls.allow_private."
             )
         return addresses
@@ -122,19 +122,19 @@ class Fetch:
 
     @functools.cached_property
     def _tls(self) -> Any:
-        """The certificates to trust: read once, it takes longer than a fetch."""
-        return optional("httpx", "images").create_ssl_context()
+        """Trusted certificates, loaded once: loading takes longer than a fetch."""
+        return import_optional("httpx", "images").create_ssl_context()
 
 
 def is_public(address: str) -> bool:
-    """Whether an address, and the IPv4 address that it stands for, is of the public internet."""
+    """Whether an address, and any IPv4 address embedded in it, is public."""
     try:
-        return all(_is_public(one) for one in _meant(ipaddress.ip_address(address)))
+        return all(map(_is_global, _reachable(ipaddress.ip_address(address))))
     except ValueError:
         return False
 
 
-def _is_public(address: Address) -> bool:
+def _is_global(address: Address) -> bool:
     return address.is_global and not (
         address == AZURE
         or address.is_multicast
@@ -144,26 +144,26 @@ def _is_public(address: Address) -> bool:
     )
 
 
-def _meant(address: Address) -> list[Address]:
-    """The addresses that packets to this one may reach: NAT64, 6to4, Teredo carry one of IPv4."""
+def _reachable(address: Address) -> list[Address]:
+    """Addresses that packets to this one may reach: NAT64, 6to4 and Teredo embed IPv4 addresses."""
     if address.version == 4:
         return [address]
     if address.ipv4_mapped is not None:
         return [address.ipv4_mapped]
     if address in NAT64:
         return [ipaddress.IPv4Address(address.packed[-4:])]
-    inside = [address.sixtofour, *(address.teredo or ())]
-    return [address, *(one for one in inside if one is not None)]
+    embedded = [address.sixtofour, *(address.teredo or ())]
+    return [address, *(ipv4 for ipv4 in embedded if ipv4 is not None)]
 
 
 async def _respond(httpx: Any, client: Any, url: Any, addresses: list[str]) -> Any:
-    """The response of the first address that answers, its body still to be read."""
+    """Send the request to the addresses in turn until one answers. The body is not read yet."""
     for address in addresses:
         request = client.build_request(
             "GET",
             url.copy_with(host=address),
             headers={**HEADERS, "Host": url.netloc.decode("ascii")},
-            # The certificate must be that of the name, not of the address.
+            # The certificate must match the host, not the address.
             extensions={"sni_hostname": url.raw_host.decode("ascii")},
         )
         try:
@@ -171,21 +171,21 @@ async def _respond(httpx: Any, client: Any, url: Any, addresses: list[str]) -> A
         except httpx.ConnectError:
             if address == addresses[-1]:
                 raise
-    raise FetchFailed("the url's host has no address.")
+    raise FetchFailed("the URL's host has no address.")
 
 
-async def _body(response: Any, most_bytes: int) -> bytes:
-    """The body of a response that is an image of at most so many bytes."""
+async def _body(response: Any, max_bytes: int) -> bytes:
+    """Read the body of a response, an image of at most `max_bytes`."""
     if response.status_code != 200:
-        raise FetchFailed(f"the url answers {response.status_code}.")
+        raise FetchFailed(f"the URL answers {response.status_code}.")
     content_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if content_type not in UNTYPED and not content_type.startswith("image/"):
-        raise InvalidImage("the url gives no image, by its content type.")
+        raise InvalidImage("the URL does not give an image, by its content type.")
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise FetchFailed("the url gives compressed content, although it was asked not to.")
+        raise FetchFailed("the URL gives compressed content, which was not asked for.")
     body = bytearray()
-    async for block in response.aiter_raw():
-        body += block
-        if len(body) > most_bytes:
-            raise ImageTooLarge(f"the url gives more than the {most_bytes:,} bytes that are taken.")
+    async for chunk in response.aiter_raw():
+        body += chunk
+        if len(body) > max_bytes:
+            raise ImageTooLarge(f"the URL gives more than the {max_bytes:,} bytes allowed.")
     return bytes(body)

@@ -1,1 +1,1 @@
-"""Models by name: the catalogue, and the store of downloads and built files."""
+"""The catalogue of known models, and the store of downloads and built files."""

@@ -1,7 +1,7 @@
-"""The model store: downloads and built files, one folder a model, bounded in size.
+"""The model store: downloads and built files, one folder per model, bounded in size.
 
-Each model's folder holds one folder a finished build step, with a record of every file's
-sha256. What a repository serves is linked to these files and is never evicted.
+A model's folder contains one folder per finished build step, with a record of every file's
+sha256. A model repository has hard links to the files it serves; these models are never evicted.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from halimede_ops.errors import InvalidInput
 from halimede_repository.checksums import sha256
 
 RECORD = ".done.json"
-"""In each finished step's folder: its key, and every file's sha256."""
+"""File in each finished step's folder: the step's key, and every file's sha256."""
 PART = ".part"
-"""Suffix of a step that is being made, or was when its build was killed."""
+"""Suffix of an unfinished step's folder: its build runs, or was killed."""
 LOCK = ".lock"
-"""Held in a model's folder while the model is built."""
+"""Lock file in a model's folder, locked while the model is built."""
 USED = ".used"
-"""Its time of change is when the model was last built."""
+"""File in a model's folder whose modification time is that of the last build."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,50 +31,52 @@ class Stored:
 
     name: str
     size_bytes: int
-    used: float
-    """When it was last built: seconds since 1970."""
+    last_built_s: float
+    """Time of the last build, in seconds since 1970."""
     steps: tuple[str, ...]
     """Finished build steps."""
     served: bool
     """Whether a repository serves its files."""
     building: bool
+    """Whether a build of it runs now."""
 
 
 def stored(models: Path, repository: Path) -> list[Stored]:
-    """Every model of the store, the one used last first."""
-    found = [_stored(folder, repository) for folder in models.glob("*") if (folder / LOCK).exists()]
-    return sorted(found, key=lambda model: model.used, reverse=True)
+    """Return every model of the store, the last built first."""
+    folders = (folder for folder in models.glob("*") if (folder / LOCK).exists())
+    found = [_stored(folder, repository) for folder in folders]
+    return sorted(found, key=lambda model: model.last_built_s, reverse=True)
 
 
 def verify(models: Path, name: str | None = None) -> dict[str, list[str]]:
-    """Files that are missing or not as they were made: model → `step/file`. All of them read.
+    """Read every file and return those missing or changed: model → `step/file`.
 
     Raises:
         InvalidInput: the store has no model of this name.
     """
     if name is not None and not (models / name / LOCK).exists():
-        raise InvalidInput(f"{name!r} is not in the store; `halimede store ls` lists what is.")
+        raise InvalidInput(f"{name!r} is not in the store. `halimede store ls` lists its models.")
     folders = [models / name] if name else sorted(path.parent for path in models.glob(f"*/{LOCK}"))
-    wrong = {
+    damaged_files = {
         folder.name: [f"{step.name}/{file}" for step in _steps(folder) for file in damaged(step)]
         for folder in folders
     }
-    return {model: files for model, files in wrong.items() if files}
+    return {model: files for model, files in damaged_files.items() if files}
 
 
 def prune(
     models: Path, repository: Path, limit_bytes: int, keep: str | None = None
 ) -> list[Stored]:
-    """Evict the models used longest ago until the store fits; those that were evicted.
+    """Evict the models built longest ago until the store fits, and return those evicted.
 
-    Models that are served or being built, and `keep`, stay whatever the size.
+    Models that are served or being built are never evicted, and neither is `keep`.
     """
     from filelock import FileLock, Timeout
 
-    everything = stored(models, repository)
-    size_bytes = sum(model.size_bytes for model in everything)
+    candidates = stored(models, repository)
+    size_bytes = sum(model.size_bytes for model in candidates)
     evicted = []
-    for model in reversed(everything):
+    for model in reversed(candidates):
         if size_bytes <= limit_bytes:
             break
         if model.served or model.building or model.name == keep:
@@ -90,7 +92,7 @@ def prune(
 
 
 def damaged(step: Path) -> list[str]:
-    """Files of a finished step that are missing or not as they were made."""
+    """Return the files of a finished step that are missing or changed."""
     return [
         name
         for name, digest in recorded(step).items()
@@ -99,7 +101,7 @@ def damaged(step: Path) -> list[str]:
 
 
 def recorded(step: Path) -> dict[str, str]:
-    """The files of a finished step, each with its sha256; none where the step is not finished."""
+    """Return the files of a finished step with their sha256; none if it is unfinished."""
     try:
         return dict(json.loads((step / RECORD).read_text())["files"])
     except (OSError, ValueError, KeyError):
@@ -108,11 +110,11 @@ def recorded(step: Path) -> dict[str, str]:
 
 def _stored(folder: Path, repository: Path) -> Stored:
     files = [path for path in folder.rglob("*") if path.is_file()]
-    mark = folder / USED
+    built = folder / USED
     return Stored(
         name=folder.name,
         size_bytes=sum(path.stat().st_size for path in files),
-        used=(mark if mark.exists() else folder).stat().st_mtime,
+        last_built_s=(built if built.exists() else folder).stat().st_mtime,
         steps=tuple(step.name for step in _steps(folder)),
         served=_is_served(folder, repository),
         building=_is_building(folder),
@@ -126,7 +128,7 @@ def _steps(folder: Path) -> Iterator[Path]:
 
 
 def _is_served(folder: Path, repository: Path) -> bool:
-    """Whether this repository has its configs, or any repository its files: those are links."""
+    """Whether this repository has its configs, or any repository has links to its files."""
     if (repository / f"{folder.name}-tokenizer" / "config.pbtxt").exists():
         return True
     return any(path.stat().st_nlink > 1 for path in folder.glob("*/*.onnx"))

@@ -1,1 +1,1 @@
-"""Statistics, Prometheus metrics, OpenTelemetry spans, the monitor."""
+"""Statistics, Prometheus metrics, OpenTelemetry spans, progress bars and the monitor."""

@@ -1,4 +1,4 @@
-"""Watch a server: probe its models, read its own figures, tell Prometheus and a person."""
+"""Monitor a server: probe its models, read its metrics, report to Prometheus and to a terminal."""
 
 from __future__ import annotations
 
@@ -7,49 +7,49 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from halimede.embedder import Embedder
-from halimede.providers.base import optional
+from halimede.extras import import_optional
 from halimede_ops.errors import HalimedeError
 
 MEMORY_LIMIT = 0.9
-"""Share of the memory in use above which a server is unhealthy."""
+"""Share of memory in use above which a server is unhealthy."""
 SCRAPE_TIMEOUT_S = 5.0
-FIGURES = {
+SHARE_METRICS = {
     "memory": ("nv_cpu_memory_used_bytes", "nv_cpu_memory_total_bytes"),
     "cpu": ("nv_cpu_utilization", None),
     "gpu_memory": ("nv_gpu_memory_used_bytes", "nv_gpu_memory_total_bytes"),
     "gpu": ("nv_gpu_utilization", None),
 }
-"""Share in use → metric of Triton, and the metric of the whole where it is not a share already."""
+"""Resource → Triton's metric of its use, and the metric to divide it by; None: it is a share."""
 
 
 class Monitor:
-    """Probes models one after another and remembers how each was."""
+    """Probes models one after another and keeps the last report of each."""
 
     def __init__(self, embedders: Mapping[str, Embedder], metrics_url: str | None) -> None:
-        """Nothing is asked yet.
+        """Take what to probe; sends no request.
 
         Args:
-            embedders: one a model, by the model's name.
-            metrics_url: Triton's metrics; None: only the probes say how the server is.
+            embedders: One embedder per model, by the model's name.
+            metrics_url: Triton's metrics. None: health depends on the probes alone.
         """
         self._embedders = embedders
         self._metrics_url = metrics_url
         self.shares: dict[str, float] = {}
-        """Share of memory, cpu, gpu_memory and gpu in use, of what the server tells."""
+        """Share in use of memory, cpu, gpu_memory and gpu, where the server reports it: 0 to 1."""
         self.reports: dict[str, dict[str, Any]] = {}
-        """Each model's last report, as `Embedder.health` gives it."""
+        """Each model's last report, as `Embedder.health` returns it."""
 
-    def look(self) -> Iterator[str]:
-        """Probe every model once; one line for each whose health is not what it was."""
+    def probe(self) -> Iterator[str]:
+        """Probe every model once; yield a line for each whose health has changed."""
         self.shares = self._read_shares()
         for model, embedder in self._embedders.items():
             before = self.reports.get(model, {}).get("healthy")
-            report = self.reports[model] = self._judged(embedder.health()[0])
+            report = self.reports[model] = self._with_memory(embedder.health()[0])
             if report["healthy"] != before:
-                yield f"{model}: {_told(report)}"
+                yield f"{model}: {_in_words(report)}"
 
     def collect(self) -> Iterator[Any]:
-        """What Prometheus asks for: the last look's metrics."""
+        """Yield the metrics of the last probes, for Prometheus."""
         from prometheus_client.core import GaugeMetricFamily
 
         healthy = GaugeMetricFamily(
@@ -69,8 +69,8 @@ class Monitor:
             used.add_metric([resource], share)
         yield from (healthy, seconds, used)
 
-    def _judged(self, report: dict[str, Any]) -> dict[str, Any]:
-        """A report that also answers for the server's memory."""
+    def _with_memory(self, report: dict[str, Any]) -> dict[str, Any]:
+        """The report; unhealthy if the server's memory is nearly full."""
         full = [
             f"{share:.0%} of the {resource.replace('_', ' ')} is used"
             for resource, share in self.shares.items()
@@ -83,52 +83,52 @@ class Monitor:
     def _read_shares(self) -> dict[str, float]:
         if self._metrics_url is None:
             return {}
-        httpx = optional("httpx", "metrics")
-        parser = optional("prometheus_client.parser", "metrics")
+        httpx = import_optional("httpx", "metrics")
+        parser = import_optional("prometheus_client.parser", "metrics")
         try:
             answer = httpx.get(self._metrics_url, timeout=SCRAPE_TIMEOUT_S).raise_for_status()
         except httpx.HTTPError:
             return {}
-        # The highest of several GPUs counts.
+        # Of several GPUs, the one used most.
         values: dict[str, float] = {}
         for family in parser.text_string_to_metric_families(answer.text):
             for sample in family.samples:
                 values[sample.name] = max(sample.value, values.get(sample.name, 0.0))
         return {
-            resource: values[part] / (values[whole] if whole else 1.0)
-            for resource, (part, whole) in FIGURES.items()
-            if part in values and (whole is None or values.get(whole))
+            resource: values[used] / (values[total] if total else 1.0)
+            for resource, (used, total) in SHARE_METRICS.items()
+            if used in values and (total is None or values.get(total))
         }
 
 
 def watch(
-    monitor: Monitor, every_s: float, tell: Callable[[str], None], rounds: int | None = None
+    monitor: Monitor, every_s: float, report: Callable[[str], None], rounds: int | None = None
 ) -> None:
-    """Look every `every_s` seconds and tell what changes; without `rounds`, until interrupted."""
+    """Probe every `every_s` seconds and report each change; without `rounds`, until interrupted."""
     done = 0
     while rounds is None or done < rounds:
         began = time.monotonic()
-        for line in monitor.look():
-            tell(line)
+        for line in monitor.probe():
+            report(line)
         done += 1
         if rounds is None or done < rounds:
             time.sleep(max(0.0, began + every_s - time.monotonic()))
 
 
-def _told(report: dict[str, Any]) -> str:
+def _in_words(report: dict[str, Any]) -> str:
     if report["healthy"]:
         return f"healthy, {report['latency_ms']:.0f} ms"
     return f"unhealthy: {report.get('error') or 'the probe took {latency_ms} ms'.format(**report)}"
 
 
 def serve_metrics(monitor: Monitor, host: str, port: int) -> Any:
-    """A server of the monitor's metrics on `host:port`, running in a thread; 0: any free port.
+    """Serve the monitor's metrics on `host:port` in a thread; port 0: any free port.
 
     Raises:
         MissingExtra: prometheus-client is not installed.
-        HalimedeError: the port is taken.
+        HalimedeError: the address cannot be listened on.
     """
-    prometheus = optional("prometheus_client", "metrics")
+    prometheus = import_optional("prometheus_client", "metrics")
     registry = prometheus.CollectorRegistry()
     registry.register(monitor)
     try:

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, and nothing anywhere else."""
+"""A progress bar, shown only on a terminal."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 Advance = Callable[[int], None]
-"""Tells how many items more are done."""
+"""Advances the bar by this many items."""
 
 
 @contextlib.contextmanager
-def bar(wanted: bool, total: int | None = None) -> Iterator[Advance]:
-    """What to tell the bar's progress; the bar is on stderr, if that is a terminal."""
-    if not wanted:
+def bar(enabled: bool, total: int | None = None) -> Iterator[Advance]:
+    """Yield a function that advances the bar, which is on stderr, if that is a terminal."""
+    if not enabled:
         yield lambda items: None
         return
     from rich.console import Console
@@ -20,7 +20,7 @@ def bar(wanted: bool, total: int | None = None) -> Iterator[Advance]:
 
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    off = not console.is_terminal
-    with Progress(*columns, console=console, disable=off, transient=True) as progress:
+    disable = not console.is_terminal
+    with Progress(*columns, console=console, disable=disable, transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda items: progress.advance(task, items)

@@ -1,4 +1,4 @@
-"""An embedder's statistics as Prometheus metrics: `register(embedder)`, then serve as usual."""
+"""An embedder's statistics as Prometheus metrics: `register(embedder)`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from halimede.embedder import Embedder
-from halimede.inputs.items import KINDS
-from halimede.providers.base import optional
+from halimede.extras import import_optional
+from halimede.inputs.content import INPUT_KINDS
 
 
 def register(embedder: Embedder, registry: Any = None) -> Any:
-    """The collector that reads an embedder's statistics at each scrape, already registered.
+    """Register and return a collector that reads an embedder's statistics at each scrape.
 
-    `registry.unregister(collector)` ends it; without a registry, Prometheus' own is taken.
+    `registry.unregister(collector)` ends it. Without a registry it uses Prometheus' default one.
 
     Raises:
         MissingExtra: prometheus-client is not installed.
     """
-    optional("prometheus_client", "metrics")
+    import_optional("prometheus_client", "metrics")
     from prometheus_client import REGISTRY
 
     collector = _Collector(embedder)
@@ -27,19 +27,19 @@ def register(embedder: Embedder, registry: Any = None) -> Any:
 
 
 class _Collector:
-    """What Prometheus asks for metrics."""
+    """A collector in prometheus_client's sense."""
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
 
     def collect(self) -> Iterator[Any]:
-        """Every metric as it is now."""
+        """Yield every metric with its current value."""
         from prometheus_client.core import CounterMetricFamily, SummaryMetricFamily
 
         stats = self._embedder.stats()
         for name in (
             "calls",
-            *(f"{kind}s{cached}" for kind in KINDS for cached in ("", "_cached")),
+            *(f"{kind}s{cached}" for kind in INPUT_KINDS for cached in ("", "_cached")),
             "fallbacks",
             "model_changes",
         ):
@@ -56,25 +56,26 @@ class _Collector:
         errors = CounterMetricFamily(
             "halimede_request_errors", "Failed requests.", labels=["provider", "error"]
         )
-        for provider, counts in stats["providers"].items():
-            for error, count in counts["errors"].items():
+        for provider, figures in stats["providers"].items():
+            for error, count in figures["errors"].items():
                 errors.add_metric([provider, error], count)
         yield errors
-        yield from _of_cache(stats.get("cache", {}).get("tiers", {}))
+        yield from _cache_metrics(stats.get("cache", {}).get("tiers", {}))
 
 
 def _by_provider(stats: dict[str, Any], name: str, family: Any) -> Any:
     metric = family(f"halimede_provider_{name}", f"{name} so far", labels=["provider"])
-    for provider, counts in stats["providers"].items():
-        metric.add_metric([provider], counts[name])
+    for provider, figures in stats["providers"].items():
+        metric.add_metric([provider], figures[name])
     return metric
 
 
-def _of_cache(tiers: dict[str, dict[str, Any]]) -> Iterator[Any]:
+def _cache_metrics(tiers: dict[str, dict[str, Any]]) -> Iterator[Any]:
     from prometheus_client.core import CounterMetricFamily
 
-    for name in ("hits", "misses"):
+    for name in ("hits", "misses", "hits_hot", "hits_warm", "hits_cold"):
         metric = CounterMetricFamily(f"halimede_cache_{name}", f"{name} so far", labels=["tier"])
-        for tier, counts in tiers.items():
-            metric.add_metric([tier], counts.get(name, 0))
+        for tier, figures in tiers.items():
+            if name in figures:
+                metric.add_metric([tier], figures[name])
         yield metric

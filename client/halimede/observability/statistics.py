@@ -1,4 +1,4 @@
-"""What an embedder did: counts and latencies, never a text."""
+"""Statistics of an embedder: counts and latencies, never a text."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from halimede.inputs.items import KINDS, Kind
+from halimede.inputs.content import INPUT_KINDS, InputKind
 
-LATENCIES_KEPT = 10_000
-"""Latest calls that percentiles are taken over."""
+LATENCY_WINDOW = 10_000
+"""Number of latest calls over which mean and percentiles are computed."""
 
 
 class Statistics:
-    """Counters of one embedder. Used on the client's event loop alone."""
+    """Counters of one embedder. Not thread-safe: used only on the client's event loop."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -22,32 +22,38 @@ class Statistics:
         self.model_changes = 0
         self.errors: Counter[str] = Counter()
         self.item_errors: Counter[str] = Counter()
-        self._items: Counter[Kind] = Counter()
-        self._cached: Counter[Kind] = Counter()
+        self._items: Counter[InputKind] = Counter()
+        self._cached: Counter[InputKind] = Counter()
         self._requests: Counter[str] = Counter()
-        self._sent: Counter[tuple[str, Kind]] = Counter()
+        self._sent: Counter[tuple[str, InputKind]] = Counter()
         self._answered: Counter[str] = Counter()
         self._failures: dict[str, Counter[str]] = {}
-        self._latencies_s: deque[float] = deque(maxlen=LATENCIES_KEPT)
+        self._latencies_s: deque[float] = deque(maxlen=LATENCY_WINDOW)
         self._latency_sum_s = 0.0
 
-    def requested(self, provider: str, kind: Kind, items: int) -> None:
-        """A request of this many items goes out."""
+    def requested(self, provider: str, kind: InputKind, items: int) -> None:
+        """Count a request with this many items."""
         self._requests[provider] += 1
         self._sent[provider, kind] += items
 
     def failed(self, provider: str, error: str) -> None:
-        """A request ended in an error of this class."""
+        """Count a request that ended in an error of this class."""
         self._failures.setdefault(provider, Counter())[error] += 1
 
     def model_changed(self, provider: str) -> None:
-        """Another model has the name of a provider's model."""
+        """Count that a provider serves another model under the same name."""
         self.model_changes += 1
 
     def answered(
-        self, provider: str, kind: Kind, items: int, cached: int, latency_s: float, fallback: bool
+        self,
+        provider: str,
+        kind: InputKind,
+        items: int,
+        cached: int,
+        latency_s: float,
+        fallback: bool,
     ) -> None:
-        """A call was answered."""
+        """Count an answered call."""
         self.calls += 1
         self._items[kind] += items
         self._cached[kind] += cached
@@ -57,24 +63,24 @@ class Statistics:
         self._latency_sum_s += latency_s
 
     def left_out(self, error: str) -> None:
-        """An item of an answered call ended in an error of this class."""
+        """Count an item of an answered call that ended in an error of this class."""
         self.item_errors[error] += 1
 
     def gave_up(self, error: str) -> None:
-        """A call ended in an error of this class."""
+        """Count a call that ended in an error of this class."""
         self.calls += 1
         self.errors[error] += 1
 
     def summary(self) -> dict[str, Any]:
-        """All of it, as JSON types; latencies in milliseconds.
+        """Return all figures, as JSON types; latencies in milliseconds.
 
-        Mean and percentiles are those of the latest calls, sum and count those of all answered.
+        Mean and percentiles cover the latest calls, sum and count all answered calls.
         """
         names = sorted({*self._requests, *self._answered, *self._failures})
         return {
             "calls": self.calls,
-            **{f"{kind}s": self._items[kind] for kind in KINDS},
-            **{f"{kind}s_cached": self._cached[kind] for kind in KINDS},
+            **{f"{kind}s": self._items[kind] for kind in INPUT_KINDS},
+            **{f"{kind}s_cached": self._cached[kind] for kind in INPUT_KINDS},
             "fallbacks": self.fallbacks,
             "model_changes": self.model_changes,
             "errors": dict(self.errors),
@@ -83,7 +89,7 @@ class Statistics:
             "providers": {
                 name: {
                     "requests": self._requests[name],
-                    **{f"{kind}s": self._sent[name, kind] for kind in KINDS},
+                    **{f"{kind}s": self._sent[name, kind] for kind in INPUT_KINDS},
                     "calls_answered": self._answered[name],
                     "errors": dict(self._failures.get(name, {})),
                 }

@@ -1,5 +1,6 @@
-"""An OpenTelemetry span around each call, and its context on each request to Triton, where the
-program uses OpenTelemetry. Never a text.
+"""OpenTelemetry: a span for each call, and its context in each request to Triton.
+
+Nothing happens in a program that does not use OpenTelemetry. A span never contains a text.
 """
 
 from __future__ import annotations
@@ -10,47 +11,47 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from halimede.inputs.items import Kind
+from halimede.inputs.content import InputKind
 
 API = "opentelemetry.trace"
 
 
 @contextlib.contextmanager
-def span(name: str, kind: Kind, items: int) -> Iterator[dict[str, Any]]:
-    """A span of this name; what is put into the mapping becomes its attributes."""
-    facts: dict[str, Any] = {f"halimede.{kind}s": items}
+def span(name: str, kind: InputKind, items: int) -> Iterator[dict[str, Any]]:
+    """Open a span; the caller puts its attributes into the mapping that is yielded."""
+    attributes: dict[str, Any] = {f"halimede.{kind}s": items}
     trace = _api()
     if trace is None:
-        yield facts
+        yield attributes
         return
-    # An error's message may name what the caller gave: its class is enough.
+    # Only the class of an error: its message may contain what the caller gave.
     with trace.get_tracer("halimede").start_as_current_span(
         name, record_exception=False, set_status_on_exception=False
     ) as current:
         try:
-            yield facts
+            yield attributes
         except Exception as error:
-            facts["error.type"] = type(error).__name__
+            attributes["error.type"] = type(error).__name__
             current.set_status(trace.StatusCode.ERROR)
             raise
         finally:
-            current.set_attributes(facts)
+            current.set_attributes(attributes)
 
 
 def headers() -> dict[str, str]:
-    """The current span as W3C's `traceparent` and `tracestate`, so that what a server does becomes
-    part of its trace; empty without a span.
+    """Return the W3C headers `traceparent` and `tracestate` of the current span, which make the
+    server's spans part of its trace; empty without a span.
     """
-    carried: dict[str, str] = {}
+    carrier: dict[str, str] = {}
     if _api() is not None:
         propagation = importlib.import_module(f"{API}.propagation.tracecontext")
-        propagation.TraceContextTextMapPropagator().inject(carried)
-    return carried
+        propagation.TraceContextTextMapPropagator().inject(carrier)
+    return carrier
 
 
 def _api() -> Any:
-    """OpenTelemetry's API, where anything of this process has imported it: before that there is
-    no span to be part of, and nobody to tell of one.
+    """OpenTelemetry's API, if the process has imported it. Otherwise there is no parent span and
+    nothing that exports one.
     """
     if sys.modules.get(API) is None:
         return None

@@ -5,9 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
-from halimede_ops.errors import HalimedeError
+from halimede_ops.errors import (
+    DeadlineExceeded,
+    HalimedeError,
+    ModelChanged,
+    OutOfMemory,
+    ServerError,
+    ServerOverloaded,
+)
 
 FAILURES = 3
 """Failures in a row that open a breaker."""
@@ -69,3 +76,37 @@ class Breaker:
             wait_s = min(2 * wait_s, PROBE_LONGEST_S)
         self._failures = 0
         self._probing = None
+
+
+class Breakers:
+    """The breakers of several servers of one provider, seen as one: open when all are.
+
+    The provider tells each server's own breaker how its requests went, so nothing is told here.
+    """
+
+    def __init__(self, breakers: Sequence[Breaker]) -> None:
+        self._breakers = breakers
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests should go elsewhere."""
+        return all(breaker.is_open for breaker in self._breakers)
+
+    def succeeded(self) -> None:
+        """Do nothing: a server's own breaker knows."""
+
+    def failed(self) -> None:
+        """Do nothing: a server's own breaker knows."""
+
+    async def close(self) -> None:
+        """Stop probing."""
+        await asyncio.gather(*[breaker.close() for breaker in self._breakers])
+
+
+def is_down(error: HalimedeError) -> bool:
+    """Whether an error says that the server, not the request, is at fault."""
+    if isinstance(error, DeadlineExceeded):
+        return True
+    return isinstance(error, ServerError) and not isinstance(
+        error, (OutOfMemory, ModelChanged, ServerOverloaded)
+    )

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -16,14 +15,14 @@ import numpy as np
 
 from halimede.cache import Cache, Entries, Expect
 from halimede.cache import keys as cache_keys
-from halimede.inputs.items import Given, Item, Kind, Reader
+from halimede.inputs.content import Content, Input, InputKind, ReadOptions
 from halimede.inputs.urls import Fetch
 from halimede.observability import tracing
 from halimede.observability.statistics import Statistics
 from halimede.pipeline import requests
 from halimede.pipeline.chain import Chain
 from halimede.pipeline.link import Deadline, Link
-from halimede.providers.base import Answer, Request, check_dimensions
+from halimede.providers.base import Answer, Request, reindexed
 from halimede.results import IMAGE, Embeddings, ImageInfo, ServedModel
 from halimede_ops.errors import (
     DeadlineExceeded,
@@ -39,6 +38,7 @@ from halimede_ops.errors import (
     UrlRefused,
 )
 from halimede_ops.quantise import OutputType, quantise
+from halimede_ops.vectors import check_dimensions
 
 MODEL_CHANGES = 5
 """Times that a call is begun anew because the model changed under it."""
@@ -50,8 +50,8 @@ OF_ONE_ITEM = (InvalidImage, ImageTooLarge, InvalidText, UrlRefused, FetchFailed
 class Call:
     """What a caller asks for."""
 
-    items: Sequence[Given]
-    kind: Kind = "text"
+    items: Sequence[Input]
+    kind: InputKind = "text"
     input_type: str | None = None
     dimensions: int | None = None
     output_type: OutputType = "float32"
@@ -112,7 +112,7 @@ class Flow:
         began = time.perf_counter()
         try:
             link, result = await asyncio.wait_for(self._on_any(call), call.deadline_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             if call.deadline_s is None:  # a provider's own bug
                 raise
             self.statistics.gave_up("DeadlineExceeded")
@@ -194,10 +194,10 @@ class Flow:
                 link.forget()
                 raise
             asked = link.options.dimensions if call.dimensions is None else call.dimensions
-            reader = Reader(model.max_image_bytes, self.fetch)
+            read_options = ReadOptions(model.max_image_bytes, self.fetch)
             dims = check_dimensions(asked, model)
             room = contextlib.nullcontext() if call.kind == "text" else self._room
-            job = _Job(link, model, call, reader, room, asked, dims, deadline, cache)
+            job = _Job(link, model, call, read_options, room, asked, dims, deadline, cache)
             try:
                 return await job.result()
             except ModelChanged:
@@ -215,7 +215,7 @@ class _Job:
     link: Link
     model: ServedModel
     call: Call
-    reader: Reader
+    read_options: ReadOptions
     room: contextlib.AbstractAsyncContextManager[None]
     """Entered for each window."""
     dimensions: int | None
@@ -265,29 +265,34 @@ class _Job:
 
     async def _settled(self, rows: range) -> _Part | HalimedeError:
         """The entries of some rows of the call, or what is wrong with the only one."""
+        first = rows.start + self.call.first
         try:
             async with self.room:
-                return await self._window(rows)
+                with reindexed(range(first, first + len(rows))):
+                    return await self._window(rows)
         except OF_ONE_ITEM as error:
             if self.call.kind == "text":
                 raise
-            told = type(error)(_placed(str(error), self.call.kind, rows[0] + self.call.first))
+            placed = _placed(error, self.call.kind, first)
             if self.call.errors == "raise":
-                raise told from None
+                raise placed from None
             self._advance(1)
-            return told
+            return placed
 
     async def _window(self, rows: range) -> _Part:
         """The entries of some rows of the call."""
         given = self.call.items[rows.start : rows.stop]
-        items = [one if isinstance(one, bytes) else await one.read(self.reader) for one in given]
+        items = [
+            one if isinstance(one, bytes) else await one.read(self.read_options) for one in given
+        ]
         if self.cache is None:
             entries, versions = await self._compute(items)
             return _Part(rows, entries, np.zeros(len(rows), np.bool_), versions)
         made_by: dict[bytes, int] = {}
 
         async def compute(missing: Sequence[int]) -> Entries:
-            entries, versions = await self._compute([items[row] for row in missing])
+            with reindexed(missing):
+                entries, versions = await self._compute([items[row] for row in missing])
             made_by.update(zip((keys[row] for row in missing), versions.tolist(), strict=True))
             return entries
 
@@ -305,7 +310,7 @@ class _Job:
         versions = np.array([made_by.get(key, 0) for key in keys], np.int64)
         return _Part(rows, entries, cached, versions)
 
-    async def _compute(self, items: Sequence[Item]) -> tuple[Entries, np.ndarray]:
+    async def _compute(self, items: Sequence[Content]) -> tuple[Entries, np.ndarray]:
         """The entries of the items, asked of the provider in requests, and their versions."""
         versions = np.zeros(len(items), np.int64)
         vectors = np.empty((len(items), self.dims), np.float32)
@@ -320,11 +325,12 @@ class _Job:
                 self.dimensions,
                 self.call.sticky_key,
             )
-            answer = await self.link.embed(request, self.deadline)
+            with reindexed(rows):
+                answer = await self.link.embed(request, self.deadline)
             _check(answer, self.model, len(rows), self.dims)
             vectors[rows] = answer.vectors
             tokens[rows] = answer.tokens
-            versions[rows] = answer.made_by
+            versions[rows] = answer.row_versions
             if answer.images is not None:
                 images[rows] = answer.images
             self._advance(len(rows))
@@ -361,10 +367,11 @@ def _check(answer: Answer, model: ServedModel, rows: int, dims: int) -> None:
         )
 
 
-def _placed(message: str, kind: Kind, place: int) -> str:
-    """An item's error with its place in the call; the provider was sent it alone, as item 0."""
-    named, found = re.subn(r"^(text|image|pair) 0\b", rf"\1 {place}", message)
-    return named if found else f"{kind} {place}: {message}"
+def _placed(error: InvalidInput, kind: InputKind, index: int) -> InvalidInput:
+    """The error of a window's only input. While the input was read, its index was not known."""
+    if error.index is not None:
+        return error
+    return type(error)(f"{kind} {index}: {error}", index=index)
 
 
 def _images(entries: list[Entries]) -> tuple[ImageInfo, ...]:

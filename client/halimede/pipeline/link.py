@@ -10,14 +10,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import tenacity
 
-from halimede.inputs.items import Kind
+from halimede.inputs.content import InputKind
 from halimede.observability.statistics import Statistics
-from halimede.pipeline.breaker import Breaker
+from halimede.pipeline.breaker import Breaker, Breakers, is_down
 from halimede.providers import Answer, Options, Provider, Request, open_provider
-from halimede.providers.base import joined
+from halimede.providers.base import concatenate, reindexed
 from halimede.results import ServedModel
 from halimede_ops.errors import (
-    DeadlineExceeded,
     HalimedeError,
     ModelChanged,
     OutOfMemory,
@@ -68,14 +67,19 @@ class Link:
         self.name = provider.name if provider else f"{options.provider}:{options.model_id}"
         self.has_next = False
         """Whether another link follows in the chain."""
-        self.breaker = Breaker(self.health)
+        self._breaker = Breaker(self.health)
         self._provider = provider
         self._opening = asyncio.Lock()
         self._statistics = statistics
-        self._heard: dict[Kind, _Heard] = {}
-        self._own_kind: Kind = "text"
+        self._heard: dict[InputKind, _Heard] = {}
+        self._own_kind: InputKind = "text"
         self._most_texts = options.batch_size
         self._free_at = 0.0
+
+    @property
+    def breaker(self) -> Breaker | Breakers:
+        """The breaker around the provider: its own, where it watches its servers itself."""
+        return getattr(self._provider, "breaker", self._breaker)
 
     @property
     def known(self) -> list[ServedModel]:
@@ -86,7 +90,9 @@ class Link:
         """Most texts to put in one request."""
         return min(model.max_batch_size, self._most_texts or model.max_batch_size)
 
-    async def model(self, kind: Kind | None, deadline: Deadline, fresh_s: float) -> ServedModel:
+    async def model(
+        self, kind: InputKind | None, deadline: Deadline, fresh_s: float
+    ) -> ServedModel:
         """The model that embeds items of this kind, heard of at most `fresh_s` seconds ago; None:
         the one that the provider is named for.
 
@@ -120,7 +126,7 @@ class Link:
         Raises:
             HalimedeError: the provider's own error after the last retry.
         """
-        count = len(request.items)
+        count = len(request.inputs)
         middle = count // 2
         if self._most_texts is None or count <= self._most_texts:
             try:
@@ -132,10 +138,10 @@ class Link:
             else:
                 self._hear_again(request.kind, answer.model)
                 return answer
-        halves = [
-            await self.embed(request.part(half), deadline)
-            for half in (slice(middle), slice(middle, None))
-        ]
+        halves = []
+        for half in (slice(middle), slice(middle, None)):
+            with reindexed(range(count)[half]):
+                halves.append(await self.embed(request.select(half), deadline))
         return _whole(*halves)
 
     async def health(self, timeout_s: float) -> None:
@@ -175,12 +181,12 @@ class Link:
         if self._provider is not None:
             await self._provider.close()
 
-    async def _describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
+    async def _describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
         return await (await self.provider()).describe(timeout_s, kind)
 
     async def _ask(self, request: Request, deadline: Deadline) -> Answer:
         await self._turn(deadline)
-        count = len(request.items)
+        count = len(request.inputs)
         self._statistics.requested(self.name, request.kind, count)
         provider = await self.provider()
         try:
@@ -210,7 +216,7 @@ class Link:
             answer = await ask()
         except HalimedeError as error:
             self._statistics.failed(self.name, type(error).__name__)
-            if _is_down(error):
+            if is_down(error):
                 self.breaker.failed()
             raise
         self.breaker.succeeded()
@@ -233,13 +239,13 @@ class Link:
     def _timeout_s(self, deadline: Deadline) -> float:
         return min(self.options.timeout_s, max(deadline.left_s(), 0.001))
 
-    def _hear(self, kind: Kind, model: ServedModel) -> None:
+    def _hear(self, kind: InputKind, model: ServedModel) -> None:
         heard = self._heard.get(kind)
         if heard is not None and not heard.model.is_alike(model):
             self._statistics.model_changed(self.name)
         self._heard[kind] = _Heard(model, time.monotonic())
 
-    def _hear_again(self, kind: Kind, model: ServedModel) -> None:
+    def _hear_again(self, kind: InputKind, model: ServedModel) -> None:
         """An answer's model is as it was told: it has just been heard of."""
         heard = self._heard.get(kind)
         if heard is not None and heard.model.is_alike(model):
@@ -253,16 +259,7 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, HalimedeError) and error.retryable
 
 
-def _is_down(error: HalimedeError) -> bool:
-    """Whether an error says that the provider, not the request, is at fault."""
-    if isinstance(error, DeadlineExceeded):
-        return True
-    return isinstance(error, ServerError) and not isinstance(
-        error, (OutOfMemory, ModelChanged, ServerOverloaded)
-    )
-
-
 def _whole(first: Answer, second: Answer) -> Answer:
     if not first.model.is_alike(second.model):
         raise ModelChanged("the model was changed between two halves of a request. Send again.")
-    return joined([first, second])
+    return concatenate([first, second])

@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from halimede.inputs.items import Given, Item, Kind, held_bytes
-from halimede_ops.errors import InvalidText
+from halimede.inputs.content import Content, Input, InputKind, memory_bytes
 
 T = TypeVar("T")
 
@@ -27,7 +26,7 @@ class Windowing(NamedTuple):
     """Windows of one call that are on their way at once."""
 
 
-WINDOWING: Mapping[Kind, Windowing] = {
+WINDOWING: Mapping[InputKind, Windowing] = {
     "text": Windowing(4096, WINDOWS_IN_FLIGHT),  # sorted by length together
     # Alone, each has an answer or an error of its own; the server batches across requests.
     "image": Windowing(1, IMAGES_IN_FLIGHT),
@@ -41,33 +40,7 @@ BYTES_PER_TOKEN = 4
 """English; other scripts have fewer tokens than this estimate says, or as many."""
 
 
-def encode(texts: Sequence[str]) -> list[bytes]:
-    """The texts in UTF-8.
-
-    Raises:
-        InvalidText: an item is not a string, or has a lone surrogate.
-    """
-    return [encode_one(text, row) for row, text in enumerate(texts)]
-
-
-def encode_one(text: str, row: int) -> bytes:
-    """A text in UTF-8; `row` is its place, for errors.
-
-    Raises:
-        InvalidText: it is not a string, or has a lone surrogate.
-    """
-    if not isinstance(text, str):
-        raise InvalidText(f"text {row} is {type(text).__name__}; give a str.")
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InvalidText(
-            f"text {row} has a lone surrogate, which UTF-8 cannot hold. "
-            "Decode it with errors='replace'."
-        ) from None
-
-
-def plan(texts: Sequence[Item], most_texts: int, max_tokens: int) -> list[list[int]]:
+def plan(texts: Sequence[Content], most_texts: int, max_tokens: int) -> list[list[int]]:
     """Indices of the texts of each request, longest texts first.
 
     Texts of one request are alike in length, so that little is padded. A request has at most
@@ -97,18 +70,18 @@ class Windows:
 
     def __init__(self, most_items: int) -> None:
         self._most_items = most_items
-        self._items: list[Given] = []
+        self._items: list[Input] = []
         self._size_bytes = 0
 
-    def add(self, item: Given) -> list[Given] | None:
+    def add(self, item: Input) -> list[Input] | None:
         """The window that this item fills, or None."""
         self._items.append(item)
-        self._size_bytes += held_bytes(item)
+        self._size_bytes += memory_bytes(item)
         if len(self._items) == self._most_items or self._size_bytes >= REQUEST_BYTES:
             return self.rest()
         return None
 
-    def rest(self) -> list[Given]:
+    def rest(self) -> list[Input]:
         """What has not filled a window."""
         items, self._items, self._size_bytes = self._items, [], 0
         return items

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from halimede.inputs.items import Given
+from halimede.inputs.content import Input
 from halimede.observability.progress import Advance
 from halimede.pipeline.requests import WINDOWS_IN_FLIGHT, Windows
 from halimede.results import Embeddings
@@ -19,7 +19,7 @@ Future = concurrent.futures.Future[Embeddings]
 class Stream:
     """The parts of one stream."""
 
-    def __init__(self, window: int, encode: Callable[[Any, int], Given]) -> None:
+    def __init__(self, window: int, encode: Callable[[Any, int], Input]) -> None:
         """A stream of parts of `window` items; `encode` gives what a call takes for each."""
         self._windows = Windows(window)
         self._encode = encode
@@ -37,7 +37,7 @@ class Stream:
         """Whether a part was sent and not handed out."""
         return bool(self._under_way)
 
-    def cut(self, items: Iterable[Any]) -> Iterator[list[Given]]:
+    def cut(self, items: Iterable[Any]) -> Iterator[list[Input]]:
         """The stream in parts."""
         for item in items:
             if (part := self._add(item)) is not None:
@@ -47,7 +47,7 @@ class Stream:
 
     async def cut_async(
         self, items: Iterable[Any] | AsyncIterable[Any]
-    ) -> AsyncIterator[list[Given]]:
+    ) -> AsyncIterator[list[Input]]:
         """The stream in parts, of a stream of either kind."""
         if not isinstance(items, AsyncIterable):
             for part in self.cut(items):
@@ -59,7 +59,7 @@ class Stream:
         if rest := self._windows.rest():
             yield rest
 
-    def first(self, part: Sequence[Given]) -> int:
+    def first(self, part: Sequence[Input]) -> int:
         """Which item of the stream the part just cut begins with."""
         return self._items - len(part)
 
@@ -92,7 +92,7 @@ class Stream:
         for part in self._under_way:
             part.cancel()
 
-    def _add(self, item: Any) -> list[Given] | None:
+    def _add(self, item: Any) -> list[Input] | None:
         part = self._windows.add(self._encode(item, self._items))
         self._items += 1
         return part

@@ -1,4 +1,4 @@
-"""Providers by their kind: one file each, imported when one is opened."""
+"""Providers by kind: one file each, imported when a configuration names it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ KINDS = ("triton", "onnx", "sentence_transformers", "openai", "ollama", "hugging
 
 
 def options_of(kind: str) -> type[Options]:
-    """The class of a kind's options.
+    """Return the options class of a kind.
 
     Raises:
-        InvalidConfig: there is no such kind.
+        InvalidConfig: the kind is unknown.
     """
     return _module(kind).Options
 
 
 def open_provider(options: Options) -> Provider:
-    """The provider that these options describe; it connects on first use.
+    """Create the provider that the options describe. It connects on first use.
 
     Raises:
         MissingExtra: its optional package is not installed.
-        InvalidConfig: a secret that the options name is not there.
+        InvalidConfig: the file or variable of its key does not exist.
+        AccessDenied: it needs a key and has none.
     """
     return _module(options.provider).connect(options)
 

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from halimede.inputs.items import Kind
+from halimede.extras import import_optional
+from halimede.inputs.content import InputKind
 from halimede.pipeline.latest import Latest
-from halimede.providers import base
+from halimede.providers.answers import (
+    REMOTE_PRECISION,
+    fingerprint,
+    to_matrix,
+    truncate,
+    unknown_tokens,
+)
 from halimede.providers.base import Answer, Request
 from halimede.providers.base import Options as BaseOptions
+from halimede.providers.http_errors import (
+    from_status,
+    invalid_answer,
+    is_connection_error,
+    timed_out,
+    unreachable,
+)
+from halimede.providers.input_kinds import check_texts, texts_of
+from halimede.providers.prompts import check_input_type
 from halimede.results import ServedModel
 from halimede_ops import errors
 
 MAX_BATCH_SIZE = 256
 DEFAULT_URL = "http://127.0.0.1:11434"
 DEFAULT_MAX_TOKENS = 512
-"""Where the model does not tell its context length."""
+"""Token limit of models that do not report their context length."""
 
 
 class Options(BaseOptions):
@@ -24,15 +41,16 @@ class Options(BaseOptions):
 
     provider: str = "ollama"
     url: str = DEFAULT_URL
+    """Address of the Ollama server."""
 
 
 def connect(options: Options) -> Ollama:
-    """The provider for these options."""
-    return Ollama(options, base.optional("ollama", "ollama"))
+    """Return the provider for these options."""
+    return Ollama(options, import_optional("ollama", "ollama"))
 
 
 class Ollama:
-    """One model of one Ollama server. Its digest is part of its space."""
+    """A model of an Ollama server. Its digest is part of its space. Tokens are unknown."""
 
     def __init__(self, options: Options, sdk: Any) -> None:
         self.name = f"ollama:{options.model_id}"
@@ -41,96 +59,98 @@ class Ollama:
         self._client: Any = None
         self._timeout_s = options.timeout_s
         self._model: ServedModel | None = None
-        self._reading = Latest(self._read)
+        self._description = Latest(self._read_model)
 
     async def close(self) -> None:
-        """Close the connections; a second call does nothing."""
+        """Close the connections. A second call does nothing."""
         if self._client is not None:
             client, self._client = self._client, None
             await client.close()
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
-        """The model as the server tells it now.
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
+        """Return the model that the server has now.
 
         Raises:
             ModelNotFound: the server does not have it.
+            UnsupportedInput: `kind` is not text.
         """
-        base.check_texts(kind, self.name)
+        check_texts(kind, self.name)
         self._timeout_s = timeout_s
-        return await self._reading.read()
+        return await self._description.read()
 
     async def health(self, timeout_s: float) -> None:
-        """Nothing when a probe text is embedded."""
-        await self._ask(
-            "embed", timeout_s, model=self._options.model_id, input=["health"], truncate=True
-        )
+        """Raise unless a probe text can be embedded."""
+        await self._embed(["health"], timeout_s)
 
     async def embed(self, request: Request, timeout_s: float) -> Answer:
-        """The answer, if the model was the same before and after; no token counts.
+        """Return the answer, if the model was the same before and after the request.
 
         Raises:
             ModelChanged: it was not.
+            UnsupportedInput: the inputs are not texts.
+            UnknownInputType: the input type is neither `query` nor `document`.
         """
-        texts = base.texts(request, self.name)
-        base.prompt(request.input_type, {}, self._options.model_id)  # refuses an unknown one
+        texts = [text.decode() for text in texts_of(request, self.name)]
+        check_input_type(request.input_type, self._options.model_id)
         before = self._model or await self.describe(timeout_s)
-        answer = await self._ask(
-            "embed",
-            timeout_s,
-            model=self._options.model_id,
-            input=[text.decode() for text in texts],
-            truncate=True,
-        )
+        answer = await self._embed(texts, timeout_s)
         if await self.describe(timeout_s) != before:
-            raise errors.ModelChanged(f"{self.name} was changed while it was asked. Send again.")
-        vectors = base.matrix(answer.embeddings, len(texts))
-        return Answer(
-            base.cut(vectors, request.dimensions), base.unknown_tokens(len(texts)), before
+            raise errors.ModelChanged(f"{self.name} changed during the request. Send again.")
+        vectors = to_matrix(answer.embeddings, len(texts))
+        return Answer(truncate(vectors, request.dimensions), unknown_tokens(len(texts)), before)
+
+    async def _embed(self, texts: Sequence[str], timeout_s: float) -> Any:
+        model = self._options.model_id
+        return await self._call(
+            lambda client: client.embed(model=model, input=texts, truncate=True), timeout_s
         )
 
-    async def _read(self) -> ServedModel:
-        listed = (await self._ask("list", self._timeout_s)).models
+    async def _read_model(self) -> ServedModel:
         name = self._options.model_id
+        listed = (await self._call(lambda client: client.list(), self._timeout_s)).models
         digest = next((row.digest for row in listed if row.model in (name, f"{name}:latest")), None)
         if digest is None:
-            raise errors.ModelNotFound(f"{self.name} is not there. Run: ollama pull {name}")
+            raise errors.ModelNotFound(f"{self.name} does not exist. Run: ollama pull {name}")
         if self._model is None or self._model.version != digest:
-            self._model = await self._served(digest)
+            self._model = await self._show_model(digest)
         return self._model
 
-    async def _served(self, digest: str) -> ServedModel:
-        shown = await self._ask("show", self._timeout_s, model=self._options.model_id)
-        facts = {key.rpartition(".")[2]: value for key, value in (shown.modelinfo or {}).items()}
+    async def _show_model(self, digest: str) -> ServedModel:
+        name = self._options.model_id
+        answer = await self._call(lambda client: client.show(model=name), self._timeout_s)
+        facts = {key.rpartition(".")[2]: value for key, value in (answer.modelinfo or {}).items()}
         if "embedding_length" not in facts:
-            raise errors.InvalidModel(f"{self.name} does not tell the length of its vectors.")
-        told = facts.get("context_length", DEFAULT_MAX_TOKENS)
-        quantised = shown.details.quantization_level if shown.details else None
+            raise errors.InvalidModel(f"{self.name} does not report the length of its vectors.")
+        quantisation = answer.details.quantization_level if answer.details else None
         return ServedModel(
-            name=self._options.model_id,
-            space=base.fingerprint("ollama", self._options.model_id, digest),
-            precision=(quantised or base.REMOTE).lower(),
+            name=name,
+            space=fingerprint("ollama", name, digest),
+            precision=(quantisation or REMOTE_PRECISION).lower(),
             dims=int(facts["embedding_length"]),
-            max_tokens=self._options.max_tokens or int(told),
+            max_tokens=self._options.max_tokens
+            or int(facts.get("context_length", DEFAULT_MAX_TOKENS)),
             max_batch_size=MAX_BATCH_SIZE,
             provider="ollama",
             version=digest,
         )
 
-    async def _ask(self, method: str, timeout_s: float, **arguments: Any) -> Any:
-        """What the SDK returns; its errors become ours, without its words."""
+    async def _call(self, send: Callable[[Any], Awaitable[Any]], timeout_s: float) -> Any:
+        """Return what `send` returns, given the SDK's client.
+
+        Raises:
+            HalimedeError: the call failed.
+        """
         if self._client is None:
             self._client = self._sdk.AsyncClient(self._options.url, timeout=None)
         try:
-            return await asyncio.wait_for(getattr(self._client, method)(**arguments), timeout_s)
+            return await asyncio.wait_for(send(self._client), timeout_s)
         except self._sdk.ResponseError as error:
-            raise base.of_status(self.name, error.status_code) from None
-        except (asyncio.TimeoutError, TimeoutError):
-            raise base.too_late(self.name, timeout_s) from None
-        except (ValueError, TypeError):  # pydantic's, whose words hold the answer
-            raise errors.ServerError(
-                f"{self.name} gave an answer that is none of Ollama's."
-            ) from None
-        except Exception as error:  # of the HTTP library that the SDK happens to use
-            if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
-                raise base.unreachable(self.name) from None
+            raise from_status(self.name, error.status_code) from None
+        except TimeoutError:
+            raise timed_out(self.name, timeout_s) from None
+        except (ValueError, TypeError) as error:  # pydantic's, whose words hold the answer
+            raise invalid_answer(self.name, error) from None
+        except Exception as error:
+            if is_connection_error(error, "httpx"):
+                raise unreachable(self.name) from None
             raise

@@ -1,4 +1,4 @@
-"""A model of the repository in this process: the operations that Triton's backends run."""
+"""A model of the repository, run in this process by the operations that Triton's backends run."""
 
 from __future__ import annotations
 
@@ -16,27 +16,31 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from halimede.config.environment import Settings
-from halimede.inputs.items import Kind
-from halimede.providers import base
-from halimede.providers.base import Answer, Request, optional, too_late
+from halimede.extras import import_optional
+from halimede.inputs.content import InputKind
+from halimede.providers import input_kinds
+from halimede.providers.answers import unknown_tokens
+from halimede.providers.base import Answer, Request, reindexed
 from halimede.providers.base import Options as BaseOptions
+from halimede.providers.http_errors import timed_out
+from halimede.providers.probe import PROBES
 from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
 from halimede_ops import errors, vectors
 from halimede_repository import configs
 
 MAX_BATCH_SIZE = 256
-"""Texts in one request: the engine cuts them into micro-batches itself."""
+"""Texts in one request. The engine splits them into micro-batches itself."""
 DEVICES = {
     "cpu": (),
     "openvino": ("openvino",),
     "cuda": ("cuda",),
     "tensorrt": ("tensorrt", "cuda"),
 }
-"""Execution accelerators of a device, best first; none is onnxruntime's own CPU engine."""
-MOST_OPENED_TWICE_BYTES = 256_000_000
-"""Size of the largest model.onnx that is opened twice: it takes that memory again."""
-CODE_OF_MEMORY = ("memory", "alloc")
-"""Words of onnxruntime's errors when an allocation fails."""
+"""Accelerators of a device, best first. None of them is onnxruntime's own CPU engine."""
+MAX_TWO_SESSIONS_BYTES = 256_000_000
+"""Largest model.onnx that gets a second session, which takes that memory again."""
+MEMORY_WORDS = ("memory", "alloc")
+"""Words in onnxruntime's errors when an allocation fails."""
 T = TypeVar("T")
 
 
@@ -47,75 +51,75 @@ class Options(BaseOptions):
     path: Path = Field(default_factory=lambda: Settings().repository)
     """Model repository: the folder that Triton serves."""
     device: Literal["auto", "cpu", "openvino", "cuda", "tensorrt"] = "auto"
-    """What runs it; auto: CUDA where it is installed, else OpenVINO, else onnxruntime's CPU."""
+    """Where the model runs. auto: CUDA if installed, else OpenVINO, else onnxruntime on CPU."""
     threads: PositiveInt | None = None
-    """CPU threads; None: as many as this process may use."""
+    """CPU threads. None: all that this process may use."""
     streams: PositiveInt | None = None
-    """Micro-batches at once, sharing the threads; None: one a thread, and all threads for a lone
-    text after the first few, from a second copy of a small model. One gives a single text soonest,
-    many give most texts a second."""
+    """Micro-batches that run at once and share the threads. 1 has the lowest latency for a single
+    text; many have the highest throughput. None: one per thread, and for a small model a second
+    session that runs a lone text on all threads."""
 
 
 def connect(options: Options) -> Onnx:
-    """The provider for these options; the model itself is opened on first use."""
-    optional("onnxruntime", "onnx")
-    optional("tokenizers", "onnx")
+    """Return the provider for these options. The model is opened on first use."""
+    import_optional("onnxruntime", "onnx")
+    import_optional("tokenizers", "onnx")
     return Onnx(options)
 
 
 class _Stamp(NamedTuple):
-    """What the repository serves under a name at one moment."""
+    """State of a model in the repository at one moment, to notice changes."""
 
-    pinned: configs.Served
+    version: configs.Served
     files: tuple[tuple[int, int], ...]
-    """Time and size of the files that a build could replace in place."""
+    """Modification time and size of the files that a build could replace in place."""
 
 
-class _Opened(NamedTuple):
-    """An ensemble in memory."""
+class _OpenModel(NamedTuple):
+    """A model in memory."""
 
     served: ServedModel
     spec: Any
     reader: Any
-    """What reads its items: a TextTokenizer, or the Reader of its images; of pairs the Halves."""
+    """A TextTokenizer for texts, an image Reader for images, the _FusedModels for pairs."""
     runs: _Runs | None
-    """What runs them; None for pairs."""
+    """The running model. None for pairs."""
     stamp: _Stamp
 
 
 class _Runs:
-    """An opened model that runs what all callers ask, together; closed when nobody has it."""
+    """A running model that batches the requests of all callers. It ends with the last reference."""
 
     def __init__(self, batches: Any) -> None:
         self._batches = batches
         weakref.finalize(self, batches.close)
 
-    async def done(self, items: Sequence[Any]) -> Sequence[Any]:
-        """One `scheduler.Done` an item, in order; what running them raised is raised."""
-        waiting: Future[Sequence[Any]] = Future()
+    async def run(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """Return one `scheduler.Done` an input, in order, or raise what the run raised."""
+        future: Future[Sequence[Any]] = Future()
 
         def answer(outcome: Any) -> None:
-            if not waiting.set_running_or_notify_cancel():
+            if not future.set_running_or_notify_cancel():
                 return
             if isinstance(outcome, Exception):
-                waiting.set_exception(outcome)
+                future.set_exception(outcome)
             else:
-                waiting.set_result(outcome)
+                future.set_result(outcome)
 
-        self._batches.submit(items, answer, waiting.cancelled)
-        return await asyncio.wrap_future(waiting)
+        self._batches.submit(inputs, answer, future.cancelled)
+        return await asyncio.wrap_future(future)
 
 
-class _Halves(NamedTuple):
-    """What a fusion is made of."""
+class _FusedModels(NamedTuple):
+    """A fusion with its text model and its image model."""
 
     fusion: Any
-    text: _Opened
-    image: _Opened
+    text: _OpenModel
+    image: _OpenModel
 
 
 class Onnx:
-    """One model of a repository, in this process: what embeds its texts, and its images."""
+    """A model of a repository in this process, with the image model that it names."""
 
     def __init__(self, options: Options) -> None:
         self.name = f"onnx:{options.model_id}"
@@ -123,65 +127,68 @@ class Onnx:
         self._threads = options.threads or len(os.sched_getaffinity(0))
         self._streams = min(options.streams or self._threads, self._threads)
         self._opening = asyncio.Lock()
-        self._opened: dict[Kind, _Opened] = {}
+        self._open_models: dict[InputKind, _OpenModel] = {}
 
     async def close(self) -> None:
-        """Forget the model; a second call does nothing."""
-        self._opened.clear()
+        """Release the models. A second call does nothing."""
+        self._open_models.clear()
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
-        """The model as its folder is now; opened again when its files changed.
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
+        """Return the model that its folder holds now. It is opened again if its files changed.
 
         Raises:
             ModelNotFound: the repository has no such model.
-            InvalidModel: a file of it cannot be read.
-            UnsupportedInput: it embeds no items of this kind, nor does the model it names.
+            InvalidModel: one of its files cannot be read.
+            UnsupportedInput: neither it nor its image model embeds this kind.
         """
-        return (await self._model(kind, timeout_s, again=True)).served
+        return (await self._model(kind, timeout_s, check_files=True)).served
 
     async def health(self, timeout_s: float) -> None:
-        """Nothing when a probe is embedded."""
+        """Raise unless a probe can be embedded."""
         kind = (await self.describe(timeout_s)).input
-        await self.embed(Request([base.PROBES[kind]], kind), timeout_s)
+        await self.embed(Request([PROBES[kind]], kind), timeout_s)
 
     async def embed(self, request: Request, timeout_s: float) -> Answer:
-        """The answer of the model in memory."""
-        opened = await self._model(request.kind, timeout_s, again=False)
+        """Return the answer of the model in memory."""
+        opened = await self._model(request.kind, timeout_s, check_files=False)
         return await self._within(timeout_s, EMBED[request.kind](opened, request))
 
-    async def _model(self, kind: Kind | None, timeout_s: float, *, again: bool) -> _Opened:
+    async def _model(
+        self, kind: InputKind | None, timeout_s: float, *, check_files: bool
+    ) -> _OpenModel:
         async with self._opening:
-            opened = self._opened.get(kind) if kind else None
-            if opened is None or again:
+            opened = self._open_models.get(kind) if kind else None
+            if opened is None or check_files:
                 kind, name = self._ensemble(kind)
-                opened = self._opened.get(kind)
+                opened = self._open_models.get(kind)
                 if opened is None or opened.stamp != self._stamp(name):
                     opening = asyncio.to_thread(self._open, kind, name)
                     opened = await self._within(timeout_s, opening)
-                    self._opened[kind] = opened
+                    self._open_models[kind] = opened
             return opened
 
-    def _ensemble(self, kind: Kind | None) -> tuple[Kind, str]:
-        """The ensemble that embeds items of this kind: the one that is named, or the one that it
-        names for images.
+    def _ensemble(self, kind: InputKind | None) -> tuple[InputKind, str]:
+        """Return the kind and name of the ensemble for a kind of inputs.
+
+        It is the configured one, or for images the image model that it names.
         """
         name = self._options.model_id
         config = configs.read(self._options.path, name).config
-        own = base.KINDS_BY_INPUT[configs.parameter(config, "input") or "text"]
+        own = input_kinds.BY_PARAMETER[configs.parameter(config, "input") or "text"]
         image_model = configs.parameter(config, "image_model")
         if kind == "image" and own == "text" and image_model:
             return kind, image_model
         if kind not in (None, own):
-            raise base.unsupported(kind, self.name, own)
+            raise input_kinds.unsupported(kind, self.name, own)
         return own, name
 
-    async def _within(self, timeout_s: float, working: Awaitable[T]) -> T:
+    async def _within(self, timeout_s: float, work: Awaitable[T]) -> T:
         try:
-            return await asyncio.wait_for(working, timeout_s)
-        except asyncio.TimeoutError:
-            raise too_late(self.name, timeout_s) from None
+            return await asyncio.wait_for(work, timeout_s)
+        except TimeoutError:
+            raise timed_out(self.name, timeout_s) from None
 
-    def _open(self, kind: Kind, name: str) -> _Opened:
+    def _open(self, kind: InputKind, name: str) -> _OpenModel:
         stamp = self._stamp(name)
         try:
             opened = self._read(kind, name, stamp)
@@ -190,18 +197,18 @@ class Onnx:
                 raise
             opened = None
         if opened is None or self._stamp(name) != stamp:
-            raise errors.ModelChanged(f"{self.name} was changed while it was opened.")
+            raise errors.ModelChanged(f"{self.name} changed while it was opened. Send again.")
         return opened
 
-    def _read(self, kind: Kind, name: str, stamp: _Stamp) -> _Opened:
+    def _read(self, kind: InputKind, name: str, stamp: _Stamp) -> _OpenModel:
         from halimede_engine import scheduler, session
         from halimede_ops import spec
 
-        steps = stamp.pinned.steps
-        facts = spec.load(stamp.pinned.folder)
-        served = self._served(kind, name, stamp.pinned, facts)
+        steps = stamp.version.steps
+        facts = spec.load(stamp.version.folder)
+        served = self._served(kind, name, stamp.version, facts)
         if kind == "pair":
-            return _Opened(served, facts, self._halves(stamp.pinned), None, stamp)
+            return _OpenModel(served, facts, self._fused_models(stamp.version), None, stamp)
         reader, rows = self._reader(kind, facts, steps)
         model = steps[f"{name}-onnx"] / session.FILE_NAME
         names = self._accelerators()
@@ -228,47 +235,49 @@ class Onnx:
         batches = scheduler.ContinuousBatches(
             run, opened.plan, self._streams, rows, run_alone=run_alone, long_wait_runs=0
         )
-        return _Opened(served, facts, reader, _Runs(batches), stamp)
+        return _OpenModel(served, facts, reader, _Runs(batches), stamp)
 
     def _opens_twice(self, size_bytes: int) -> bool:
         shared = self._options.streams is None and self._streams > 1
-        return shared and size_bytes <= MOST_OPENED_TWICE_BYTES
+        return shared and size_bytes <= MAX_TWO_SESSIONS_BYTES
 
-    def _halves(self, pinned: configs.Served) -> _Halves:
-        """The fusion, with the two models that it was made for."""
+    def _fused_models(self, version: configs.Served) -> _FusedModels:
+        """Open a fusion with the two models that it was made for."""
         from halimede_ops import fusion
 
-        made = fusion.load(pinned.folder)
-        text, image = self._open("text", made.text_model), self._open("image", made.image_model)
-        for half in (text, image):
-            wanted = configs.parameter(pinned.config, f"{half.served.input}_version")
-            if half.stamp.pinned.folder.name != wanted:
+        loaded = fusion.load(version.folder)
+        text, image = self._open("text", loaded.text_model), self._open("image", loaded.image_model)
+        for model in (text, image):
+            expected = configs.parameter(version.config, f"{model.served.input}_version")
+            if model.stamp.version.folder.name != expected:
                 raise errors.InvalidModel(
-                    f"{half.served.name} is not of the version that the fusion was made for; make "
+                    f"{model.served.name} is not the version that the fusion was made for. Make "
                     "the fusion again."
                 )
-        return _Halves(made, text, image)
+        return _FusedModels(loaded, text, image)
 
     def _reader(
-        self, kind: Kind, facts: Any, steps: Mapping[str, Path]
+        self, kind: InputKind, facts: Any, steps: Mapping[str, Path]
     ) -> tuple[Any, Callable[[Sequence[Any]], Sequence[Any]]]:
-        """What reads items as they come, and what makes rows of what it read."""
+        """Return the reader of inputs, and the function from what it read to the engine's rows."""
         from halimede_engine import session
 
         if kind == "image":
-            optional("PIL", "images")
+            import_optional("PIL", "images")
             from halimede_ops import image
 
-            taken = facts.images()
-            reader = image.Reader(taken, self._threads)
-            return reader, lambda pixels: session.pixel_rows(pixels, taken.positions)
+            image_spec = facts.images()
+            reader = image.Reader(image_spec, self._threads)
+            return reader, lambda pixels: session.pixel_rows(pixels, image_spec.positions)
         from halimede_ops import text
 
         tokenizer = text.load(steps[f"{facts.name}-tokenizer"], facts)
         return tokenizer, lambda prompted: session.rows(tokenizer.encode_prompted(prompted))
 
-    def _served(self, kind: Kind, name: str, pinned: configs.Served, facts: Any) -> ServedModel:
-        quality = json.loads((pinned.folder / "quality.json").read_text())
+    def _served(
+        self, kind: InputKind, name: str, version: configs.Served, facts: Any
+    ) -> ServedModel:
+        quality = json.loads((version.folder / "quality.json").read_text())
         if quality["space"] != facts.space:
             raise errors.InvalidModel(
                 f"the quality record of {name} is of another space; build the model again."
@@ -283,101 +292,104 @@ class Onnx:
             max_batch_size=MAX_BATCH_SIZE,
             provider="onnx",
             mean_cosine=quality.get("mean_cosine"),
-            version=pinned.folder.name if configs.versions(pinned.config) else "",
+            version=version.folder.name if configs.versions(version.config) else "",
             input=kind,
-            image_model=configs.parameter(pinned.config, "image_model"),
+            image_model=configs.parameter(version.config, "image_model"),
             max_image_bytes=MAX_IMAGE_BYTES if image is None else image.max_image_bytes,
         )
 
     def _stamp(self, name: str) -> _Stamp:
         from halimede_engine import session
 
-        pinned = configs.read(self._options.path, name)
-        files = [pinned.folder / "spec.json", pinned.folder / "quality.json"]
-        for step, folder in pinned.steps.items():
+        version = configs.read(self._options.path, name)
+        files = [version.folder / "spec.json", version.folder / "quality.json"]
+        for step, folder in version.steps.items():
             if "-onnx" in step:
                 files += session.files(folder / session.FILE_NAME)
         try:
-            return _Stamp(pinned, tuple((s.st_mtime_ns, s.st_size) for s in map(os.stat, files)))
+            return _Stamp(version, tuple((s.st_mtime_ns, s.st_size) for s in map(os.stat, files)))
         except OSError:
             raise configs.not_built(name) from None
 
     def _accelerators(self) -> Sequence[str]:
         if self._options.device != "auto":
             return DEVICES[self._options.device]
-        onnxruntime: ModuleType = optional("onnxruntime", "onnx")
+        onnxruntime: ModuleType = import_optional("onnxruntime", "onnx")
         available = onnxruntime.get_available_providers()
         if "CUDAExecutionProvider" in available:
             return DEVICES["cuda"]
         return DEVICES["openvino" if "OpenVINOExecutionProvider" in available else "cpu"]
 
 
-async def _embed_texts(opened: _Opened, request: Request) -> Answer:
-    """Tokenize, run, truncate, normalise: what Triton's three steps do."""
+async def _embed_texts(opened: _OpenModel, request: Request) -> Answer:
+    """Tokenize, run, truncate, normalise, as the three steps on Triton."""
     from halimede_ops import text
 
-    texts = base.texts(request, opened.served.name)
+    texts = input_kinds.texts_of(request, opened.served.name)
     decoded = [text.decode(value, row, opened.spec) for row, value in enumerate(texts)]
     prompted = opened.reader.prompted(decoded, [request.input_type or None] * len(decoded))
     done = await _run(opened, prompted)
-    totals = np.array([one.row.total for one in done], np.int32)
+    totals = np.array([result.row.total for result in done], np.int32)
     return Answer(_embeddings(opened, done, request), totals, opened.served)
 
 
-async def _embed_images(opened: _Opened, request: Request) -> Answer:
-    """Decode, resize, run, truncate, normalise: what Triton's three steps do."""
-    pictures = await asyncio.to_thread(lambda: list(opened.reader.read(request.items)))
-    done = await _run(opened, [one.pixels for one in pictures])
-    facts = [(one.width, one.height, one.format.encode()) for one in pictures]
+async def _embed_images(opened: _OpenModel, request: Request) -> Answer:
+    """Decode, resize, run, truncate, normalise, as the three steps on Triton."""
+    pictures = await asyncio.to_thread(lambda: list(opened.reader.read(request.inputs)))
+    done = await _run(opened, [picture.pixels for picture in pictures])
+    facts = [(picture.width, picture.height, picture.format.encode()) for picture in pictures]
     return Answer(
         _embeddings(opened, done, request),
-        base.unknown_tokens(len(pictures)),
+        unknown_tokens(len(pictures)),
         opened.served,
         np.array(facts, IMAGE),
     )
 
 
-async def _embed_pairs(opened: _Opened, request: Request) -> Answer:
-    """Embed what each pair has, fuse, truncate, normalise: what Triton's fusion does."""
-    fused = await asyncio.gather(*[_fused(opened.reader, pair, request) for pair in request.items])
+async def _embed_pairs(opened: _OpenModel, request: Request) -> Answer:
+    """Embed each pair's text and image, fuse, truncate, normalise, as the fusion on Triton."""
+    fused = await asyncio.gather(
+        *[_fused(opened.reader, row, pair, request) for row, pair in enumerate(request.inputs)]
+    )
     return Answer(
         vectors.embed(np.concatenate(fused), opened.spec, request.dimensions),
-        base.unknown_tokens(len(fused)),
+        unknown_tokens(len(fused)),
         opened.served,
     )
 
 
-async def _fused(halves: _Halves, pair: Any, request: Request) -> np.ndarray:
-    """`[1, dims]` of one pair."""
+async def _fused(models: _FusedModels, row: int, pair: Any, request: Request) -> np.ndarray:
+    """Vector `[1, dims]` of the pair in a row of the request."""
     text = image = None
-    if pair.text is not None:
-        asked = Request([pair.text], "text", request.input_type)
-        text = (await _embed_texts(halves.text, asked)).vectors
-    if pair.image is not None:
-        image = (await _embed_images(halves.image, Request([pair.image], "image"))).vectors
-    return vectors.fuse(text, image, halves.fusion)
+    with reindexed([row]):
+        if pair.text is not None:
+            text_request = Request([pair.text], "text", request.input_type)
+            text = (await _embed_texts(models.text, text_request)).vectors
+        if pair.image is not None:
+            image = (await _embed_images(models.image, Request([pair.image], "image"))).vectors
+    return vectors.fuse(text, image, models.fusion)
 
 
-EMBED: Mapping[Kind, Callable[[_Opened, Request], Awaitable[Answer]]] = {
+EMBED: Mapping[InputKind, Callable[[_OpenModel, Request], Awaitable[Answer]]] = {
     "text": _embed_texts,
     "image": _embed_images,
     "pair": _embed_pairs,
 }
 
 
-def _embeddings(opened: _Opened, done: Sequence[Any], request: Request) -> np.ndarray:
-    pooled = np.stack([one.result for one in done])
+def _embeddings(opened: _OpenModel, done: Sequence[Any], request: Request) -> np.ndarray:
+    pooled = np.stack([result.result for result in done])
     return vectors.embed(pooled, opened.spec, request.dimensions)
 
 
-async def _run(opened: _Opened, items: Sequence[Any]) -> Sequence[Any]:
+async def _run(opened: _OpenModel, inputs: Sequence[Any]) -> Sequence[Any]:
     assert opened.runs is not None
     try:
-        return await opened.runs.done(items)
+        return await opened.runs.run(inputs)
     except MemoryError:
         raise
     except Exception as error:  # onnxruntime raises its own, undocumented classes
-        if any(word in str(error).lower() for word in CODE_OF_MEMORY):
+        if any(word in str(error).lower() for word in MEMORY_WORDS):
             raise MemoryError from None
         raise errors.ServerError(
             f"{opened.served.name} could not be run ({type(error).__name__})."

@@ -37,12 +37,12 @@ from halimede.cache import (
     Redis,
     Tier,
     disk,
+    guarded,
     keys,
-    lane,
-    temperatures,
 )
 from halimede.cache.entries import is_intact, pack, unpack
-from halimede.inputs.items import Pair
+from halimede.cache.redis import TEMPERATURES
+from halimede.inputs.content import Pair
 from halimede.results import IMAGE
 from halimede_ops.errors import HalimedeError, InvalidInput, MissingExtra
 from halimede_tools.bench import redis_server
@@ -153,7 +153,6 @@ class Slow:
 
     name = "slow"
     timeout_s = PATIENCE_S
-    size_bytes = None
 
     def __init__(self, reads: bool = False, writes: bool = False) -> None:
         self.reads, self.writes = asyncio.Event(), asyncio.Event()
@@ -170,6 +169,9 @@ class Slow:
     async def put(self, items: Sequence[tuple[bytes, bytes]]) -> None:
         await self.writes.wait()
         self.held.update(items)
+
+    def stats(self) -> dict[str, Any]:
+        return {"size_bytes": None}
 
     async def clear(self) -> None:
         self.held.clear()
@@ -452,20 +454,21 @@ def test_a_hit_is_written_to_the_tiers_above(tmp_path: Path, url: str) -> None:
     """Found in the lowest tier, a vector is in every tier before it."""
 
     async def flow() -> None:
-        first = Cache(temperatures(url, timeout_s=PATIENCE_S)[2:])
+        first = Cache([patient_redis(url, name="far")])
         await ask(first, some(600))
         await first.close()
         tiers: list[Tier] = [
             Memory(64 * MIB),
             patient_disk(tmp_path),
-            *temperatures(url, timeout_s=PATIENCE_S),
+            patient_redis(url, name="near"),
+            patient_redis(url, name="far"),
         ]
         cache = Cache(tiers)
         assert (await ask(cache, some(600)))[1].all()
         await cache.flush()
         counts = cache.stats()["tiers"]
-        assert [counts[tier.name]["hits"] for tier in tiers] == [0, 0, 0, 0, 600]
-        assert [counts[tier.name]["written"] for tier in tiers] == [600, 600, 600, 600, 0]
+        assert [counts[tier.name]["hits"] for tier in tiers] == [0, 0, 0, 600]
+        assert [counts[tier.name]["written"] for tier in tiers] == [600, 600, 600, 0]
         for tier in tiers:
             assert None not in await tier.get(wanted(some(600)))
         assert (await ask(cache, some(600)))[1].all()
@@ -475,18 +478,105 @@ def test_a_hit_is_written_to_the_tiers_above(tmp_path: Path, url: str) -> None:
     asyncio.run(flow())
 
 
-def test_temperatures_have_their_times_to_live(url: str) -> None:
-    """Hot lives 1 h, warm 24 h, cold 7 d; each value once under each."""
+HOUR_S = 3600.0
+DAY_S = 24 * HOUR_S
+
+
+def temperature_hits(cache: Cache) -> list[int]:
+    stats = tier_stats(cache, "redis")
+    assert stats["hits"] == sum(stats[f"hits_{name}"] for name in TEMPERATURES)
+    return [stats[f"hits_{name}"] for name in TEMPERATURES]
+
+
+def test_redis_has_one_entry_that_a_hit_renews(url: str) -> None:
+    """One key a vector, which lives 7 d after each use. It is hot until 1 h after its last use,
+    warm until 24 h, cold until it expires, and hot again after a hit; each hit is counted so.
+    """
+    client = Client.from_url(url)
+    uses = [  # unused for so long → hits so far: hot, warm, cold
+        (0.0, [1, 0, 0]),
+        (0.9 * HOUR_S, [2, 0, 0]),
+        (1.1 * HOUR_S, [2, 1, 0]),
+        (0.0, [3, 1, 0]),
+        (0.9 * DAY_S, [3, 2, 0]),
+        (1.1 * DAY_S, [3, 2, 1]),
+        (6.9 * DAY_S, [3, 2, 2]),
+        (0.0, [4, 2, 2]),
+    ]
 
     async def flow() -> None:
-        cache = Cache(temperatures(url, prefix="h[1]*", timeout_s=PATIENCE_S))
-        await ask(cache, some(1))
+        cache = Cache([patient_redis(url, prefix="h[1]*")])
+        assert (await ask(cache, some(1)))[0] == some(1)
+        await cache.flush()
+        [name] = client.scan_iter()
+        for unused_s, hits in uses:
+            assert client.ttl(name) == pytest.approx(7 * DAY_S, abs=60)
+            client.expire(name, round(7 * DAY_S - unused_s))
+            assert (await ask(cache, some(1)))[1].all()
+            assert temperature_hits(cache) == hits
+        assert client.ttl(name) == pytest.approx(7 * DAY_S, abs=60)
+        assert list(client.scan_iter()) == [name]
         await cache.close()
 
     asyncio.run(flow())
+
+
+def test_the_three_times_to_live_are_configurable(url: str) -> None:
+    """Each of the three can be set, and so can none: then Redis alone evicts the entry."""
     client = Client.from_url(url)
-    lives = {name.split(b":")[1]: client.ttl(name) for name in client.scan_iter()}
-    assert lives == pytest.approx({b"hot": 3600, b"warm": 86_400, b"cold": 604_800}, abs=60)
+
+    async def flow() -> None:
+        cache = Cache([patient_redis(url, ttl_s=100.0, hot_ttl_s=10.0, warm_ttl_s=50.0)])
+        await ask(cache, some(1))
+        await cache.flush()
+        [name] = client.scan_iter()
+        for unused_s, hits in ((5, [1, 0, 0]), (20, [1, 1, 0]), (60, [1, 1, 1])):
+            assert 90 < client.ttl(name) <= 100
+            client.expire(name, 100 - unused_s)
+            assert (await ask(cache, some(1)))[1].all()
+            assert temperature_hits(cache) == hits
+        await cache.close()
+        cache = Cache([patient_redis(url, ttl_s=None, name="forever")])
+        await ask(cache, some(1))
+        await cache.flush()
+        assert (await ask(cache, some(1)))[1].all()
+        [name] = client.scan_iter("halimede:forever:*")
+        assert client.ttl(name) == -1
+        await cache.close()
+
+    asyncio.run(flow())
+
+
+def test_a_hit_renews_its_own_entry_alone(url: str) -> None:
+    """What is used gets its whole time again; what is not used keeps the time it has left."""
+    client = Client.from_url(url)
+
+    async def flow() -> None:
+        tier = patient_redis(url)
+        await tier.put([(b"used", b"1"), (b"unused", b"2")])
+        for name in client.scan_iter():
+            client.expire(name, 1000)
+        assert await tier.get([b"used", b"unknown", b"used"]) == [b"1", None, b"1"]
+        assert client.ttl("halimede:redis:used") == pytest.approx(7 * DAY_S, abs=60)
+        assert 900 < client.ttl("halimede:redis:unused") <= 1000
+        assert client.dbsize() == 2
+        await tier.close()
+
+    asyncio.run(flow())
+
+
+def test_redis_loses_its_scripts_without_a_miss(url: str) -> None:
+    """A restarted Redis has forgotten the script; the next read loads it again."""
+
+    async def flow() -> None:
+        tier = patient_redis(url)
+        await tier.put([(b"a", b"1")])
+        assert await tier.get([b"a"]) == [b"1"]
+        Client.from_url(url).script_flush()
+        assert await tier.get([b"a"]) == [b"1"]
+        await tier.close()
+
+    asyncio.run(flow())
 
 
 def test_each_tier_forgets_after_its_time(tmp_path: Path, url: str) -> None:
@@ -695,7 +785,7 @@ def test_a_storm_of_calls_is_answered(tmp_path: Path, url: str) -> None:
         call = cache.get_or_compute(wanted(part), compute, Expect(DIMS, max_age_s))
         try:
             entries, _ = await asyncio.wait_for(call, chance.choice([0.005, 0.02, PATIENCE_S]))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return "cancelled"
         except HalimedeError:
             assert fails
@@ -749,14 +839,14 @@ def test_what_waits_to_be_written_is_bounded() -> None:
     async def flow() -> None:
         slow = Slow(writes=True)
         cache = Cache([slow])
-        dims, texts = 3072, lane.QUEUE_BYTES // (4 * 3072) + 500
+        dims, texts = 3072, guarded.QUEUE_BYTES // (4 * 3072) + 500
 
         async def compute(rows: list[int]) -> Entries:
             return Entries(np.ones((len(rows), dims), np.float32), np.ones(len(rows), np.int32))
 
         await cache.get_or_compute(wanted(some(texts), dims=dims), compute, Expect(dims))
         stats = tier_stats(cache, "slow")
-        assert 0.99 * lane.QUEUE_BYTES < stats["queue_bytes"] <= lane.QUEUE_BYTES
+        assert 0.99 * guarded.QUEUE_BYTES < stats["queue_bytes"] <= guarded.QUEUE_BYTES
         slow.writes.set()
         await cache.flush()
         stats = tier_stats(cache, "slow")

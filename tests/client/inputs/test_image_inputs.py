@@ -183,6 +183,7 @@ def test_what_cannot_be_read_fails_alone(tmp_path: Path) -> None:
         assert types == [ImageTooLarge] * 2 + [InvalidImage] * (len(bad) - 2)
         for place, error in result.errors.items():
             assert str(error).startswith(f"image {place}: ")
+            assert error.index == place
             assert "s3cret" not in str(error)
         with pytest.raises(
             ImageTooLarge, match=r"image [12]: .* 10,485,761 bytes; at most 10,485,760"

@@ -167,6 +167,7 @@ def test_a_bad_image_fails_alone(embedder: Embedder, kind: str) -> None:
     assert all(isinstance(result.errors[at], InvalidImage) for at in (1, 2, 3, 4))
     assert isinstance(result.errors[5], ImageTooLarge)
     assert all(str(error).startswith(f"image {at}") for at, error in result.errors.items())
+    assert all(error.index == at for at, error in result.errors.items())
     with pytest.raises(InvalidImage, match="image 2"):
         embedder.embed_images([PICTURES[0], PICTURES[3], BROKEN[1]])
     assert len(embedder.embed_images(BROKEN, errors="collect")) == 0

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from halimede.cache import Cache, Disk, Entries, Expect, Memory, Redis, Tier, keys
-from halimede.providers import hashing
+from halimede.providers.hash import hash_embeddings, hash_space
 from halimede_ops.errors import HalimedeError
 from halimede_tools.bench import closed_loop, redis_server
 from halimede_tools.progress import Progress, console
@@ -76,7 +76,7 @@ async def _read(
     """Seconds for all texts, a batch after the other."""
 
     async def read(batch: Sequence[bytes]) -> None:
-        wanted = keys(batch, space=hashing.space(), precision="fp32", input_type=None, dims=DIMS)
+        wanted = keys(batch, space=hash_space(), precision="fp32", input_type=None, dims=DIMS)
         await cache.get_or_compute(wanted, compute, Expect(DIMS))
 
     load = await closed_loop.coroutines(read, _batches(texts), 1)
@@ -89,7 +89,7 @@ def _batches(texts: Sequence[bytes]) -> list[Sequence[bytes]]:
 
 
 async def _compute(rows: list[int]) -> Entries:
-    vectors = hashing.embed([str(row).encode() for row in rows], DIMS)
+    vectors = hash_embeddings([str(row).encode() for row in rows], DIMS)
     return Entries(vectors, np.zeros(len(rows), np.int32))
 
 
@@ -101,7 +101,9 @@ def _hash_rates(texts: Sequence[bytes], progress: Progress) -> list[float]:
     rates = []
     for _ in range(ROUNDS):
         with progress.step("hash"):
-            load = closed_loop.threads(lambda batch: hashing.embed(batch, DIMS), _batches(texts), 1)
+            load = closed_loop.threads(
+                lambda batch: hash_embeddings(batch, DIMS), _batches(texts), 1
+            )
         load.raise_errors()
         rates.append(len(texts) / load.seconds)
     return rates

@@ -10,15 +10,14 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from halimede.config.environment import CHECKOUT
 from halimede_tools.progress import console
-from halimede_tools.settings import ROOT
 
-_DOCS = ROOT / "docs" / "benchmarks"
-FOLDER = _DOCS if _DOCS.is_dir() else Path()
+FOLDER = CHECKOUT / "docs" / "benchmarks" if CHECKOUT else Path()
 """Where reports are written."""
 
 
@@ -48,7 +47,7 @@ def origin(command: str, model: str, packages: Sequence[str]) -> str:
     processor, cores and versions of the `packages` that are installed.
     """
     return (
-        f"`{command}`, {datetime.now(timezone.utc):%Y-%m-%d}, {_source()}, {model}.\n"
+        f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, {_source()}, {model}.\n"
         f"{_processor()}, {len(os.sched_getaffinity(0))} cores, "
         f"{', '.join([f'Python {platform.python_version()}', *_versions(packages)])}."
     )
@@ -85,11 +84,11 @@ def _versions(packages: Sequence[str]) -> list[str]:
 
 
 def _source() -> str:
-    if not (ROOT / ".git").exists():
+    if CHECKOUT is None or not (CHECKOUT / ".git").exists():
         return f"halimede {importlib.metadata.version('halimede')}"
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],  # noqa: S607
-        cwd=ROOT,
+        cwd=CHECKOUT,
         capture_output=True,
         text=True,
         check=False,

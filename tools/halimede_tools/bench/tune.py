@@ -59,7 +59,7 @@ class Way:
     micro_batch_tokens: int = batching.MICRO_BATCH_TOKENS
 
     def parameters(self) -> dict[str, str]:
-        """As model_config.pbtxt has it."""
+        """As config.pbtxt has it."""
         return {
             "provider": self.provider,
             "intra_op_thread_count": str(self.threads),

@@ -25,16 +25,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from halimede_ops import fusion, spec, text
-from halimede_repository import configs
 from halimede_engine import session
-from halimede_repository import checksums
+from halimede_ops import fusion, spec, text
 from halimede_ops.errors import InvalidModel
 from halimede_ops.fusion import Fusion
 from halimede_ops.spec import ModelSpec
+from halimede_repository import checksums, configs
 from halimede_tools.build import model_config
-from halimede_tools.build.samples import pictures
 from halimede_tools.build.model_config import Pin
+from halimede_tools.build.samples import pictures
 
 RECIPE = 4
 """To be raised when the build makes another graph, or other vectors, of the same weights, precision

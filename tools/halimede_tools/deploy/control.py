@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from halimede.pipeline import loop
-from halimede.providers.triton.connection import Connection, Tls
+from halimede.providers.triton.connection import Call, Connection, Tls
 from halimede_launch.start import CONTROL_HEADER
 from halimede_ops.errors import AccessDenied, DeployError, HalimedeError, ServerError
 
@@ -45,7 +46,10 @@ class Control:
             ServerUnreachable: nothing answers.
             AccessDenied: the server wants a key, or another one.
         """
-        index = self._told("get_model_repository_index", timeout_s=TIMEOUT_S)
+        index = self._call(
+            lambda client, limit: client.get_model_repository_index(headers=self._headers, **limit),
+            TIMEOUT_S,
+        )
         if self._triton.is_grpc:
             told = [(one.name, one.version, one.state) for one in index.models]
         else:
@@ -65,7 +69,7 @@ class Control:
         """
         for model in models:
             try:
-                self._told("load_model", model, timeout_s=LOAD_TIMEOUT_S)
+                self._call(functools.partial(self._load, model), LOAD_TIMEOUT_S)
             except (ServerError, AccessDenied):
                 raise
             except HalimedeError as error:
@@ -80,13 +84,16 @@ class Control:
             HalimedeError: as `loaded`.
         """
         for model in models:
-            options = {"unload_dependents": True, "timeout_s": TIMEOUT_S}
-            self._told("unload_model", model, **options)
+            self._call(functools.partial(self._unload, model), TIMEOUT_S)
 
-    def _told(self, method: str, *arguments: Any, **options: Any) -> Any:
-        return loop.shared().wait(
-            self._triton.call(method, *arguments, headers=self._headers, **options)
-        )
+    def _load(self, model: str, client: Any, limit: dict[str, float]) -> Any:
+        return client.load_model(model, headers=self._headers, **limit)
+
+    def _unload(self, model: str, client: Any, limit: dict[str, float]) -> Any:
+        return client.unload_model(model, headers=self._headers, unload_dependents=True, **limit)
+
+    def _call(self, send: Call, timeout_s: float) -> Any:
+        return loop.shared().wait(self._triton.call(send, timeout_s))
 
 
 def _reason(message: str) -> str:

@@ -51,7 +51,7 @@ class Deployment:
         waiting = candidates.found(self._names(), self.folder)
         if not waiting:
             raise DeployError(
-                f"{self.model} has no candidate. Build one: python -m halimede_tools build MODEL "
+                f"{self.model} has no candidate. Build one: halimede build MODEL "
                 f"--name {self.model} --candidate"
             )
         return waiting

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from halimede import Config, Embedder
-from halimede.providers.base import optional
+from halimede.extras import import_optional
 from halimede.providers.triton.provider import Options
 from halimede_ops import vectors
 from halimede_tools.build import candidates
@@ -94,7 +94,7 @@ def export(found: Iterable[Shadow], path: Path) -> None:
     Raises:
         MissingExtra: prometheus-client is not installed.
     """
-    prometheus = optional("prometheus_client", "metrics")
+    prometheus = import_optional("prometheus_client", "metrics")
     registry = prometheus.CollectorRegistry()
     labels = ("model", "version", "statistic")
     cosine = prometheus.Gauge(

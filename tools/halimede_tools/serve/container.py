@@ -13,6 +13,7 @@ from typing import Any
 
 from halimede_ops.errors import ServeError
 from halimede_tools.serve import wheel
+from halimede_tools.serve.options import Options
 
 IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
 """The same Triton release as the wheel's."""
@@ -88,7 +89,7 @@ class Container:
 
 @contextlib.contextmanager
 def serve(
-    repository: Path, python_backend: Path, options: wheel.Options, image: str = IMAGE
+    repository: Path, python_backend: Path, options: Options, image: str = IMAGE
 ) -> Iterator[Container]:
     """A container that is ready; stopped and removed on leaving.
 
@@ -113,12 +114,12 @@ def serve(
 
 def mounts(repository: Path, python_backend: Path) -> dict[str, Path]:
     """Path in the container → path here, all read-only."""
-    ours = {f"{BACKENDS}/{name}": python_backend / name for name in OURS}
-    start = {f"{START}/{name}": python_backend / name for name in LAUNCH}
+    ours = {f"{BACKENDS}/{name}": wheel.source_of(name, python_backend) for name in OURS}
+    start = {f"{START}/{name}": wheel.source_of(name, python_backend) for name in LAUNCH}
     return {MODELS: repository, **ours, **start}
 
 
-def command(options: wheel.Options) -> list[str]:
+def command(options: Options) -> list[str]:
     """What the container runs: add the packages our backends need, then start Triton."""
     packages = [f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES]
     # tokenizers' dependencies only download models; pip's notice of a new pip would hide why
@@ -147,7 +148,7 @@ def _engine() -> Any:
         ) from None
 
 
-def _create(engine: Any, mounted: dict[str, Path], options: wheel.Options, image: str) -> Any:
+def _create(engine: Any, mounted: dict[str, Path], options: Options, image: str) -> Any:
     from docker import types
 
     address = socket.gethostbyname(options.host)  # the engine takes no names

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from typing import NoReturn
 
 from halimede import Embedder
 from halimede.models import catalogue
@@ -15,7 +16,8 @@ from halimede_repository import configs
 from halimede_tools.build.plan import PRECISIONS, build, order
 from halimede_tools.build.repository import served_name
 from halimede_tools.build.steps import console
-from halimede_tools.serve import wheel
+from halimede_tools.serve import joining, wheel
+from halimede_tools.serve.options import Options
 from halimede_tools.settings import Settings
 
 SAMPLE = "hello world"
@@ -24,28 +26,58 @@ SHORT_LIVES = 3
 """A server that ends sooner than this after its start, so many times in a row, will again."""
 
 
-def serve(settings: Settings, options: wheel.Options, runtime: str) -> None:
+def serve(settings: Settings, options: Options, runtime: str) -> None:
     """Serve until SIGINT or SIGTERM; a server that ends by itself is started again.
+
+    Of a model that is not built yet the first precision is built and served; the others are built
+    beside the server, and each joins it when it is checked.
 
     Raises:
         BuildError: a model that is missing could not be built.
         ServeError: the server could not be started, or ended soon after.
     """
     with _interrupted_by_sigterm():
-        for model in _missing(settings, options):
-            build(order(model), settings)
         try:
-            short = 0
-            while short < SHORT_LIVES:
-                began = time.monotonic()
-                with _runtime(runtime, settings, options) as server:
-                    show(options)
-                    ended = _ended(server)
-                short = short + 1 if time.monotonic() - began < SHORT_S else 0
-                console.print(f"{ended}; it is started again")
-            raise ServeError(f"{ended}; {short} times soon after its start")
+            builds = _build_first(settings, options)
+            log = settings.run(options.grpc_port) / "build.log"
+            with joining.building(builds, options, log) as joined:
+                _keep_running(settings, options, runtime, builds, joined)
         except KeyboardInterrupt:
             console.print("stopped")
+
+
+def _keep_running(
+    settings: Settings,
+    options: Options,
+    runtime: str,
+    builds: Sequence[joining.Build],
+    joined: Collection[str],
+) -> NoReturn:
+    short = 0
+    while short < SHORT_LIVES:
+        began = time.monotonic()
+        pending = {name for build in builds for name in build.ensembles} - {*joined}
+        built = _without(pending, settings, options)
+        with _runtime(runtime, settings, built) as server:
+            show(built)
+            if pending:
+                console.print(f"  Being built, joins when checked: {', '.join(sorted(pending))}")
+            ended = _ended(server)
+        short = short + 1 if time.monotonic() - began < SHORT_S else 0
+        console.print(f"{ended}; it is started again")
+    raise ServeError(f"{ended}; {short} times soon after its start")
+
+
+def become(settings: Settings, options: Options) -> NoReturn:
+    """Replace this process by Triton, as a container wants it; build nothing.
+
+    Raises:
+        ServeError: as `wheel.become`.
+    """
+    backends = settings.backends or wheel.lay_out(
+        settings.python_backend, settings.run(options.grpc_port) / "backends"
+    )
+    wheel.become(settings.repository, backends, options)
 
 
 def _ended(server: wheel.Running) -> str:
@@ -59,7 +91,7 @@ def _ended(server: wheel.Running) -> str:
 
 
 def _runtime(
-    runtime: str, settings: Settings, options: wheel.Options
+    runtime: str, settings: Settings, options: Options
 ) -> contextlib.AbstractContextManager[wheel.Running]:
     if runtime == "wheel":
         run = settings.run(options.grpc_port)
@@ -73,24 +105,44 @@ def _runtime(
     raise ServeError(f"runtime {runtime!r} is unknown; use wheel or docker")
 
 
-def _missing(settings: Settings, options: wheel.Options) -> list[str]:
-    """Models of the catalogue that are asked for and not built; none named asks for the default."""
-    asked = options.models or tuple(_all_precisions(catalogue.DEFAULT))
-    return sorted(
-        {
-            model.name
-            for model in catalogue.MODELS
-            for name in _all_precisions(model.name)
-            if name in asked and not configs.is_built(settings.repository / name)
-        }
-    )
+def _build_first(settings: Settings, options: Options) -> list[joining.Build]:
+    """Build the first precision of each model of the catalogue that is asked for and has none yet;
+    the builds of its others. Without names the default model is asked for.
+    """
+    later = []
+    for model, precisions in _asked(options).items():
+        missing = [
+            precision
+            for precision in precisions
+            if not configs.is_built(settings.repository / served_name(model, precision))
+        ]
+        if missing == precisions:
+            build(order(model, precisions=(missing.pop(0),)), settings)
+        if missing:
+            later.append(joining.Build(model, tuple(missing)))
+    return later
 
 
-def _all_precisions(model: str) -> list[str]:
-    return [served_name(model, precision) for precision in PRECISIONS]
+def _asked(options: Options) -> dict[str, list[str]]:
+    """Model of the catalogue → its precisions that are asked for."""
+    if not options.models:
+        return {catalogue.DEFAULT: list(PRECISIONS)}
+    asked = {
+        model.name: [one for one in PRECISIONS if served_name(model.name, one) in options.models]
+        for model in catalogue.models()
+    }
+    return {model: precisions for model, precisions in asked.items() if precisions}
 
 
-def show(options: wheel.Options) -> None:
+def _without(pending: Collection[str], settings: Settings, options: Options) -> Options:
+    """The options that serve what is asked for and not pending."""
+    if not pending:
+        return options
+    asked = options.models or configs.to_load(settings.repository)
+    return options.model_copy(update={"models": tuple(n for n in asked if n not in pending)})
+
+
+def show(options: Options) -> None:
     """Embed a sample and print what a user needs to go on."""
     model = (options.models or (catalogue.DEFAULT,))[0]
     http = f"http://{options.http_host}:{options.http_port}"

@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from http.client import HTTPException
@@ -22,17 +21,16 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 from urllib.request import urlopen
 
-from pydantic import BaseModel, NonNegativeInt, model_validator
-
-from halimede_launch import start, watch
+from halimede_launch import watch
 from halimede_ops.errors import ServeError
 from halimede_repository import configs
+from halimede_tools.serve import programs
+from halimede_tools.serve.options import Options as Options
+from halimede_tools.settings import PACKAGES
 
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend makes its regions
-LOOPBACK = "127.0.0.1"
-LOCAL_HOSTS = (LOOPBACK, "localhost")
 DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
@@ -41,13 +39,6 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 """Program that asks the kernel to end it with its launcher, then becomes its arguments. Not a
 preexec_fn: that runs Python between fork and exec, where gRPC's threads may crash it."""
-CONNECTION_AGE_MS = 300_000
-"""Clients connect anew this often, and so find servers that were added behind a name."""
-CONNECTION_GRACE_MS = 60_000
-"""Time for the requests of an old connection to end."""
-KEPT_MESSAGES = 1
-"""Request messages that each of Triton's threads keeps for the next requests, at the size of the
-largest they ever had: with Triton's 8, some requests of 4 MB cost 100 MB for good."""
 ENVIRONMENT = {
     # The tokenizer's own threads would compete with the engine's for the same cores.
     "TOKENIZERS_PARALLELISM": "false",
@@ -58,134 +49,8 @@ ENVIRONMENT = {
 """Of the server and its backends, here and in a container."""
 RESPONSE_CACHE_MB = "HALIMEDE_RESPONSE_CACHE_MB"
 """Environment variable that the backend `embedder` reads."""
-LOG_LEVELS = ("error", "warning", "info", "verbose")
-
-
-class Options(BaseModel):
-    """How a server is started."""
-
-    host: str = LOOPBACK
-    """Address to listen on; loopback unless asked otherwise."""
-    http_port: int = 8000
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-    log_level: str = "warning"
-    """error, warning, info or verbose."""
-    models: tuple[str, ...] = ()
-    """Models to serve, without their composing models; empty: all of the repository."""
-    steps: bool = False
-    """Whether the wheel serves each ensemble's steps, as NVIDIA's container does, instead of one
-    process that does what they do."""
-    response_cache_mb: NonNegativeInt = 0
-    """Memory of each model for what was asked before; 0: none."""
-    tls_cert: Path | None = None
-    """PEM certificate of the server: gRPC speaks TLS, and HTTP, which cannot, stays on loopback."""
-    tls_key: Path | None = None
-    """PEM key of the certificate."""
-    tls_client_ca: Path | None = None
-    """PEM certificates that sign clients: without one of theirs, a client is refused."""
-    control_key_file: Path | None = None
-    """File with the key that CONTROL_APIS ask for. Without one they are open on loopback, and
-    closed to everybody elsewhere."""
-
-    trace_url: str = ""
-    """OpenTelemetry collector that is told of requests, such as http://127.0.0.1:4318/v1/traces."""
-    trace_every: int = 100
-    """Of how many requests one is traced; one whose caller traces it always is."""
-
-    @model_validator(mode="after")
-    def _cache_has_its_process(self) -> Options:
-        if self.steps and self.response_cache_mb:
-            raise ServeError("the steps have no response cache; leave out --steps or the cache.")
-        return self
-
-    @model_validator(mode="after")
-    def _tls_is_whole(self) -> Options:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ServeError("TLS needs both --tls-cert and --tls-key.")
-        if self.tls_client_ca is not None and self.tls_cert is None:
-            raise ServeError("--tls-client-ca needs --tls-cert and --tls-key beside it.")
-        for path in (self.tls_cert, self.tls_key, self.tls_client_ca, self.control_key_file):
-            if path is not None and not os.access(path, os.R_OK):
-                raise ServeError(f"{path} cannot be read.")
-        return self
-
-    @property
-    def http_host(self) -> str:
-        """Address that HTTP listens on."""
-        return self.host if self.tls_cert is None else LOOPBACK
-
-    def ports(self) -> dict[str, int]:
-        """Ports by their names."""
-        return {"HTTP": self.http_port, "gRPC": self.grpc_port, "metrics": self.metrics_port}
-
-    def arguments(self, inside: str | None = None) -> list[str]:
-        """The arguments of tritonserver; the same for the wheel's and for NVIDIA's container.
-
-        `inside` is the address to listen on in a container whose ports are published on `host`.
-        """
-        loaded = self.models or ("*",)
-        return [
-            "--model-control-mode=explicit",
-            *[f"--load-model={model}" for model in loaded],
-            "--disable-auto-complete-config",
-            "--exit-on-error=true",
-            "--strict-readiness=true",
-            f"--http-address={inside or self.http_host}",
-            f"--http-port={self.http_port}",
-            f"--grpc-address={inside or self.host}",
-            f"--grpc-port={self.grpc_port}",
-            f"--grpc-infer-allocation-pool-size={KEPT_MESSAGES}",
-            f"--grpc-max-connection-age={CONNECTION_AGE_MS}",
-            f"--grpc-max-connection-age-grace={CONNECTION_GRACE_MS}",
-            f"--metrics-address={inside or self.host}",
-            f"--metrics-port={self.metrics_port}",
-            *_log_arguments(self.log_level),
-            *self._tls_arguments(),
-            *self._restrictions(),
-            *self._trace_arguments(),
-        ]
-
-    def _trace_arguments(self) -> list[str]:
-        if not self.trace_url:
-            return []
-        return [
-            "--trace-config=mode=opentelemetry",
-            "--trace-config=level=TIMESTAMPS",
-            "--trace-config=count=-1",
-            f"--trace-config=rate={self.trace_every}",
-            f"--trace-config=opentelemetry,url={self.trace_url}",
-            "--trace-config=opentelemetry,resource=service.name=triton",
-        ]
-
-    def _tls_arguments(self) -> list[str]:
-        if self.tls_cert is None:
-            return []
-        arguments = [f"--grpc-server-cert={self.tls_cert}", f"--grpc-server-key={self.tls_key}"]
-        if self.tls_client_ca is None:
-            return ["--grpc-use-ssl=true", *arguments]
-        return ["--grpc-use-ssl-mutual=true", *arguments, f"--grpc-root-cert={self.tls_client_ca}"]
-
-    def _restrictions(self) -> list[str]:
-        if self.control_key_file is not None:
-            key = self.control_key_file.read_text().strip()
-        elif self.host in LOCAL_HOSTS:
-            return []
-        else:
-            key = start.nobodys_key()
-        return start.restrictions(key)
-
-
-def _log_arguments(level: str) -> list[str]:
-    if level not in LOG_LEVELS:
-        raise ServeError(f"log level {level!r} is unknown; use one of {', '.join(LOG_LEVELS)}")
-    rank = LOG_LEVELS.index(level)
-    return [
-        "--log-error=true",
-        f"--log-warning={str(rank >= 1).lower()}",
-        f"--log-info={str(rank >= 2).lower()}",
-        f"--log-verbose={int(rank >= 3)}",
-    ]
+IMPORTED = ("halimede_engine", "halimede_ops", "halimede_repository")
+"""Packages of ours that the backends import."""
 
 
 class Running(Protocol):
@@ -373,7 +238,11 @@ def lay_out(python_backend: Path, folder: Path) -> Path:
     """
     wheel = _wheel()
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(python_backend, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    compiled = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(python_backend, folder, ignore=compiled)
+    for package in IMPORTED:
+        if not (folder / package).exists():
+            shutil.copytree(source_of(package, python_backend), folder / package, ignore=compiled)
     python = folder / "python"
     python.mkdir()
     for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
@@ -381,9 +250,17 @@ def lay_out(python_backend: Path, folder: Path) -> Path:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = wheel / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.exists():
-        raise ServeError(f"Triton's wheel has no stub for Python {version}; use 3.10 to 3.13")
+        raise ServeError(f"Triton's wheel has no stub for Python {version}; use 3.11 or 3.12")
     shutil.copy2(stub, python)
     return folder
+
+
+def source_of(name: str, python_backend: Path) -> Path:
+    """The folder of a backend, or of a package that backends import: in a checkout they lie side by
+    side, in an installed wheel the packages lie in site-packages.
+    """
+    path = python_backend / name
+    return path if path.exists() else PACKAGES / name
 
 
 def _environment(options: Options) -> dict[str, str]:
@@ -403,19 +280,15 @@ def libpython() -> Path:
     """The shared library of the running Python, which Triton's stub links.
 
     Raises:
-        ServeError: it is not there; the message names the package that brings it.
+        ServeError: it is not there; the message names the package that has it.
     """
-    name = sysconfig.get_config_var("INSTSONAME")
-    folders = [sysconfig.get_config_var("LIBDIR"), "/usr/lib/x86_64-linux-gnu", "/usr/lib64"]
-    for folder in folders:
-        path = Path(folder or "/") / str(name)
-        if str(name).endswith((".so", ".so.1.0")) and path.exists():
-            return path
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    raise ServeError(
-        f"libpython{version}.so.1.0 was not found. On Debian and Ubuntu run: "
-        f"apt-get install libpython{version}"
-    )
+    path = programs.libpython()
+    if path is None:
+        raise ServeError(
+            f"lib{programs.PYTHON}.so.1.0 was not found. On Debian and Ubuntu run: "
+            f"{programs.is_missing('libpython')}"
+        )
+    return path
 
 
 def check_ports(options: Options) -> None:
@@ -442,15 +315,16 @@ def check_models(repository: Path, options: Options) -> None:
     Raises:
         ServeError: one is not.
     """
-    served = {path.parent.name for path in repository.glob("*/config.pbtxt")}
+    listed = {path.parent.name: path for path in repository.glob("*/config.pbtxt")}
     for model in options.models:
-        if model not in served:
+        if model not in listed:
             raise ServeError(
-                f"{model!r} is not in the repository; it has: {', '.join(sorted(served))}"
+                f"{model!r} is not in the repository; it has: {', '.join(sorted(listed))}"
             )
-    for name in served:
-        if not configs.is_built(repository / name):
-            raise ServeError(f"{name} is not built. Run: make build")
+    for model in options.models or listed:
+        for name in (model, *configs.steps(listed[model].read_text())):
+            if not configs.is_built(repository / name):
+                raise ServeError(f"{name} is not built. Run: make build")
 
 
 def is_ready_within(timeout_s: float, server: Running, http_address: str) -> bool:

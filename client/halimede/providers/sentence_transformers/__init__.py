@@ -1,4 +1,4 @@
-"""sentence-transformers in a process of its own."""
+"""sentence-transformers in a subprocess."""
 
 from halimede.providers.sentence_transformers.provider import Options, connect
 

@@ -1,7 +1,7 @@
-"""sentence-transformers in a process of its own, spoken to in JSON lines.
+"""sentence-transformers in a subprocess that speaks JSON lines.
 
-A process of its own keeps PyTorch's memory and threads out of this one, and may die without
-taking it along: it is started again.
+The subprocess keeps PyTorch's memory and threads out of this process. If it dies, it is started
+again.
 """
 
 from __future__ import annotations
@@ -19,38 +19,42 @@ from typing import Any
 import numpy as np
 from pydantic import PositiveFloat
 
-from halimede.inputs.items import Kind, parts
-from halimede.providers import base
+from halimede.extras import check_installed
+from halimede.inputs.content import InputKind, serialise
+from halimede.providers.answers import fingerprint, truncate, unknown_tokens
 from halimede.providers.base import Answer, Request
 from halimede.providers.base import Options as BaseOptions
+from halimede.providers.http_errors import timed_out
+from halimede.providers.input_kinds import check_texts, texts_of
 from halimede.results import IMAGE, ServedModel
 from halimede_ops import errors
 
 WORKER = "halimede.providers.sentence_transformers.worker"
 MAX_BATCH_SIZE = 128
-LONGEST_LINE_BYTES = 2**30
+MAX_LINE_BYTES = 2**30
 CLOSE_TIMEOUT_S = 5.0
 
 
 class Options(BaseOptions):
-    """A model that sentence-transformers runs."""
+    """A model run by sentence-transformers."""
 
     provider: str = "sentence_transformers"
     path: Path | None = None
-    """Folder of the model; else `model_id` is its name on the Hugging Face Hub."""
+    """Folder of the model. None: `model_id` is its name on the Hugging Face Hub."""
     device: str = "cpu"
+    """PyTorch device that runs the model, such as `cpu` or `cuda`."""
     start_timeout_s: PositiveFloat = 120.0
-    """Longest wait for the process to load the model."""
+    """Maximum time for the subprocess to load the model."""
 
 
 def connect(options: Options) -> SentenceTransformers:
-    """The provider for these options; its process starts on first use."""
-    base.installed("sentence_transformers", "sentence-transformers")
+    """Return the provider for these options. Its subprocess starts on first use."""
+    check_installed("sentence_transformers", "sentence-transformers")
     return SentenceTransformers(options)
 
 
 class SentenceTransformers:
-    """One model in one process. The process is started again when it has died."""
+    """A model in a subprocess, which is started again after it died."""
 
     def __init__(self, options: Options) -> None:
         self.name = f"sentence_transformers:{options.model_id}"
@@ -59,45 +63,55 @@ class SentenceTransformers:
         self._worker: _Worker | None = None
 
     async def close(self) -> None:
-        """End the process; a second call does nothing."""
+        """End the subprocess. A second call does nothing."""
         worker, self._worker = self._worker, None
         if worker is not None:
             await worker.close()
 
-    async def describe(self, timeout_s: float, kind: Kind | None = None) -> ServedModel:
-        """The model that the process has loaded."""
+    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
+        """Return the loaded model.
+
+        Raises:
+            UnsupportedInput: it does not embed this kind.
+        """
         model = (await self._running()).model
         if kind == "image" and model.image_model:
             return dataclasses.replace(model, input="image", max_tokens=0)
-        base.check_texts(kind, self.name)
+        check_texts(kind, self.name)
         return model
 
     async def health(self, timeout_s: float) -> None:
-        """Nothing when a probe text is embedded."""
+        """Raise unless a probe text can be embedded."""
         await self.embed(Request([b"health"]), timeout_s)
 
     async def embed(self, request: Request, timeout_s: float) -> Answer:
-        """The answer of the process."""
+        """Return the answer of the subprocess.
+
+        Raises:
+            UnsupportedInput: the model does not embed this kind.
+        """
         worker = await self._running()
+        message: dict[str, Any]
         if request.kind == "image" and worker.model.image_model:
-            images = [b"".join(parts(image)) for image in request.items]
-            asked: dict[str, Any] = {"images": [base64.b64encode(one).decode() for one in images]}
+            images = [serialise(image) for image in request.inputs]
+            message = {"images": [base64.b64encode(image).decode() for image in images]}
         else:
-            texts = base.texts(request, self.name)
-            asked = {"texts": [text.decode() for text in texts], "input_type": request.input_type}
+            texts = texts_of(request, self.name)
+            message = {"texts": [text.decode() for text in texts], "input_type": request.input_type}
         try:
-            told = await asyncio.wait_for(worker.ask(asked), timeout_s)
-        except asyncio.TimeoutError:
+            answer = await asyncio.wait_for(worker.request(message), timeout_s)
+        except TimeoutError:
             if worker.is_stuck(timeout_s):
                 await self.close()
-            raise base.too_late(self.name, timeout_s) from None
-        count = len(request.items)
-        vectors = np.frombuffer(base64.b64decode(told["vectors"]), "<f4").reshape(count, -1)
+            raise timed_out(self.name, timeout_s) from None
+        count = len(request.inputs)
+        vectors = np.frombuffer(base64.b64decode(answer["vectors"]), "<f4").reshape(count, -1)
+        has_tokens = "tokens" in answer
         return Answer(
-            base.cut(np.array(vectors), request.dimensions),
-            np.array(told["tokens"], np.int32) if "tokens" in told else base.unknown_tokens(count),
+            truncate(np.array(vectors), request.dimensions),
+            np.array(answer["tokens"], np.int32) if has_tokens else unknown_tokens(count),
             worker.model,
-            _images(told["images"]) if "images" in told else None,
+            _images(answer["images"]) if "images" in answer else None,
         )
 
     async def _running(self) -> _Worker:
@@ -114,20 +128,20 @@ class SentenceTransformers:
             WORKER,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            # What libraries print there may hold a text.
+            # Libraries may print a text there.
             stderr=asyncio.subprocess.DEVNULL,
-            limit=LONGEST_LINE_BYTES,
+            limit=MAX_LINE_BYTES,
         )
         worker = _Worker(self.name, process)
         opening = {"model": str(self._options.path or self._options.model_id)}
         try:
             facts = await asyncio.wait_for(
-                worker.ask({**opening, "device": self._options.device}),
+                worker.request({**opening, "device": self._options.device}),
                 self._options.start_timeout_s,
             )
-        except asyncio.TimeoutError:
+        except TimeoutError:
             await worker.close()
-            raise base.too_late(self.name, self._options.start_timeout_s) from None
+            raise timed_out(self.name, self._options.start_timeout_s) from None
         except BaseException:
             await worker.close()
             raise
@@ -137,9 +151,8 @@ class SentenceTransformers:
     def _served(self, facts: dict[str, Any]) -> ServedModel:
         return ServedModel(
             name=self._options.model_id,
-            # Of the weights in its memory; never the space of a built model, whose fingerprint
-            # covers its files.
-            space=base.fingerprint("sentence_transformers", facts["weights"]),
+            # A fingerprint of the weights in memory. A built model's covers its files instead.
+            space=fingerprint("sentence_transformers", facts["weights"]),
             precision=facts["precision"],
             dims=facts["dims"],
             max_tokens=facts["max_tokens"],
@@ -149,12 +162,12 @@ class SentenceTransformers:
         )
 
 
-def _images(told: list[tuple[int, int, str]]) -> np.ndarray:
-    return np.array([(width, height, name.encode()) for width, height, name in told], IMAGE)
+def _images(facts: list[tuple[int, int, str]]) -> np.ndarray:
+    return np.array([(width, height, name.encode()) for width, height, name in facts], IMAGE)
 
 
 class _Worker:
-    """A process and the requests it has not answered."""
+    """A subprocess and the requests that it has not answered."""
 
     model: ServedModel
 
@@ -168,15 +181,15 @@ class _Worker:
 
     @property
     def is_running(self) -> bool:
-        """Whether it can be asked."""
+        """Whether it accepts requests."""
         return self._process.returncode is None and not self._listening.done()
 
     def is_stuck(self, timeout_s: float) -> bool:
-        """Whether it has answered nobody for this long."""
+        """Whether it has answered no request for this long."""
         return time.monotonic() - self._answered_at > timeout_s
 
-    async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What the process answers to one request.
+    async def request(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer to a message.
 
         Raises:
             ServerUnreachable: it died.
@@ -188,7 +201,7 @@ class _Worker:
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         try:
-            stdin.write(json.dumps({"id": number, **request}).encode() + b"\n")
+            stdin.write(json.dumps({"id": number, **message}).encode() + b"\n")
             await stdin.drain()
             return await answer
         except OSError:
@@ -201,29 +214,30 @@ class _Worker:
             self._process.stdin.close()
         try:
             await asyncio.wait_for(self._process.wait(), CLOSE_TIMEOUT_S)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             self._process.kill()
             await self._process.wait()
         await asyncio.wait({self._listening})
 
     async def _listen(self) -> None:
-        """Hand each line to who waits for it, until the process ends."""
+        """Give each answer to the request that waits for it, until the process ends."""
         out = self._process.stdout
         while out is not None and (line := await out.readline()):
             self._answered_at = time.monotonic()
-            told = json.loads(line)
-            waiting = self._waiting.get(told["id"])
+            answer = json.loads(line)
+            waiting = self._waiting.get(answer["id"])
             if waiting is None or waiting.done():
                 continue
-            if "error" in told:
-                waiting.set_exception(getattr(errors, told["error"])(told["message"]))
+            if "error" in answer:
+                error_class = getattr(errors, answer["error"])
+                waiting.set_exception(error_class(answer["message"], **answer.get("place", {})))
             else:
-                waiting.set_result(told)
+                waiting.set_result(answer)
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(self._died())
 
     def _died(self) -> errors.ServerUnreachable:
         return errors.ServerUnreachable(
-            f"the process of {self._name} ended; it is started again by the next request."
+            f"the process of {self._name} ended. The next request starts it again."
         )

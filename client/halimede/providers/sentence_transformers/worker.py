@@ -1,9 +1,10 @@
-"""The process behind the provider sentence_transformers: JSON lines in, JSON lines out.
+"""The subprocess of the provider sentence_transformers: JSON lines in, JSON lines out.
 
 The first line opens a model: `{"id": 0, "model": …, "device": …}`; each other line embeds:
 `{"id": n, "texts": […], "input_type": …}` or `{"id": n, "images": [base64 of a file, …]}`. Answers
-carry the same id; an error is `{"id": n, "error": class of halimede_ops.errors, "message": …}`. It
-ends with its stdin.
+carry the same id. An error is `{"id": n, "error": class of halimede_ops.errors, "message": …}`, and
+has `"place": {"subject": "image", "index": …}` if it is about one image. The process ends with its
+stdin.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from typing import Any
 
 import numpy as np
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def main() -> None:
-    """Answer stdin's lines on stdout until it ends."""
-    # What libraries print must not stand between the answers.
+    """Answer the lines of stdin on stdout until stdin ends."""
+    # Libraries print to stderr, so that their words do not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     model: Any = None
@@ -40,7 +40,7 @@ def main() -> None:
         except MemoryError:
             answer = {"error": "OutOfMemory", "message": "no memory for this many texts."}
         except _Refused as refused:
-            answer = {"error": refused.error, "message": str(refused)}
+            answer = {"error": refused.error, "message": str(refused), "place": refused.place}
         except Exception as error:  # its words may hold a text or a path
             name = "ServerError" if model is not None else "InvalidModel"
             answer = {"error": name, "message": f"the model failed ({type(error).__name__})."}
@@ -49,12 +49,13 @@ def main() -> None:
 
 
 class _Refused(Exception):
-    """What the caller gave is wrong."""
+    """The request is invalid."""
 
-    def __init__(self, error: str, message: str) -> None:
+    def __init__(self, error: str, message: str, **place: str | int) -> None:
         super().__init__(message)
         self.error = error
-        """Class of halimede_ops.errors."""
+        """Name of a class of halimede_ops.errors."""
+        self.place = place
 
 
 def _open(name: str, device: str) -> Any:
@@ -75,7 +76,7 @@ def _facts(model: Any) -> dict[str, Any]:
 
 
 def _fingerprint(model: Any) -> str:
-    """SHA-256 of all that a vector depends on: weights, modules, tokenizer, prompts, limit."""
+    """SHA-256 of what decides a vector: weights, modules, tokenizer, prompts, token limit."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -103,19 +104,25 @@ def _embed_images(model: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _picture(data: bytes, row: int) -> tuple[Any, str]:
-    """The picture as built models see it, and the name of its format."""
+    """Return the picture as built models see it, and the name of its format."""
     from PIL import Image, ImageOps
+
+    from halimede_ops.image import FORMATS, NAMES
 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            name = "JPEG" if image.format == "MPO" else str(image.format)
+            name = NAMES.get(str(image.format), str(image.format))
             return ImageOps.exif_transpose(image).convert("RGB"), name
     except Image.DecompressionBombError:
-        raise _Refused("ImageTooLarge", f"image {row} has too many pixels.") from None
+        raise _Refused(
+            "ImageTooLarge", "has too many pixels.", subject="image", index=row
+        ) from None
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise _Refused(
             "InvalidImage",
-            f"image {row} is none of {', '.join(FORMATS)}, or damaged ({type(error).__name__}).",
+            f"is none of {', '.join(FORMATS)}, or damaged ({type(error).__name__}).",
+            subject="image",
+            index=row,
         ) from None
 
 

@@ -1,8 +1,8 @@
-"""A canary: a share of a model's requests is answered by the candidate that is served beside it.
+"""A canary: the candidate that is served beside a model answers a share of its requests.
 
-Triton cannot split traffic, so the client does. A key falls on the same point between 0 and 1 each
-time, and the candidate has the points below its share: a key that it answers stays with it while
-the share grows. Each candidate has points of its own, or the same keys would try every new version.
+Triton cannot split traffic, so the client does. Each key is hashed to a point between 0 and 1, and
+the candidate answers keys whose point is below its share. So a key stays with the candidate while
+the share grows. The candidate's version is part of the hash, so that other keys try each candidate.
 """
 
 from __future__ import annotations
@@ -16,39 +16,39 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from halimede.inputs.items import Item, parts
+from halimede.inputs.content import serialise
 from halimede.pipeline.latest import Latest
 from halimede.pipeline.requests import together
-from halimede.providers.base import Answer, Request, joined
+from halimede.providers.base import Answer, Request, concatenate, reindexed
 from halimede.results import ServedModel
 from halimede_ops.errors import HalimedeError, InvalidInput
 
 CHECK_S = 2.0
-"""Age at which what was heard of a candidate is asked again: a changed share is followed by every
-request that is sent so much later."""
+"""Seconds between two reads of a candidate's config: every later request follows a new share."""
 Ask = Callable[[Request], Awaitable[Answer]]
 
 
 class Watch:
-    """What is heard of a candidate, asked again every CHECK_S seconds."""
+    """A model's candidate, read again every CHECK_S seconds."""
 
     def __init__(self, read: Callable[[], Awaitable[ServedModel | None]]) -> None:
-        self._reading = Latest(read)
-        self._heard: ServedModel | None = None
-        self._at = -math.inf
+        self._reader = Latest(read)
+        self._candidate: ServedModel | None = None
+        self._read_at = -math.inf
 
-    async def look(self) -> ServedModel | None:
-        """The candidate as it was at most CHECK_S ago; None: there is none."""
-        if time.monotonic() - self._at >= CHECK_S:
-            with contextlib.suppress(HalimedeError):  # the next look may succeed
-                self._heard = await self._reading.read()
-            self._at = time.monotonic()
-        return self._heard
+    async def candidate(self) -> ServedModel | None:
+        """Return the candidate as it was at most CHECK_S ago. None if there is none."""
+        if time.monotonic() - self._read_at >= CHECK_S:
+            with contextlib.suppress(HalimedeError):  # the next read may succeed
+                self._candidate = await self._reader.read()
+            self._read_at = time.monotonic()
+        return self._candidate
 
 
 def may_answer(candidate: ServedModel, served: ServedModel) -> bool:
-    """Whether a candidate answers a share of what the served model is asked: what a result says of
-    its vectors must hold for those of both.
+    """Whether a candidate may answer a share of the served model's requests.
+
+    What a result says of its vectors must hold for the vectors of both.
     """
     return (
         candidate.share > 0
@@ -58,9 +58,9 @@ def may_answer(candidate: ServedModel, served: ServedModel) -> bool:
     )
 
 
-def taken(request: Request, candidate: ServedModel) -> np.ndarray:
-    """`[items]` bool: which items the candidate answers."""
-    keys = [_key(item) for item in request.items]
+def is_canary(request: Request, candidate: ServedModel) -> np.ndarray:
+    """`[inputs]` bool: which inputs the candidate answers."""
+    keys = [serialise(content) for content in request.inputs]
     if request.sticky_key is not None:
         keys = [request.sticky_key] * len(keys)
     return np.array([_point(key, candidate.version) < candidate.share for key in keys], np.bool_)
@@ -69,36 +69,38 @@ def taken(request: Request, candidate: ServedModel) -> np.ndarray:
 async def split(
     request: Request, candidate: ServedModel, by_candidate: Ask, by_served: Ask
 ) -> Answer:
-    """The answer of both, each asked for its items; the served model answers for a candidate that
-    fails, as one does that was just promoted or taken away.
+    """Return the joined answer of both, each for its own inputs.
+
+    The served model answers for a candidate that fails, such as one that was just promoted or
+    unloaded.
     """
-    takes = taken(request, candidate)
+    by_canary = is_canary(request, candidate)
 
     async def candidate_or_served(part: Request) -> Answer:
         try:
             return await by_candidate(part)
-        except InvalidInput:  # it is the items' fault
+        except InvalidInput:  # the served model would refuse it as well
             raise
         except HalimedeError:
             return await by_served(part)
 
-    rows = [np.flatnonzero(takes), np.flatnonzero(~takes)]
+    async def answer(ask: Ask, part: np.ndarray) -> Answer:
+        with reindexed(part.tolist()):
+            return await ask(request.select(part))
+
+    rows = [np.flatnonzero(by_canary), np.flatnonzero(~by_canary)]
     answers = await together(
         [
-            functools.partial(ask, request.of(part))
+            functools.partial(answer, ask, part)
             for ask, part in zip((candidate_or_served, by_served), rows, strict=True)
             if len(part)
         ],
         len(rows),
     )
-    return joined(answers).of(np.argsort(np.concatenate(rows)))
-
-
-def _key(item: Item) -> bytes:
-    return item if isinstance(item, bytes) else b"".join(parts(item))
+    return concatenate(answers).select(np.argsort(np.concatenate(rows)))
 
 
 def _point(key: bytes, version: str) -> float:
-    """Where a key falls for a version, from 0 to 1."""
+    """Hash a key and a version to a point from 0 to 1."""
     digest = hashlib.blake2b(key, digest_size=8, key=version.encode()).digest()
     return int.from_bytes(digest, "big") / 2**64

@@ -1,4 +1,4 @@
-"""A connection to one Triton server, over gRPC or HTTP, that speaks in halimede's errors."""
+"""A connection to one Triton server, over gRPC or HTTP, that raises halimede's errors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import importlib
 import json
 import re
 import ssl
+from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, FilePath, model_validator
 from tritonclient.utils import InferenceServerException
 
+from halimede.providers.http_errors import is_connection_error, timed_out
 from halimede_ops import errors
 
 CODES = {
@@ -28,61 +30,66 @@ CODES = {
     "RESOURCE_EXHAUSTED": errors.OutOfMemory,
 }
 """Error class of a gRPC status name or an HTTP status code."""
-WORDED = (
+MESSAGES: tuple[tuple[str, type[errors.HalimedeError], str], ...] = (
     (
-        re.compile("maximum queue size"),
+        "maximum queue size",
         errors.ServerOverloaded,
         "the server at {} has a full queue. Back off and send again.",
     ),
     (
-        re.compile("restricted, expecting header", re.IGNORECASE),
+        "restricted, expecting header",
         errors.AccessDenied,
         "the server at {} wants its control key for this, and was given none or a wrong one. "
-        "`tools deploy` takes its file as --control-key-file.",
+        "`halimede deploy` takes its file as --control-key-file.",
     ),
     (
-        re.compile("not (?:at )?ready|is unloading|being loaded", re.IGNORECASE),
+        "not (?:at )?ready|is unloading|being loaded",
         errors.ServerUnreachable,
         "the server at {} is loading the model. Send again.",
     ),
     (  # of a model whose backend process was killed
-        re.compile("is not healthy|stub process", re.IGNORECASE),
+        "is not healthy|stub process",
         errors.ServerUnreachable,
         "a process of the server at {} has died. Start the server again, if `serve` or a container "
         "does not.",
     ),
     (  # there is no room to hand a request to a backend
-        re.compile("shared memory", re.IGNORECASE),
+        "shared memory",
         errors.OutOfMemory,
-        "the server at {} has too little shared memory for this. Give it a larger /dev/shm, or "
-        "send less at once.",
+        "the server at {} has too little shared memory. Give it a larger /dev/shm, or send less.",
     ),
     (
-        re.compile("out of memory|bad_alloc|failed to allocate", re.IGNORECASE),
+        "out of memory|bad_alloc|failed to allocate",
         errors.OutOfMemory,
         "the server at {} has no memory left.",
     ),
 )
-"""What Triton says, whatever its code; the error that it is; what is told, with the address."""
+"""Pattern of a message of Triton's, whatever its code → error class → message, with the address."""
+PLACE = re.compile(r"(text|image) (\d+) (.*)", re.DOTALL)
+"""Subject, index and rest of a message about one text or image."""
 SCHEMES = ("grpc", "grpcs", "http", "https")
 LARGEST_MESSAGE_BYTES = 2**31 - 1
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
-    # gRPC waits up to two minutes between connections: a server's return would be noticed late.
+    # gRPC waits up to two minutes between attempts, so that a restarted server is found late.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # A connection may die unnoticed behind a balancer: while a call waits, gRPC asks twice at most
-    # (its max_pings_without_data), which servers' default limit of ping strikes takes.
+    # Behind a load balancer a connection may die unnoticed. While a call waits, gRPC pings twice at
+    # most (max_pings_without_data), which is within a server's default limit of ping strikes.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 0),
-    # A name of several servers, such as a headless service's: requests go to each in turn.
+    # Requests go in turn to all addresses of a name, such as a headless service's.
     ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
-    # A channel of its own: a dead connection must not be shared with another embedder.
+    # A dead connection must not be shared with another embedder.
     ("grpc.use_local_subchannel_pool", 1),
 ]
+
+
+Call = Callable[[Any, dict[str, float]], Awaitable[Any]]
+"""Calls a method of tritonclient's client with the keywords that limit its time."""
 
 
 class Tls(BaseModel):
@@ -91,9 +98,9 @@ class Tls(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     ca_file: FilePath | None = None
-    """Certificates that sign servers; None: those that this machine trusts."""
+    """Certificates of trusted authorities. None trusts those of this machine."""
     cert_file: FilePath | None = None
-    """Certificate of this client, for servers that ask for one."""
+    """Certificate of this client, for servers that request one."""
     key_file: FilePath | None = None
     """Key of the certificate."""
 
@@ -104,13 +111,13 @@ class Tls(BaseModel):
         return self
 
     def for_grpc(self) -> dict[str, Any]:
-        """Arguments of tritonclient's gRPC client."""
+        """Return the arguments for tritonclient's gRPC client."""
         named = {"root_certificates": self.ca_file, "certificate_chain": self.cert_file}
         named["private_key"] = self.key_file
         return {name: str(path) for name, path in named.items() if path is not None}
 
     def for_http(self) -> ssl.SSLContext:
-        """Context of an HTTP client."""
+        """Return the context for an HTTP client."""
         context = ssl.create_default_context(cafile=self.ca_file)
         if self.cert_file is not None:
             context.load_cert_chain(self.cert_file, self.key_file)
@@ -118,13 +125,13 @@ class Tls(BaseModel):
 
 
 class Connection:
-    """One server's address; connected at the first call."""
+    """A connection to one server. It is opened by the first call."""
 
     def __init__(self, url: str, tls: Tls) -> None:
-        """Nothing is sent yet.
+        """Prepare a connection to a URL.
 
         Raises:
-            InvalidInput: the url is none, or is without TLS although certificates are given.
+            InvalidInput: the URL is invalid, or is without TLS although certificates are given.
         """
         scheme, self.address = parse(url, tls)
         self.is_grpc = scheme.startswith("grpc")
@@ -133,31 +140,35 @@ class Connection:
         self._tls = tls if scheme.endswith("s") else None
         self._client: Any = None
 
-    async def call(self, method: str, *arguments: Any, timeout_s: float, **options: Any) -> Any:
-        """What a method of tritonclient's returns; its errors become ours.
+    async def call(self, send: Call, timeout_s: float) -> Any:
+        """Return what `send` returns.
+
+        Args:
+            send: calls a method of tritonclient's client, given the client and the keywords that
+                limit its time.
+            timeout_s: maximum time.
 
         Raises:
             HalimedeError: the call failed.
         """
-        if self.is_grpc:
-            options["client_timeout"] = timeout_s
+        # gRPC tells the server its deadline; HTTP has none to tell.
+        time_limit = {"client_timeout": timeout_s} if self.is_grpc else {}
         with _Translated(self.address, timeout_s):
-            answer = getattr(self._connected(), method)(*arguments, **options)
+            answer = send(self._connected(), time_limit)
             return await (answer if self.is_grpc else asyncio.wait_for(answer, timeout_s))
 
     async def close(self) -> None:
-        """Close it; a second call does nothing."""
+        """Close the connection. A second call does nothing."""
         if self._client is not None:
             client, self._client = self._client, None
             await client.close()
 
     def _connected(self) -> Any:
         if self._client is None:
-            self._client = self.api.InferenceServerClient(self.address, **self._secured())
+            self._client = self.api.InferenceServerClient(self.address, **self._client_options())
         return self._client
 
-    def _secured(self) -> dict[str, Any]:
-        """The client's options, those of TLS among them."""
+    def _client_options(self) -> dict[str, Any]:
         if self.is_grpc:
             certificates = self._tls.for_grpc() if self._tls else {}
             return {"channel_args": CHANNEL_OPTIONS, "ssl": self._tls is not None, **certificates}
@@ -166,7 +177,7 @@ class Connection:
 
 
 class _Translated:
-    """Turns what tritonclient raises into the errors of `halimede_ops.errors`."""
+    """Context in which what tritonclient raises becomes an error of `halimede_ops.errors`."""
 
     def __init__(self, address: str, timeout_s: float) -> None:
         self.address = address
@@ -181,9 +192,8 @@ class _Translated:
         if isinstance(error, InferenceServerException):
             self._from_triton(error)
         if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
-            raise self._deadline() from None
-        # aiohttp's errors that are no OSError, such as a connection closed mid-answer.
-        if isinstance(error, OSError) or type(error).__module__.startswith("aiohttp"):
+            raise timed_out(self.address, self.timeout_s) from None
+        if is_connection_error(error, "aiohttp"):
             raise self._unreachable() from None
         if isinstance(error, MemoryError):
             raise errors.OutOfMemory("the client has no memory for this request.") from None
@@ -191,25 +201,19 @@ class _Translated:
     def _from_triton(self, error: InferenceServerException) -> NoReturn:
         status = str(error.status() or "").removeprefix("StatusCode.")
         message = re.sub(r"^in ensemble '[^']*', ", "", _plain(error.message()))
-        for said, worded, told in WORDED:
-            if said.search(message):
-                raise worded(told.format(self.address)) from None
-        named, _, rest = message.partition(": ")
-        error_class = getattr(errors, named, None)
+        for pattern, worded_class, explanation in MESSAGES:
+            if re.search(pattern, message, re.IGNORECASE):
+                raise worded_class(explanation.format(self.address)) from None
+        class_name, _, rest = message.partition(": ")
+        error_class = getattr(errors, class_name, None)
         if isinstance(error_class, type) and issubclass(error_class, errors.HalimedeError):
-            raise error_class(rest) from None
+            raise _placed(error_class, rest) from None
         error_class = CODES.get(status, errors.HalimedeError)
         if error_class is errors.DeadlineExceeded:
-            raise self._deadline() from None
+            raise timed_out(self.address, self.timeout_s) from None
         if error_class is errors.ServerUnreachable:
             raise self._unreachable() from None
         raise error_class(message) from None
-
-    def _deadline(self) -> errors.DeadlineExceeded:
-        return errors.DeadlineExceeded(
-            f"{self.address} did not answer within {self.timeout_s:g} s. Raise timeout_s, or "
-            "send less at once."
-        )
 
     def _unreachable(self) -> errors.ServerUnreachable:
         return errors.ServerUnreachable(
@@ -218,8 +222,16 @@ class _Translated:
         )
 
 
+def _placed(error_class: type[errors.HalimedeError], message: str) -> errors.HalimedeError:
+    """The server's error. Its text is all that Triton passes on, so the index is read from it."""
+    place = PLACE.fullmatch(message)
+    if place is None or not issubclass(error_class, errors.InvalidInput):
+        return error_class(message)
+    return error_class(place[3], subject=place[1], index=int(place[2]))
+
+
 def _plain(message: str) -> str:
-    """The text of an error: over HTTP tritonclient sometimes gives the JSON around it."""
+    """Return the text of an error: over HTTP tritonclient sometimes gives the JSON around it."""
     try:
         return str(json.loads(message)["error"])
     except (ValueError, KeyError, TypeError):
@@ -227,10 +239,10 @@ def _plain(message: str) -> str:
 
 
 def parse(url: str, tls: Tls | None = None) -> tuple[str, str]:
-    """Protocol (`grpc`, `grpcs`, `http` or `https`) and `host:port` of a server's url.
+    """Split a server's URL into its protocol (grpc, grpcs, http or https) and `host:port`.
 
     Raises:
-        InvalidInput: it is none; or `tls` has certificates, and the url would not use them.
+        InvalidInput: the URL is invalid, or is without TLS although `tls` has certificates.
     """
     parts = urlsplit(url if "://" in url else f"grpc://{url}")
     if parts.scheme not in SCHEMES or not parts.netloc or "@" in parts.netloc:

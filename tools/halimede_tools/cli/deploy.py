@@ -1,4 +1,4 @@
-"""`halimede_tools deploy`: a new version of a served model, without a request that fails."""
+"""`halimede deploy`: a new version of a served model, without a request that fails."""
 
 from __future__ import annotations
 

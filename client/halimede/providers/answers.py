@@ -1,0 +1,51 @@
+"""Parts of an answer, for providers that return plain lists of vectors."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from halimede.results import UNKNOWN_TOKENS
+from halimede_ops import vectors as ops
+from halimede_ops.errors import ServerError
+
+REMOTE_PRECISION = "remote"
+"""Precision of a provider that does not report it."""
+
+
+def to_matrix(rows: Any, count: int) -> np.ndarray:
+    """Convert lists of numbers to vectors `[count, dims]` float32.
+
+    Raises:
+        ServerError: there are not `count` rows of one length.
+    """
+    try:
+        vectors = np.asarray(rows, np.float32)
+    except (TypeError, ValueError):
+        raise ServerError("the provider's answer is not a list of vectors.") from None
+    if vectors.ndim != 2 or len(vectors) != count:
+        raise ServerError(f"{count} texts were sent; the answer's shape is {vectors.shape}.")
+    return vectors
+
+
+def truncate(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
+    """Keep the first `dimensions` components and normalise: `[rows, dims]` → `[rows, dimensions]`.
+
+    Vectors that already have that length, and all vectors for None, are returned as they are.
+    """
+    if dimensions is None or dimensions == vectors.shape[1]:
+        return vectors
+    return ops.normalise(ops.truncate(vectors, dimensions))
+
+
+def unknown_tokens(rows: int) -> np.ndarray:
+    """Token counts `[rows]` int32 of a provider that does not report them."""
+    return np.full(rows, UNKNOWN_TOKENS, np.int32)
+
+
+def fingerprint(*facts: object) -> str:
+    """Space of a model as 16 hex digits, from everything known that decides its vectors."""
+    joined = "\0".join(str(fact) for fact in facts)
+    return hashlib.sha256(joined.encode()).hexdigest()[:16]

@@ -1,0 +1,138 @@
+"""`halimede bench`: what is measured, each with a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halimede_tools.cli.options import DEFAULT_MODEL, Model, Precisions, extra, names
+from halimede_tools.settings import Settings
+
+app = typer.Typer(invoke_without_command=True)
+EXTRA = "server,build"
+Rounds = Annotated[int, typer.Option(help="Measure each in turn, this often.")]
+Url = Annotated[str | None, typer.Option(help="A running server. [HALIMEDE_URL]")]
+
+
+@app.callback()
+def peers(
+    context: typer.Context,
+    model: Model = DEFAULT_MODEL,
+    precisions: Precisions = "fp32,fp16,int8",
+    cases: Annotated[
+        str, typer.Option(help="Separated by commas: single, 100, 1000, …; all when empty.")
+    ] = "",
+    engines: Annotated[
+        str, typer.Option(help="Parts of names, separated by commas: 'in process'; all when empty.")
+    ] = "",
+    rounds: Rounds = 3,
+    append: Annotated[
+        bool, typer.Option("--append", help="Keep the figures of the runs before.")
+    ] = False,
+) -> None:
+    """Measure every engine against its peers; write the report."""
+    if context.invoked_subcommand is not None:
+        return
+    with extra(EXTRA):
+        from halimede_tools.bench.peers import compare
+
+        compare.bench(
+            Settings(),
+            model,
+            names(precisions),
+            names(cases),
+            names(engines),
+            rounds,
+            fresh=not append,
+        )
+
+
+@app.command()
+def server(
+    model: Model = DEFAULT_MODEL, precisions: Precisions = "fp32,int8", rounds: Rounds = 5
+) -> None:
+    """Measure the server under load against the engine alone."""
+    with extra(EXTRA):
+        from halimede_tools.bench.server import perf
+
+        perf(Settings(), model, names(precisions), rounds)
+
+
+@app.command()
+def designs(
+    model: Model = DEFAULT_MODEL, precisions: Precisions = "fp32,int8", rounds: Rounds = 3
+) -> None:
+    """Measure four ways to serve the ensemble's contract."""
+    with extra(EXTRA):
+        from halimede_tools.bench import designs
+
+        designs.designs(Settings(), model, names(precisions), rounds)
+
+
+@app.command()
+def scaling(
+    model: Model = DEFAULT_MODEL, precisions: Precisions = "fp32,int8", rounds: Rounds = 3
+) -> None:
+    """Measure a server by its texts' length and its cores, and two together."""
+    with extra(EXTRA):
+        from halimede_tools.bench.scaling import bench_scaling
+
+        bench_scaling(Settings(), model, names(precisions), rounds)
+
+
+@app.command()
+def images(
+    folder: Annotated[Path, typer.Argument(help="The CLIP's own folder.")],
+    model: Annotated[str, typer.Option(help="Name it was built under.")],
+    precisions: Precisions = "fp32,int8",
+    rounds: Rounds = 3,
+) -> None:
+    """Measure a CLIP's images under load against transformers."""
+    with extra(EXTRA):
+        from halimede_tools.bench.images import bench_images
+
+        bench_images(Settings(), folder, model, names(precisions), rounds)
+
+
+@app.command()
+def cache() -> None:
+    """Measure cache hits and hash embeddings against the rates they must reach."""
+    with extra("redis"):
+        from halimede_tools.bench.cache import bench_cache
+
+        bench_cache()
+
+
+@app.command()
+def sts(
+    file: Annotated[Path, typer.Option(help="Tab-separated: score, sentence1, sentence2.")],
+    models: Annotated[str, typer.Option(help="Names, separated by commas.")] = DEFAULT_MODEL,
+    url: Url = None,
+) -> None:
+    """Print STS Spearman x100 of models on a running server."""
+    from halimede import Embedder
+
+    with extra("build"):
+        from halimede_tools.build.samples.sts import spearman
+    for model in names(models):
+        with Embedder(url, model) as embedder:
+            score = spearman(file, lambda texts: embedder.embed(texts).vectors)
+            print(f"{model}\t{score:.3f}")
+
+
+@app.command()
+def gpu(
+    model: Model = DEFAULT_MODEL,
+    precisions: Precisions = "fp32,fp16,int8",
+    device: Annotated[
+        str, typer.Option(help="cuda, tensorrt, or cpu to compare without a GPU.")
+    ] = "cuda",
+    rounds: Rounds = 3,
+) -> None:
+    """Measure the model on this machine's GPU against sentence-transformers."""
+    with extra(EXTRA):
+        from halimede_tools.bench import gpu
+
+        gpu.gpu_check(Settings(), model, names(precisions), device, gpu.Extent(rounds))

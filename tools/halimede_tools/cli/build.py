@@ -1,0 +1,94 @@
+"""`halimede build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from halimede_ops.errors import InvalidInput
+from halimede_tools.cli.options import DEFAULT_MODEL, Precisions, extra, names
+from halimede_tools.settings import Settings
+
+Model = Annotated[str, typer.Argument(help="Name in the catalogue, or path of a model's folder.")]
+Name = Annotated[
+    str | None, typer.Option(help="Name to serve it under; default: the model's or folder's.")
+]
+Accept = Annotated[str, typer.Option(help="Precisions to publish even if they miss their bar.")]
+AcceptLicence = Annotated[
+    str | None, typer.Option(help="A restricted licence that you have read, by its name.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the folder carries.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or tensorrt: what the configs ask for.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="Token limit to serve with; at most the model's.")
+]
+Prompt = Annotated[
+    list[str] | None, typer.Option(help="Prompt of an input type: 'query=search: '.")
+]
+TokenEmbeddings = Annotated[
+    bool, typer.Option("--token-embeddings", help="Also serve the last hidden state.")
+]
+Calibration = Annotated[Path | None, typer.Option(help="Texts to calibrate INT8 on, one a line.")]
+CalibrationImages = Annotated[
+    Path | None, typer.Option(help="Folder of pictures to calibrate INT8 of images on.")
+]
+Sts = Annotated[Path | None, typer.Option(help="STS file to score: score, sentence1, sentence2.")]
+Candidate = Annotated[
+    bool,
+    typer.Option("--candidate", help="Beside the model of this name, for `halimede deploy`."),
+]
+
+
+def build(
+    model: Model = DEFAULT_MODEL,
+    name: Name = None,
+    precisions: Precisions = "fp32,fp16,int8",
+    accept: Accept = "",
+    accept_licence: AcceptLicence = None,
+    trust_remote_code: TrustRemoteCode = False,
+    device: Device = "cpu",
+    max_tokens: MaxTokens = None,
+    prompt: Prompt = None,
+    token_embeddings: TokenEmbeddings = False,
+    calibration: Calibration = None,
+    calibration_images: CalibrationImages = None,
+    sts: Sts = None,
+    candidate: Candidate = False,
+) -> None:
+    """Build a model's folders in the repository; do only what is missing."""
+    with extra("build"):
+        from halimede_tools.build import plan
+
+    options: dict[str, Any] = {
+        "precisions": names(precisions),
+        "accepted": names(accept),
+        "accepted_licence": accept_licence,
+        "device": device,
+        "calibration": calibration,
+        "calibration_images": calibration_images,
+        "sts": sts,
+        "trust_remote_code": trust_remote_code,
+        "max_tokens": max_tokens,
+        "token_embeddings": token_embeddings,
+    }
+    if prompt:
+        options["prompts"] = _prompts(prompt)
+    with extra("build"):
+        for ensemble in plan.build(
+            plan.order(model, name, **options), Settings(), candidate=candidate
+        ):
+            print(ensemble, flush=True)
+
+
+def _prompts(given: list[str]) -> dict[str, str]:
+    prompts = {}
+    for entry in given:
+        input_type, equals, prompt = entry.partition("=")
+        if not equals:
+            raise InvalidInput("--prompt is not INPUT_TYPE=TEXT, such as 'query=search: '.")
+        prompts[input_type] = prompt
+    return prompts

@@ -1,0 +1,22 @@
+"""`halimede tune`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from halimede_tools.cli.options import DEFAULT_MODEL, Model, Precisions, extra, names
+from halimede_tools.settings import Settings
+
+
+def tune(
+    model: Model = DEFAULT_MODEL,
+    precisions: Precisions = "fp32,fp16,int8",
+    seconds: Annotated[float, typer.Option(help="To measure for, all precisions together.")] = 60.0,
+) -> None:
+    """Find what runs a model fastest on this machine; write it into the model's configs."""
+    with extra("server,build"):
+        from halimede_tools.bench import tune
+
+        tune.tune(Settings(), model, names(precisions), seconds)

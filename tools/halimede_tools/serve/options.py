@@ -1,0 +1,153 @@
+"""Options of a server, and the arguments of tritonserver that they become."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, NonNegativeInt, PrivateAttr, model_validator
+
+from halimede_launch import start
+from halimede_ops.errors import ServeError
+
+LOOPBACK = "127.0.0.1"
+LOCAL_HOSTS = (LOOPBACK, "localhost")
+CONNECTION_AGE_MS = 300_000
+"""Clients connect anew this often, and so find servers that were added behind a name."""
+CONNECTION_GRACE_MS = 60_000
+"""Time for the requests of an old connection to end."""
+KEPT_MESSAGES = 1
+"""Request messages that each of Triton's threads keeps for the next requests, at the size of the
+largest they ever had: with Triton's 8, some requests of 4 MB cost 100 MB for good."""
+LOG_LEVELS = ("error", "warning", "info", "verbose")
+
+
+class Options(BaseModel):
+    """How a server is started."""
+
+    host: str = LOOPBACK
+    """Address to listen on; loopback unless asked otherwise."""
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    log_level: str = "warning"
+    """error, warning, info or verbose."""
+    models: tuple[str, ...] = ()
+    """Models to serve, without their composing models; empty: all of the repository."""
+    steps: bool = False
+    """Whether the wheel serves each ensemble's steps, as NVIDIA's container does, instead of one
+    process that does what they do."""
+    response_cache_mb: NonNegativeInt = 0
+    """Memory of each model for what was asked before; 0: none."""
+    tls_cert: Path | None = None
+    """PEM certificate of the server: gRPC speaks TLS, and HTTP, which cannot, stays on loopback."""
+    tls_key: Path | None = None
+    """PEM key of the certificate."""
+    tls_client_ca: Path | None = None
+    """PEM certificates that sign clients: without one of theirs, a client is refused."""
+    control_key_file: Path | None = None
+    """File with the key that CONTROL_APIS ask for. Without one they are open on loopback, and
+    closed to everybody elsewhere."""
+
+    trace_url: str = ""
+    """OpenTelemetry collector that is told of requests, such as http://127.0.0.1:4318/v1/traces."""
+    trace_every: int = 100
+    """Of how many requests one is traced; one whose caller traces it always is."""
+    _own_key: str = PrivateAttr(default_factory=start.nobodys_key)
+
+    @model_validator(mode="after")
+    def _cache_has_its_process(self) -> Options:
+        if self.steps and self.response_cache_mb:
+            raise ServeError("the steps have no response cache; leave out --steps or the cache.")
+        return self
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Options:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ServeError("TLS needs both --tls-cert and --tls-key.")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ServeError("--tls-client-ca needs --tls-cert and --tls-key beside it.")
+        for path in (self.tls_cert, self.tls_key, self.tls_client_ca, self.control_key_file):
+            if path is not None and not os.access(path, os.R_OK):
+                raise ServeError(f"{path} cannot be read.")
+        return self
+
+    @property
+    def http_host(self) -> str:
+        """Address that HTTP listens on."""
+        return self.host if self.tls_cert is None else LOOPBACK
+
+    def ports(self) -> dict[str, int]:
+        """Ports by their names."""
+        return {"HTTP": self.http_port, "gRPC": self.grpc_port, "metrics": self.metrics_port}
+
+    def arguments(self, inside: str | None = None) -> list[str]:
+        """The arguments of tritonserver; the same for the wheel's and for NVIDIA's container.
+
+        `inside` is the address to listen on in a container whose ports are published on `host`.
+        """
+        loaded = self.models or ("*",)
+        return [
+            "--model-control-mode=explicit",
+            *[f"--load-model={model}" for model in loaded],
+            "--disable-auto-complete-config",
+            "--exit-on-error=true",
+            "--strict-readiness=true",
+            f"--http-address={inside or self.http_host}",
+            f"--http-port={self.http_port}",
+            f"--grpc-address={inside or self.host}",
+            f"--grpc-port={self.grpc_port}",
+            f"--grpc-infer-allocation-pool-size={KEPT_MESSAGES}",
+            f"--grpc-max-connection-age={CONNECTION_AGE_MS}",
+            f"--grpc-max-connection-age-grace={CONNECTION_GRACE_MS}",
+            f"--metrics-address={inside or self.host}",
+            f"--metrics-port={self.metrics_port}",
+            *_log_arguments(self.log_level),
+            *self._tls_arguments(),
+            *self._restrictions(),
+            *self._trace_arguments(),
+        ]
+
+    def _trace_arguments(self) -> list[str]:
+        if not self.trace_url:
+            return []
+        return [
+            "--trace-config=mode=opentelemetry",
+            "--trace-config=level=TIMESTAMPS",
+            "--trace-config=count=-1",
+            f"--trace-config=rate={self.trace_every}",
+            f"--trace-config=opentelemetry,url={self.trace_url}",
+            "--trace-config=opentelemetry,resource=service.name=triton",
+        ]
+
+    def _tls_arguments(self) -> list[str]:
+        if self.tls_cert is None:
+            return []
+        arguments = [f"--grpc-server-cert={self.tls_cert}", f"--grpc-server-key={self.tls_key}"]
+        if self.tls_client_ca is None:
+            return ["--grpc-use-ssl=true", *arguments]
+        return ["--grpc-use-ssl-mutual=true", *arguments, f"--grpc-root-cert={self.tls_client_ca}"]
+
+    @property
+    def control_key(self) -> str:
+        """The key that model control asks for; empty: none. Without a key file, elsewhere than on
+        loopback, it is known to this process alone.
+        """
+        if self.control_key_file is not None:
+            return self.control_key_file.read_text().strip()
+        return "" if self.host in LOCAL_HOSTS else self._own_key
+
+    def _restrictions(self) -> list[str]:
+        return start.restrictions(self.control_key) if self.control_key else []
+
+
+def _log_arguments(level: str) -> list[str]:
+    if level not in LOG_LEVELS:
+        raise ServeError(f"log level {level!r} is unknown; use one of {', '.join(LOG_LEVELS)}")
+    rank = LOG_LEVELS.index(level)
+    return [
+        "--log-error=true",
+        f"--log-warning={str(rank >= 1).lower()}",
+        f"--log-info={str(rank >= 2).lower()}",
+        f"--log-verbose={int(rank >= 3)}",
+    ]
