@@ -88,6 +88,7 @@ def tune(settings: Settings, model: str, precisions: Sequence[str], seconds: flo
         InvalidInput: it embeds no texts.
     """
     steps = [f"{precision}, {stage}" for precision in precisions for stage in STAGES]
+    tables = []
     with Progress("tune", steps, step_s=seconds / len(steps)) as progress:
         for precision in precisions:
             name = repository.served_name(model, precision)
@@ -99,7 +100,8 @@ def tune(settings: Settings, model: str, precisions: Sequence[str], seconds: flo
                 "table": [dataclasses.asdict(measurement) for measurement in measured],
             }
             repository.tune(name, record, settings.repository)
-            Console().print(_table(name, measured, best))
+            tables.append(_table(name, measured, best))
+    Console().print(*tables)
 
 
 def measure(
