@@ -9,7 +9,7 @@ import pytest
 from conftest import MODEL
 
 from halimede_ops import vectors
-from halimede_tools.bench.peers import compare, engines, limit
+from halimede_tools.bench.peers import compare, engines, limit, tables
 from halimede_tools.settings import Settings
 
 
@@ -64,3 +64,19 @@ def test_an_engine_that_ends_is_an_error(own_home: Settings) -> None:
     unknown = engines.Engine("nothing", "fp32", ("nothing",))
     with pytest.raises(compare.HalimedeError, match="nothing, fp32 ended by itself"):
         compare.Process(unknown, own_home, MODEL)
+
+
+def test_the_conclusion_marks_what_misses_its_goal() -> None:
+    """Ten times as fast is no 12.5; a figure that was not measured leaves its cell empty."""
+    figures = {
+        (tables.REFERENCE.name, "1000"): {"seconds": 10.0},
+        (tables.REFERENCE.name, "100"): {"seconds": 1.0},
+        (f"{tables.ENGINE}, int8", "1000"): {"seconds": 1.0},
+        (f"{tables.ENGINE}, int8", "100"): {"seconds": 0.1},
+    }
+    lines = tables.conclusion(figures, ["fp32", "int8"])
+    assert lines[0] == "| goal | bound | fp32 | int8 |"
+    rows = [line.strip("| ").split(" | ")[1:] for line in lines[2:]]
+    assert ["≥ 10.0", "", "10.0"] in rows
+    assert ["≥ 12.5", "", "**10.0**"] in rows
+    assert len(rows) == len(tables.GOALS)

@@ -40,25 +40,25 @@ def parts(**last: object) -> list[soak.Part]:
 )
 def test_what_does_not_hold_is_found(last: dict[str, object], missed: list[str]) -> None:
     """One error, one wrong vector, 6 % more memory or a p99 1.3 times as high: each is told."""
-    assert [line.name for line in soak.judge(parts(**last)) if not line.holds] == missed
+    assert [goal.name for goal in soak.judge(parts(**last)) if not goal.holds] == missed
 
 
 def test_wrong_vectors_are_counted() -> None:
     """A vector of another text is wrong, and so is every one of an answer of another shape."""
     expected = np.eye(3, 8, dtype=np.float32)
-    asked = soak.Asked(b"", expected, cosine=0.9999)
-    assert soak.wrong(expected, asked) == 0
-    assert soak.wrong(expected[[0, 2, 1]], asked) == 2
-    assert soak.wrong(expected[:2], asked) == 3
-    assert soak.wrong(expected * np.float32(np.nan), asked) == 3
+    request = soak.Request(b"", expected, cosine=0.9999)
+    assert soak.wrong(expected, request) == 0
+    assert soak.wrong(expected[[0, 2, 1]], request) == 2
+    assert soak.wrong(expected[:2], request) == 3
+    assert soak.wrong(expected * np.float32(np.nan), request) == 3
 
 
 def test_requests_come_in_another_order_each_time_and_the_same_each_run() -> None:
     """All are sent as often as each other, by a fixed seed."""
-    made = [soak.Asked(bytes([number]), None) for number in range(50)]
+    made = [soak.Request(bytes([number]), None) for number in range(50)]
 
     def first(count: int) -> list[bytes]:
-        endless: Iterator[soak.Asked] = soak.shuffled(made)
+        endless: Iterator[soak.Request] = soak.shuffled(made)
         return [next(endless).message for _ in range(count)]
 
     assert first(100) == first(100)
@@ -73,17 +73,17 @@ def test_answers_that_must_not_be_are_errors(server: wheel.Server) -> None:
     one = np.ones((1, 384), np.float32)
     good = soak.message(NAMES["fp32"], [b"a"])
     unknown = soak.message(NAMES["fp32"], [b"a"], input_types=["none"])
-    asked = [
-        soak.Asked(unknown, one),
-        soak.Asked(unknown, None, "InvalidText: "),
-        soak.Asked(good, None, "UnknownInputType: "),
-        soak.Asked(unknown, None, "UnknownInputType: "),
-        soak.Asked(soak.message("no-such-model", [b"a"]), one),
+    requests = [
+        soak.Request(unknown, one),
+        soak.Request(unknown, None, "InvalidText: "),
+        soak.Request(good, None, "UnknownInputType: "),
+        soak.Request(unknown, None, "UnknownInputType: "),
+        soak.Request(soak.message("no-such-model", [b"a"]), one),
     ]
 
     async def run() -> soak.Part:
         async with grpc.aio.insecure_channel(server.grpc_address) as channel:
-            return await soak.send(channel.unary_unary(soak.INFER), iter(asked), 2)
+            return await soak.send(channel.unary_unary(soak.INFER), iter(requests), 2)
 
     part = asyncio.run(run())
     assert part.errors == {"INVALID_ARGUMENT": 2, "not refused": 1, "NOT_FOUND": 1}
@@ -100,8 +100,8 @@ def test_ten_thousand_mixed_and_bad_requests(
     family = psutil.Process(server.process.pid).children(recursive=True)
     found = asyncio.run(soak.load(server, SERVED, requests=10_000, concurrency=16))
     assert sum(part.requests for part in found) == 10_000
-    lines = {line.name: line for line in soak.judge(found)}
-    assert lines["errors"].holds, [part.errors for part in found]
-    assert lines["wrong vectors"].holds, lines["wrong vectors"].found
+    goals = {goal.name: goal for goal in soak.judge(found)}
+    assert goals["errors"].holds, [part.errors for part in found]
+    assert goals["wrong vectors"].holds, goals["wrong vectors"].measured
     assert found[-1].memory_bytes <= 1.1 * found[0].memory_bytes
     assert all(process.is_running() for process in family)

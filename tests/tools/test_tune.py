@@ -26,19 +26,21 @@ PLAIN = tune.Way("", threads=2, streams=1)
 NAME = NAMES["int8"]
 
 
-def found(way: tune.Way, texts_per_s: float, single_ms: float, cosine: float = 1.0) -> tune.Found:
-    return tune.Found(way, texts_per_s, single_ms, cosine)
+def measured(
+    way: tune.Way, texts_per_s: float, single_ms: float, cosine: float = 1.0
+) -> tune.Measurement:
+    return tune.Measurement(way, texts_per_s, single_ms, cosine)
 
 
 def test_of_ways_alike_the_one_that_answers_soonest_is_chosen() -> None:
     """2 % fewer texts a second and half the latency wins; 10 % fewer do not."""
-    fast, soon, slow = found(OPENVINO, 500, 9), found(PLAIN, 490, 5), found(PLAIN, 450, 2)
+    fast, soon, slow = measured(OPENVINO, 500, 9), measured(PLAIN, 490, 5), measured(PLAIN, 450, 2)
     assert tune.choose([fast, soon, slow], 0.9999) is soon
 
 
 def test_a_provider_with_other_vectors_is_not_chosen() -> None:
     """However fast: the build has not checked those vectors."""
-    own, other = found(OPENVINO, 400, 9), found(PLAIN, 800, 2, cosine=0.99)
+    own, other = measured(OPENVINO, 400, 9), measured(PLAIN, 800, 2, cosine=0.99)
     assert tune.choose([own, other], 0.9999) is own
 
 

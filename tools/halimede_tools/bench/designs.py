@@ -1,8 +1,8 @@
-"""Designs: what the ensemble's contract costs, served in four ways, in one interleaved run.
+"""Designs: the cost of the ensemble's contract, served in four ways, in one interleaved run.
 
-All four are up in one Triton: the ensemble of three steps, the same without the pooler (it is the
-least that an ensemble with pooling in the graph can be: it cannot cut to DIMENSIONS), one process
-beneath an ensemble of one step, and one process itself.
+All four are up in one Triton: the ensemble of three steps; the same without the pooler, which
+cannot cut to DIMENSIONS and is the least that an ensemble with pooling in the graph can be; one
+process beneath an ensemble of one step; and one process itself.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import NamedTuple
 import tritonclient.grpc as grpcclient
 
 from halimede_repository import configs
-from halimede_tools.bench import machine
-from halimede_tools.bench.server import CONCURRENCY, TEXTS, PerfAnalyzer, engine_alone
+from halimede_tools.bench import report
+from halimede_tools.bench.server import CONCURRENCY, PACKAGES, TEXTS, PerfAnalyzer, engine_alone
 from halimede_tools.build import model_config
 from halimede_tools.build.model_config import Pin
 from halimede_tools.build.repository import served_name
-from halimede_tools.build.steps import console
+from halimede_tools.progress import Progress, console
 from halimede_tools.serve import wheel
-from halimede_tools.settings import ROOT, Settings
+from halimede_tools.settings import Settings
 
 DESIGNS = {
     "steps": "ensemble: tokenizer, onnxruntime, pooler",
@@ -48,18 +48,34 @@ class Load(NamedTuple):
 def designs(settings: Settings, model: str, precisions: Sequence[str], rounds: int) -> Path:
     """Measure, print the table and write the report; the report's path."""
     analyzer = PerfAnalyzer(settings.home / "perf")
-    lines = []
-    for precision in precisions:
-        lines += _measure(settings, analyzer, model, precision, rounds)
-    report = ROOT / "docs" / "benchmarks" / "designs.md"
-    report.write_text(_report(model, lines, rounds))
-    console.print(report.read_text(), markup=False)
-    return report
+    steps = [f"{name}, {part}" for name in precisions for part in ("engine", *DESIGNS)]
+    rows = []
+    with Progress("bench designs", steps, rounds + 1) as progress:
+        for precision in precisions:
+            rows += _measure(settings, analyzer, model, precision, rounds, progress)
+    columns = "precision|design|texts/s|of engine|p50 ms|p99 ms|tritonserver|python"
+    return report.publish(
+        report.FOLDER / "designs.md",
+        "Four designs",
+        report.table(columns.split("|"), rows),
+        report.origin("halimede bench designs", model, PACKAGES),
+        [
+            f"{TEXTS} mixed texts, {CONCURRENCY} single-text requests on their way over gRPC, "
+            f"medians of {rounds} rounds; engine and designs in turn, all up in one Triton. *of "
+            "engine*: over one process that is given all texts at once. *tritonserver*, *python*: "
+            "CPU a text takes there, ms."
+        ],
+    )
 
 
 def _measure(
-    settings: Settings, analyzer: PerfAnalyzer, model: str, precision: str, rounds: int
-) -> list[str]:
+    settings: Settings,
+    analyzer: PerfAnalyzer,
+    model: str,
+    precision: str,
+    rounds: int,
+    progress: Progress,
+) -> list[list[str]]:
     name = served_name(model, precision)
     engine: list[float] = []
     loads: dict[str, list[Load]] = {design: [] for design in DESIGNS}
@@ -72,19 +88,19 @@ def _measure(
         )  # fmt: skip
         run = repository / "run"
         run.mkdir()
+        console.print(f"  {precision}: starting Triton")
         with wheel.serve(repository, settings.python_backend, run, options) as server:
-            for number in range(rounds + 1):
-                if number:
-                    engine.append(engine_alone(settings, name, model)[0])
-                for design, found in loads.items():
-                    load = _load(analyzer, server, f"{name}-{design}")
-                    if number:  # the first round warms
-                        found.append(load)
-    alone = statistics.median(engine)
-    return [
-        f"| {precision} | {title} | {_row(loads[design], alone)} |"
-        for design, title in DESIGNS.items()
-    ]
+            for number in range(rounds + 1):  # the first warms
+                with progress.step(f"{precision}, engine"):
+                    if number:
+                        engine.append(engine_alone(settings, name, model)[0])
+                for design, measured in loads.items():
+                    with progress.step(f"{precision}, {design}"):
+                        load = _load(analyzer, server, f"{name}-{design}")
+                    if number:
+                        measured.append(load)
+    whole = statistics.median(engine)
+    return [[precision, title, *_cells(loads[design], whole)] for design, title in DESIGNS.items()]
 
 
 def lay_out(source: Path, name: str, target: Path) -> None:
@@ -122,8 +138,8 @@ def _load(analyzer: PerfAnalyzer, server: wheel.Server, model: str) -> Load:
 def _texts(server: wheel.Server, model: str) -> float:
     """How many texts a model has answered."""
     with grpcclient.InferenceServerClient(server.grpc_address) as client:
-        [told] = client.get_inference_statistics(model).model_stats
-    return float(told.inference_count)
+        [figures] = client.get_inference_statistics(model).model_stats
+    return float(figures.inference_count)
 
 
 def _cpu_s(server: wheel.Server) -> dict[str, float]:
@@ -138,35 +154,16 @@ def _cpu_s(server: wheel.Server) -> dict[str, float]:
     }
 
 
-def _row(loads: Sequence[Load], engine: float) -> str:
+def _cells(loads: Sequence[Load], engine: float) -> list[str]:
     rate = statistics.median(load.texts_per_s for load in loads)
-    p50_ms = statistics.median(load.p50_ms for load in loads)
-    p99_ms = statistics.median(load.p99_ms for load in loads)
-    triton_ms, python_ms = (
+    cpu_ms = [
         statistics.median(load.cpu_ms[name] for load in loads)
         for name in ("tritonserver", "python")
-    )
-    return (
-        f"{rate:.0f} | {rate / engine:.0%} | {p50_ms:.0f} | {p99_ms:.0f} "
-        f"| {triton_ms:.2f} | {python_ms:.2f}"
-    )
-
-
-def _report(model: str, rows: Sequence[str], rounds: int) -> str:
-    lines = [
-        "# Four designs",
-        "",
-        machine.taken(
-            "python -m halimede_tools designs", model, ("onnxruntime-openvino", "nvidia-pytriton")
-        ),
-        "",
-        f"{TEXTS} mixed texts, {CONCURRENCY} single-text requests on their way over gRPC, medians "
-        f"of {rounds} rounds; engine and designs in turn, all up in one Triton. *of engine*: over "
-        "one process that is given all texts at once. *tritonserver*, *python*: CPU a text takes "
-        "there, ms.",
-        "",
-        "| precision | design | texts/s | of engine | p50 ms | p99 ms | tritonserver | python |",
-        "|---|---|---|---|---|---|---|---|",
-        *rows,
     ]
-    return "\n".join(lines) + "\n"
+    return [
+        f"{rate:.0f}",
+        f"{rate / engine:.0%}",
+        f"{statistics.median(load.p50_ms for load in loads):.0f}",
+        f"{statistics.median(load.p99_ms for load in loads):.0f}",
+        *(f"{ms:.2f}" for ms in cpu_ms),
+    ]

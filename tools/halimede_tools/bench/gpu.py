@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 import statistics
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,17 +23,16 @@ from halimede_engine import session
 from halimede_ops import spec
 from halimede_ops.errors import HalimedeError
 from halimede_repository import configs
-from halimede_tools.bench import machine
-from halimede_tools.bench.peers import compare
-from halimede_tools.bench.peers import report as bench_report
+from halimede_tools.bench import closed_loop, report
+from halimede_tools.bench.peers import compare, tables
 from halimede_tools.bench.peers.engines import Engine
 from halimede_tools.build import check, model_config, plan, repository
 from halimede_tools.build.graph import rewrite
 from halimede_tools.build.samples import corpus
-from halimede_tools.build.steps import alone, console
-from halimede_tools.settings import ROOT, Settings
+from halimede_tools.build.steps import alone
+from halimede_tools.progress import Progress
+from halimede_tools.settings import Settings
 
-FOLDER = ROOT / "docs" / "benchmarks"
 CPU = model_config.CPU
 ONE, TOGETHER, MANY = "single", "1000", "concurrency 32"
 """Of the benchmark's cases."""
@@ -82,7 +79,7 @@ def gpu_check(
     precisions: Sequence[str],
     device: str,
     extent: Extent = FULL,
-    folder: Path = FOLDER,
+    folder: Path = report.FOLDER,
     first_port: int = compare.FIRST_PORT,
 ) -> Path:
     """Measure, write the report into the folder and print it; its path.
@@ -94,7 +91,6 @@ def gpu_check(
     missing = lacking(device)
     if missing:
         raise HalimedeError(f"no GPU check for {device} here: {'; '.join(missing)}")
-    report = folder / ("gpu.md" if device == model_config.CUDA else f"gpu-{device}.md")
     with tempfile.TemporaryDirectory() as scratch:
         ours = settings.model_copy(update={"repository": Path(scratch) / "repository"})
         names = write(ours, model, device)
@@ -103,20 +99,21 @@ def gpu_check(
         wanted = engines(device, served)
         with compare.started(ours, model, wanted, first_port) as running:
             compare.compare(running, results, REFERENCE)
-            compared = [one for one in running if one.engine is not REFERENCE]
-            for number in range(extent.rounds + 1):
-                for case in extent.cases:
-                    kept = results if number else compare.Results(Path(os.devnull), fresh=False)
-                    compare.measure(compared, case, kept)
-            compare.finish(compared, results)
-        figures = bench_report.medians(results.lines())
+            compared = [process for process in running if process.engine is not REFERENCE]
+            compare.measure(compared, extent.cases, extent.rounds, results)
+        figures = tables.medians(results.lines())
         steps = {
             precision: _steps(ours.repository, model, names[precision]) for precision in served
         }
-        lines = _report(device, model, wanted[1:], figures, steps, extent)
-    report.write_text("\n".join(lines) + "\n")
-    console.print(report.read_text(), markup=False)
-    return report
+        details = _details(device, steps, extent)
+    return report.publish(
+        folder / ("gpu.md" if device == model_config.CUDA else f"gpu-{device}.md"),
+        f"On {device.upper()}",
+        _conclusion(wanted[1:], figures),
+        f"{report.origin(f'halimede bench gpu --device {device}', model, PACKAGES)}\n"
+        f"{_device(device)}",
+        details,
+    )
 
 
 def lacking(device: str) -> list[str]:
@@ -192,18 +189,18 @@ def engines(device: str, precisions: Sequence[str]) -> list[Engine]:
 
 
 def placed(model: Path, device: str) -> dict[str, Counter[str]]:
-    """Which provider takes how many nodes of which kind, in the order they are asked.
+    """Provider → how many nodes of each kind it runs, in the order of preference.
 
     Between two providers values are copied; on a GPU, what only the CPU takes costs such copies.
     """
-    asked, _ = session.execution_providers(accelerators(device), 1, 1)
-    options = session.session_options(asked)
+    providers, _ = session.execution_providers(accelerators(device), 1, 1)
+    options = session.session_options(providers)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    opened = onnxruntime.InferenceSession(str(model), options, providers=asked)
-    found: dict[str, Counter[str]] = {name: Counter() for name, _ in asked}
+    opened = onnxruntime.InferenceSession(str(model), options, providers=providers)
+    nodes: dict[str, Counter[str]] = {name: Counter() for name, _ in providers}
     for part in opened.get_provider_graph_assignment_info():
-        found[part.ep_name].update(node.op_type for node in part.get_nodes())
-    return found
+        nodes[part.ep_name].update(node.op_type for node in part.get_nodes())
+    return nodes
 
 
 def accelerators(device: str) -> list[session.Accelerator]:
@@ -221,7 +218,7 @@ def packing(steps: Steps, device: str, extent: Extent) -> dict[tuple[str, int], 
     facts = spec.load(steps.tokenizer)
     texts = corpus.mixed_texts(extent.texts)
     rows = check.text_rows(steps.tokenizer, facts)(texts)
-    took: dict[tuple[str, int], list[float]] = {}
+    durations_s: dict[tuple[str, int], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         files = {"packed": steps.model, "apart": one_text_a_row(steps.model, Path(folder))}
         opened = {
@@ -236,13 +233,16 @@ def packing(steps: Steps, device: str, extent: Extent) -> dict[tuple[str, int], 
             for kind, path in files.items()
             for budget in extent.budgets
         }
-        for number in range(extent.rounds + 1):
-            for key, one in opened.items():
-                began = time.perf_counter()
-                one.run(rows)
-                if number:
-                    took.setdefault(key, []).append(time.perf_counter() - began)
-    return {key: len(texts) / statistics.median(each) for key, each in took.items()}
+        named = {f"{kind}, {budget} tokens a run": (kind, budget) for kind, budget in opened}
+        with Progress("several texts a row", list(named), extent.rounds + 1) as progress:
+            for number in range(extent.rounds + 1):
+                for name, key in named.items():
+                    with progress.step(name):
+                        load = closed_loop.threads(opened[key].run, [rows], 1)
+                    load.raise_errors()
+                    if number:
+                        durations_s.setdefault(key, []).append(load.seconds)
+    return {key: len(texts) / statistics.median(listed) for key, listed in durations_s.items()}
 
 
 def one_text_a_row(model: Path, folder: Path) -> Path:
@@ -261,30 +261,20 @@ def _metadata(model: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in loaded.metadata_props}
 
 
-def _report(
-    device: str,
-    model: str,
-    wanted: Sequence[Engine],
-    figures: bench_report.Figures,
-    steps: Mapping[str, Steps],
-    extent: Extent,
-) -> list[str]:
+def _conclusion(wanted: Sequence[Engine], figures: tables.Medians) -> list[str]:
+    columns = "engine|one: p50, p99 ms|1000: texts/s|×|32: texts/s|start s|cosine|alone|holds"
+    return report.table(
+        columns.split("|"), [_engine(engine, figures, wanted[0]) for engine in wanted]
+    )
+
+
+def _details(device: str, steps: Mapping[str, Steps], extent: Extent) -> list[str]:
     return [
-        f"# On {device.upper()}",
-        "",
-        machine.taken(f"python -m halimede_tools gpu-check --device {device}", model, PACKAGES),
-        _device(device),
-        "",
         f"Medians of {extent.rounds} rounds, asked in turn, after one that warms. *one*: single "
         "texts of mixed length, one after the other. *1000*: mixed texts in one call. *32*: single "
         "texts, so many at a time. ×: to sentence-transformers on the same device. *cosine*: mean, "
         "to sentence-transformers in FP32 on the CPU. *alone*: lowest, of a text alone to the same "
         "text in a batch.",
-        "",
-        "| engine | one: p50, p99 ms | 1000: texts/s | × | 32: texts/s | start s | cosine "
-        "| alone | holds |",
-        "|---" * 9 + "|",
-        *(_engine(engine, figures, wanted[0]) for engine in wanted),
         "",
         "## Who runs what",
         "",
@@ -297,32 +287,31 @@ def _report(
 
 def _device(device: str) -> str:
     """What runs: onnxruntime's version, and the GPU with its driver's CUDA."""
-    told = f"onnxruntime {onnxruntime.__version__}"
+    runtime = f"onnxruntime {onnxruntime.__version__}"
     if device == CPU:
-        return f"{told}, no GPU."
+        return f"{runtime}, no GPU."
     import torch
 
-    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {told}."
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {runtime}."
 
 
-def _engine(engine: Engine, figures: bench_report.Figures, rival: Engine) -> str:
-    found = {case: of for (name, case), of in figures.items() if name == engine.name}
-    rate, theirs = found[TOGETHER], figures[rival.name, TOGETHER]
-    many, near = found[MANY], found["vectors"]
+def _engine(engine: Engine, figures: tables.Medians, rival: Engine) -> list[str]:
+    single = figures[engine.name, ONE]
+    together, theirs = figures[engine.name, TOGETHER], figures[rival.name, TOGETHER]
+    many, compared = figures[engine.name, MANY], figures[engine.name, "vectors"]
     bar = check.BARS[engine.precision]
-    holds = near["mean_cosine"] >= bar.mean_cosine and near["invariance"] >= bar.invariance
-    cells = [
+    holds = compared["mean_cosine"] >= bar.mean_cosine and compared["invariance"] >= bar.invariance
+    return [
         engine.name,
-        f"{found[ONE]['p50_ms']:.1f}, {found[ONE]['p99_ms']:.1f}",
-        f"{rate['count'] / rate['seconds']:.0f}",
-        f"{theirs['seconds'] / rate['seconds']:.1f}",
+        f"{single['p50_ms']:.1f}, {single['p99_ms']:.1f}",
+        f"{together['count'] / together['seconds']:.0f}",
+        f"{theirs['seconds'] / together['seconds']:.1f}",
         f"{many['count'] / many['seconds']:.0f}",
-        f"{found['process']['cold_start_s']:.1f}",
-        f"{near['mean_cosine']:.6f}",
-        f"{near['invariance']:.6f}",
+        f"{figures[engine.name, 'process']['cold_start_s']:.1f}",
+        f"{compared['mean_cosine']:.6f}",
+        f"{compared['invariance']:.6f}",
         "" if engine is rival else "yes" if holds else "**no**",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _placed(precision: str, model: Path, device: str) -> list[str]:
@@ -334,20 +323,20 @@ def _placed(precision: str, model: Path, device: str) -> list[str]:
 
 
 def _packed(steps: Mapping[str, Steps], device: str, extent: Extent) -> list[str]:
-    budgets = " | ".join(f"{budget} tokens" for budget in extent.budgets)
-    lines = [
+    rates = {precision: packing(of, device, extent) for precision, of in steps.items()}
+    return [
         "",
         "## Several texts a row",
         "",
         f"Texts/s of {extent.texts} mixed texts in one call, by how they lie in the model's rows "
         "and by the most tokens of a run.",
         "",
-        f"| precision | rows | {budgets} |",
-        "|---" * (2 + len(extent.budgets)) + "|",
+        *report.table(
+            ["precision", "rows", *(f"{budget} tokens" for budget in extent.budgets)],
+            [
+                [precision, kind, *(f"{of[kind, budget]:.0f}" for budget in extent.budgets)]
+                for precision, of in rates.items()
+                for kind in dict.fromkeys(kind for kind, _ in of)
+            ],
+        ),
     ]
-    for precision, of in steps.items():
-        rates = packing(of, device, extent)
-        for kind in dict.fromkeys(kind for kind, _ in rates):
-            cells = " | ".join(f"{rates[kind, budget]:.0f}" for budget in extent.budgets)
-            lines.append(f"| {precision} | {kind} | {cells} |")
-    return lines

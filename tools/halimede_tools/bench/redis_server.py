@@ -1,4 +1,4 @@
-"""A Redis of one's own, for tests and benchmarks: on a free port, in a folder, gone at the end."""
+"""A redis-server for tests and benchmarks: on a free port, in a given folder, ended afterwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ READY_S = 10.0
 
 @contextlib.contextmanager
 def serve(folder: Path, *options: str, port: int | None = None) -> Iterator[str]:
-    """The url of a running redis-server; `options` as on its command line.
+    """Start a redis-server, with `options` as on its command line; its url.
 
     Raises:
         ServeError: redis-server is not installed, or does not start.

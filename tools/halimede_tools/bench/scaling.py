@@ -1,5 +1,5 @@
-"""What one server does, by the length of its texts and by its cores, and how a client spreads over
-two of them.
+"""The rate of a server by the length of its texts and by its cores, and of several servers that
+share one client's texts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,14 +21,13 @@ import numpy as np
 from halimede import AsyncEmbedder
 from halimede_ops import spec, text
 from halimede_repository import configs
-from halimede_tools.bench import machine
-from halimede_tools.bench.peers import runner
+from halimede_tools.bench import closed_loop, report, triton_request
 from halimede_tools.build.repository import served_name
 from halimede_tools.build.samples import corpus
-from halimede_tools.build.steps import console
+from halimede_tools.progress import Progress, console
 from halimede_tools.serve import wheel
 from halimede_tools.serve.ports import free_ports
-from halimede_tools.settings import ROOT, Settings
+from halimede_tools.settings import Settings
 
 CONCURRENCY = 32
 TEXTS = {16: 1000, 64: 500, 256: 200}
@@ -38,7 +36,11 @@ SPREAD_TEXTS = 600
 PACKAGES = ("onnxruntime-openvino", "nvidia-pytriton")
 
 
-class Load(NamedTuple):
+WHOLE, CORE, CORES = "one, all cores", "one, one core", "one a core"
+"""How many servers, and on which cores."""
+
+
+class Rates(NamedTuple):
     """What a server did under one load."""
 
     texts_per_s: float
@@ -56,23 +58,31 @@ class Spread(NamedTuple):
 
 def bench_scaling(settings: Settings, model: str, precisions: Sequence[str], rounds: int) -> Path:
     """Measure, print and write the report; its path."""
-    loads = {}
-    spreads = {}
-    for precision in precisions:
-        name = served_name(model, precision)
-        with _served(settings, name) as whole:
-            for tokens, texts in _texts(settings, name).items():
-                loads[precision, tokens] = _load(whole, name, texts, rounds)
-            spreads[precision] = [_spread("one, all cores", [whole], name, rounds)]
-        cores = sorted(os.sched_getaffinity(0))
-        with contextlib.ExitStack() as stack:
-            single = [stack.enter_context(_served(settings, name, core)) for core in cores]
-            spreads[precision].append(_spread("one, one core", single[:1], name, rounds))
-            spreads[precision].append(_spread("one a core", single, name, rounds))
-    report = ROOT / "docs" / "benchmarks" / "scaling.md"
-    report.write_text(_report(model, loads, spreads, rounds))
-    console.print(report.read_text(), markup=False)
-    return report
+    loads: dict[tuple[str, int], Rates] = {}
+    spreads: dict[str, list[Spread]] = {}
+    kinds = [f"{tokens} tokens a text" for tokens in TEXTS] + [WHOLE, CORE, CORES]
+    steps = [f"{precision}, {kind}" for precision in precisions for kind in kinds]
+    with Progress("bench scaling", steps, rounds + 1) as progress:
+        for precision in precisions:
+            name = served_name(model, precision)
+            with _served(settings, name) as whole:
+                for tokens, texts in _texts(settings, name).items():
+                    step = f"{precision}, {tokens} tokens a text"
+                    loads[precision, tokens] = _load(whole, name, texts, rounds, progress, step)
+                spreads[precision] = [_spread(precision, WHOLE, [whole], name, rounds, progress)]
+            cores = sorted(os.sched_getaffinity(0))
+            with contextlib.ExitStack() as stack:
+                servers = [stack.enter_context(_served(settings, name, core)) for core in cores]
+                for kind, chosen in ((CORE, servers[:1]), (CORES, servers)):
+                    spread = _spread(precision, kind, chosen, name, rounds, progress)
+                    spreads[precision].append(spread)
+    return report.publish(
+        report.FOLDER / "scaling.md",
+        "Scaling",
+        _conclusion(spreads),
+        report.origin("halimede bench scaling", model, PACKAGES),
+        _details(loads, spreads, rounds),
+    )
 
 
 @contextlib.contextmanager
@@ -82,6 +92,7 @@ def _served(settings: Settings, name: str, core: int | None = None) -> Iterator[
     options = wheel.Options(http_port=http, grpc_port=grpc, metrics_port=metrics, models=(name,))
     cores = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as run, contextlib.ExitStack() as stack:
+        console.print(f"  {name}: starting Triton{'' if core is None else f' on core {core}'}")
         try:
             os.sched_setaffinity(0, cores if core is None else {core})  # a child has its parent's
             server = stack.enter_context(
@@ -98,8 +109,8 @@ def _texts(settings: Settings, name: str) -> dict[int, list[str]]:
     [folder] = [folder for step, folder in steps.items() if step.endswith("-tokenizer")]
     tokenizer = text.load(folder, spec.load(folder))
     words = sorted({word for sentence in corpus.SENTENCES for word in sentence.split()})
-    own, *told = [its.total for its in tokenizer.encode(["", *words], [None] * (1 + len(words)))]
-    short = [word for word, total in zip(words, told, strict=True) if total == own + 1]
+    own, *totals = [row.total for row in tokenizer.encode(["", *words], [None] * (1 + len(words)))]
+    short = [word for word, total in zip(words, totals, strict=True) if total == own + 1]
     chance = random.Random(1)
     return {
         tokens: [" ".join(chance.choices(short, k=tokens - own)) for _ in range(count)]
@@ -107,93 +118,122 @@ def _texts(settings: Settings, name: str) -> dict[int, list[str]]:
     }
 
 
-def _load(server: wheel.Server, name: str, texts: Sequence[str], rounds: int) -> Load:
+def _load(
+    server: wheel.Server,
+    name: str,
+    texts: Sequence[str],
+    rounds: int,
+    progress: Progress,
+    step: str,
+) -> Rates:
     """Medians over the rounds, after one that warms."""
-    runs = [
-        runner.load(lambda _: None, texts, CONCURRENCY, server.grpc_address, name)
-        for _ in range(rounds + 1)
-    ][1:]
-    quantiles = [np.percentile(run["latencies"], (50, 99)) * 1000 for run in runs]
-    return Load(
-        len(texts) / statistics.median(run["seconds"] for run in runs),
+    loads = []
+    for _ in range(rounds + 1):
+        with progress.step(step):
+            loads.append(triton_request.send_singly(server.grpc_address, name, texts, CONCURRENCY))
+    quantiles = [np.percentile(load.latencies_s, (50, 99)) * 1000 for load in loads[1:]]
+    return Rates(
+        len(texts) / statistics.median(load.seconds for load in loads[1:]),
         statistics.median(float(p50) for p50, _ in quantiles),
         statistics.median(float(p99) for _, p99 in quantiles),
     )
 
 
-def _spread(told: str, servers: Sequence[wheel.Server], name: str, rounds: int) -> Spread:
-    """Mixed texts, one a call, by halimede's client with every address."""
+def _spread(
+    precision: str,
+    kind: str,
+    servers: Sequence[wheel.Server],
+    name: str,
+    rounds: int,
+    progress: Progress,
+) -> Spread:
+    """Mixed texts, one a call, by halimede's client with every address; the median of the rounds,
+    after one that warms.
+    """
     texts = corpus.mixed_texts(SPREAD_TEXTS)
     before = [_answered(server, name) for server in servers]
-    seconds = asyncio.run(_embedded(servers, name, texts, rounds))
-    answered = [_answered(server, name) - one for server, one in zip(servers, before, strict=True)]
-    return Spread(told, len(texts) / seconds, [one / sum(answered) for one in answered])
-
-
-async def _embedded(
-    servers: Sequence[wheel.Server], name: str, texts: Sequence[str], rounds: int
-) -> float:
-    """Median seconds for all texts, CONCURRENCY at a time, after a round that warms."""
     model = {"provider": "triton", "model_id": name, "url": [s.grpc_address for s in servers]}
-    took = []
 
-    async def caller(embedder: AsyncEmbedder, waiting: Iterator[str]) -> None:
-        for one in waiting:
-            await embedder.embed(one)
+    async def durations_s() -> list[float]:
+        measured = []
+        async with AsyncEmbedder(config={"models": {"server": model}}) as embedder:
+            for _ in range(rounds + 1):
+                with progress.step(f"{precision}, {kind}"):
+                    load = await closed_loop.coroutines(embedder.embed, texts, CONCURRENCY)
+                load.raise_errors()
+                measured.append(load.seconds)
+        return measured
 
-    async with AsyncEmbedder(config={"models": {"server": model}}) as embedder:
-        for _ in range(rounds + 1):
-            waiting = iter(texts)
-            began = time.perf_counter()
-            await asyncio.gather(*[caller(embedder, waiting) for _ in range(CONCURRENCY)])
-            took.append(time.perf_counter() - began)
-    return statistics.median(took[1:])
+    texts_per_s = len(texts) / statistics.median(asyncio.run(durations_s())[1:])
+    counts = [
+        _answered(server, name) - count for server, count in zip(servers, before, strict=True)
+    ]
+    return Spread(kind, texts_per_s, [count / sum(counts) for count in counts])
 
 
 def _answered(server: wheel.Server, name: str) -> int:
     """Requests that a server has answered."""
-    with urlopen(f"http://{server.http_address}/v2/models/{name}/stats") as told:
-        [stats] = json.load(told)["model_stats"]
+    with urlopen(f"http://{server.http_address}/v2/models/{name}/stats") as answer:
+        [stats] = json.load(answer)["model_stats"]
     return int(stats["inference_stats"]["success"]["count"])
 
 
-def _report(
-    model: str,
-    loads: dict[tuple[str, int], Load],
-    spreads: dict[str, list[Spread]],
-    rounds: int,
-) -> str:
-    lines = [
-        "# Scaling",
-        "",
-        machine.taken("python -m halimede_tools bench-scaling", model, PACKAGES),
-        "",
+def _conclusion(spreads: dict[str, list[Spread]]) -> list[str]:
+    """What a server a core does, against one server on all of them."""
+    rows = []
+    for precision, measured in spreads.items():
+        rates = {spread.servers: spread.texts_per_s for spread in measured}
+        rows.append(
+            (
+                precision,
+                f"{rates[WHOLE]:.0f}",
+                f"{rates[CORES]:.0f}",
+                f"{rates[CORES] / rates[WHOLE]:.2f}",
+            )
+        )
+    columns = f"precision|{WHOLE}: texts/s|{CORES}: texts/s|×"
+    return report.table(columns.split("|"), rows)
+
+
+def _details(
+    loads: dict[tuple[str, int], Rates], spreads: dict[str, list[Spread]], rounds: int
+) -> list[str]:
+    return [
         f"Medians of {rounds} rounds after one that warms; {CONCURRENCY} texts at a time, one a "
         "request, over gRPC. What sends them runs on the same cores.",
         "",
         "## One server, by the length of the texts",
         "",
-        "| precision | tokens a text | texts/s | tokens/s | p50 ms | p99 ms |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {precision} | {tokens} | {load.texts_per_s:.0f} | {load.texts_per_s * tokens:.0f} "
-        f"| {load.p50_ms:.0f} | {load.p99_ms:.0f} |"
-        for (precision, tokens), load in loads.items()
-    ]
-    lines += [
+        *report.table(
+            ["precision", "tokens a text", "texts/s", "tokens/s", "p50 ms", "p99 ms"],
+            [
+                (
+                    precision,
+                    tokens,
+                    f"{load.texts_per_s:.0f}",
+                    f"{load.texts_per_s * tokens:.0f}",
+                    f"{load.p50_ms:.0f}",
+                    f"{load.p99_ms:.0f}",
+                )
+                for (precision, tokens), load in loads.items()
+            ],
+        ),
         "",
         "## Servers beside each other",
         "",
         "Mixed texts by halimede's client, given every address; each server's share of them.",
         "",
-        "| precision | servers | texts/s | shares |",
-        "|---|---|---|---|",
+        *report.table(
+            ["precision", "servers", "texts/s", "shares"],
+            [
+                (
+                    precision,
+                    spread.servers,
+                    f"{spread.texts_per_s:.0f}",
+                    ", ".join(f"{share:.1%}" for share in spread.shares),
+                )
+                for precision, measured in spreads.items()
+                for spread in measured
+            ],
+        ),
     ]
-    lines += [
-        f"| {precision} | {spread.servers} | {spread.texts_per_s:.0f} "
-        f"| {', '.join(f'{share:.1%}' for share in spread.shares)} |"
-        for precision, found in spreads.items()
-        for spread in found
-    ]
-    return "\n".join(lines) + "\n"

@@ -1,8 +1,8 @@
-"""Perf: what Triton serves under load against what the engine alone does, in one run.
+"""The rate of Triton under load against that of the engine alone, in one run.
 
-The load comes from NVIDIA's perf_analyzer, the last build of which that runs on glibc 2.36 lies
-in the wheel `tritonclient==2.46.0`. Server and engine are measured in turn, so that both see the
-machine in the same state; the server is up but idle while the engine runs.
+The load comes from NVIDIA's perf_analyzer. Its last build that runs on glibc 2.36 is in the wheel
+`tritonclient==2.46.0`. Server and engine are measured in turn, so that both see the machine in the
+same state; the server is up but idle while the engine runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,15 +22,18 @@ from pathlib import Path
 from halimede_engine.session import FILE_NAME
 from halimede_ops.errors import HalimedeError
 from halimede_repository import configs
-from halimede_tools.bench import machine
+from halimede_tools.bench import closed_loop, report
 from halimede_tools.build.download import fetch_wheel
 from halimede_tools.build.repository import served_name
 from halimede_tools.build.samples import corpus
-from halimede_tools.build.steps import console
-from halimede_tools.serve import wheel as triton
-from halimede_tools.settings import ROOT, Settings
+from halimede_tools.progress import Progress, console
+from halimede_tools.serve import wheel
+from halimede_tools.settings import Settings
 
 WHEEL = "tritonclient==2.46.0"
+RATIO = 0.75
+"""Goal: the server's texts/s over the engine's."""
+PACKAGES = ("onnxruntime-openvino", "nvidia-pytriton")
 CONCURRENCY = 32
 TEXTS = 1000
 
@@ -63,34 +65,56 @@ def perf(settings: Settings, model: str, precisions: Sequence[str], rounds: int)
         HalimedeError: perf_analyzer cannot be had, or ended with an error.
     """
     analyzer = PerfAnalyzer(settings.home / "perf")
-    rows = [_measure(settings, analyzer, model, precision, rounds) for precision in precisions]
-    report = ROOT / "docs" / "benchmarks" / "server-against-engine.md"
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text(_report(model, rows, rounds))
-    console.print(report.read_text(), markup=False)
-    return report
+    steps = [f"{name}, {part}" for name in precisions for part in ("engine", "server")]
+    with Progress("bench server", steps, rounds) as progress:
+        rows = [
+            _measure(settings, analyzer, model, precision, rounds, progress)
+            for precision in precisions
+        ]
+    return report.publish(
+        report.FOLDER / "server-against-engine.md",
+        "Server against engine",
+        report.goals(goal(row) for row in rows),
+        report.origin("halimede bench server", model, PACKAGES),
+        _details(rows, rounds),
+    )
+
+
+def goal(row: Row) -> report.Goal:
+    """Whether the server reaches RATIO of the engine."""
+    name = f"server over engine, {row.precision}"
+    return report.Goal(name, f"{row.ratio:.0%}", f"at least {RATIO:.0%}", row.ratio >= RATIO)
 
 
 def _measure(
-    settings: Settings, analyzer: PerfAnalyzer, model: str, precision: str, rounds: int
+    settings: Settings,
+    analyzer: PerfAnalyzer,
+    model: str,
+    precision: str,
+    rounds: int,
+    progress: Progress,
 ) -> Row:
     name = served_name(model, precision)
     run = settings.home / "run" / "perf"
     run.mkdir(parents=True, exist_ok=True)
-    options = triton.Options(http_port=18000, grpc_port=18001, metrics_port=18002, models=(name,))
+    options = wheel.Options(http_port=18000, grpc_port=18001, metrics_port=18002, models=(name,))
     served, latencies, engine, in_hand = [], [], [], []
-    with triton.serve(settings.repository, settings.python_backend, run, options) as server:
-        analyzer.run(name, server.grpc_address)  # warm: not counted
+    console.print(f"  {precision}: starting Triton and warming it")
+    with wheel.serve(settings.repository, settings.python_backend, run, options) as server:
+        analyzer.run(name, server.grpc_address)
         for _ in range(rounds):
-            alone, some = engine_alone(settings, name, model)
-            engine.append(alone)
-            in_hand.append(some)
-            load = analyzer.run(name, server.grpc_address)
+            with progress.step(f"{precision}, engine"):
+                whole_rate, in_hand_rate = engine_alone(settings, name, model)
+            engine.append(whole_rate)
+            in_hand.append(in_hand_rate)
+            with progress.step(f"{precision}, server"):
+                load = analyzer.run(name, server.grpc_address)
             served.append(load["Inferences/Second"])
             latencies.append((load["p50 latency"] / 1000, load["p99 latency"] / 1000))
             console.print(
-                f"  {precision}: engine {alone:.0f} ({some:.0f} with {CONCURRENCY} in hand), "
-                f"server {served[-1]:.0f} texts/s"
+                f"  {precision}: engine {whole_rate:.0f} ({in_hand_rate:.0f} with {CONCURRENCY} in "
+                f"hand), server {served[-1]:.0f} texts/s",
+                markup=False,
             )
     return Row(
         precision,
@@ -107,9 +131,9 @@ def engine_alone(settings: Settings, name: str, model: str) -> tuple[float, floa
     steps = configs.read(settings.repository, name).steps
     onnx, tokenizer = steps[f"{name}-onnx"] / FILE_NAME, steps[f"{model}-tokenizer"]
     command = [sys.executable, "-m", "halimede_tools.bench.server", str(onnx), str(tokenizer)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    alone, in_hand = done.stdout.split()
-    return float(alone), float(in_hand)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    whole, in_hand = done.stdout.split()
+    return float(whole), float(in_hand)
 
 
 def engine_texts_per_s(onnx: Path, tokenizer: Path) -> tuple[float, float]:
@@ -122,17 +146,13 @@ def engine_texts_per_s(onnx: Path, tokenizer: Path) -> tuple[float, float]:
     texts = corpus.mixed_texts(TEXTS)
     parts = [texts[start : start + CONCURRENCY] for start in range(0, TEXTS, CONCURRENCY)]
 
-    def in_hand() -> None:
-        for part in parts:
-            engine.embed(part)
+    def texts_per_s(calls: Sequence[Sequence[str]]) -> float:
+        closed_loop.threads(engine.embed, calls, 1).raise_errors()  # warms
+        load = closed_loop.threads(engine.embed, calls, 1)
+        load.raise_errors()
+        return TEXTS / load.seconds
 
-    def timed(run) -> float:  # type: ignore[no-untyped-def]
-        run()
-        began = time.perf_counter()
-        run()
-        return TEXTS / (time.perf_counter() - began)
-
-    return timed(lambda: engine.embed(texts)), timed(in_hand)
+    return texts_per_s([texts]), texts_per_s(parts)
 
 
 class PerfAnalyzer:
@@ -168,8 +188,8 @@ class PerfAnalyzer:
         return {name: float(value) for name, value in row.items()}
 
     def _unpack(self) -> None:
-        wheel = fetch_wheel(WHEEL, self._folder, "--platform", "manylinux1_x86_64")
-        with zipfile.ZipFile(wheel) as archive:
+        package = fetch_wheel(WHEEL, self._folder, "--platform", "manylinux1_x86_64")
+        with zipfile.ZipFile(package) as archive:
             inside = next(n for n in archive.namelist() if n.endswith("/bin/perf_analyzer"))
             part = self._binary.with_suffix(".part")
             with archive.open(inside) as packed, part.open("wb") as file:
@@ -183,39 +203,42 @@ class PerfAnalyzer:
         """
         folder = self._folder / "lib"
         folder.mkdir(exist_ok=True)
-        wheel_libraries = triton.wheel_libraries()
+        libraries = wheel.wheel_libraries()
         for plain, pattern in (
             ("libcudart.so.12", "libcudart-*.so.12*"),
             ("libb64.so.0d", "libb64-*.so.0d"),
         ):
             link = folder / plain
             link.unlink(missing_ok=True)
-            link.symlink_to(next(wheel_libraries.glob(pattern)))
+            link.symlink_to(next(libraries.glob(pattern)))
         return folder
 
 
-def _report(model: str, rows: Sequence[Row], rounds: int) -> str:
-    lines = [
-        "# Server against engine",
-        "",
-        machine.taken("make perf", model, ("onnxruntime-openvino", "nvidia-pytriton")),
-        "",
+def _details(rows: Sequence[Row], rounds: int) -> list[str]:
+    columns = f"precision|engine|{CONCURRENCY} in hand|server|server / engine|p50 ms|p99 ms"
+    return [
         f"{TEXTS} mixed texts, texts/s, medians of {rounds} rounds, engine and server in turn. "
         f"*engine*: one process, all texts at once. *{CONCURRENCY} in hand*: the same process, "
         f"{CONCURRENCY} texts at a time, as many as the server has to choose from. *server*: "
         f"perf_analyzer over gRPC, {CONCURRENCY} single-text requests on their way; the load "
-        "generator runs on the same cores.",
+        "generator runs on the same cores. [Why a goal is missed](limits.md).",
         "",
-        f"| precision | engine | {CONCURRENCY} in hand | server | server / engine | p50 ms "
-        "| p99 ms |",
-        "|---|---|---|---|---|---|---|",
+        *report.table(
+            columns.split("|"),
+            [
+                (
+                    row.precision,
+                    f"{row.engine:.0f}",
+                    f"{row.engine_in_hand:.0f}",
+                    f"{row.server:.0f}",
+                    f"{row.ratio:.0%}",
+                    f"{row.p50_ms:.0f}",
+                    f"{row.p99_ms:.0f}",
+                )
+                for row in rows
+            ],
+        ),
     ]
-    lines += [
-        f"| {row.precision} | {row.engine:.0f} | {row.engine_in_hand:.0f} | {row.server:.0f} "
-        f"| {row.ratio:.0%} | {row.p50_ms:.0f} | {row.p99_ms:.0f} |"
-        for row in rows
-    ]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

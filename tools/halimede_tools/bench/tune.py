@@ -1,8 +1,8 @@
-"""Tune: what runs a model fastest on this machine, found by measuring it here.
+"""Tune: what runs a model fastest on this machine, by measuring it here.
 
 First the provider, the threads and the streams that share them, then the tokens of a run. All
-candidates of a stage are open at once and asked in turn, so that each sees the machine in the same
-state. Of those within ALIKE of the most texts a second, the one that answers a single text soonest
+candidates of a stage are open at once and measured in turn, so that each sees the machine in the
+same state. Among those within ALIKE of the highest rate, the one that answers a single text soonest
 is chosen. A provider counts only if its vectors are those of the provider that the build checked.
 """
 
@@ -19,29 +19,31 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from halimede_engine import batching, session
 from halimede_ops import spec, vectors
 from halimede_ops.errors import InvalidInput
 from halimede_repository import configs
-from halimede_tools.bench import machine
+from halimede_tools.bench import closed_loop, report
 from halimede_tools.build import check, model_config, repository
 from halimede_tools.build.samples import corpus
-from halimede_tools.build.steps import console
+from halimede_tools.progress import Progress
 from halimede_tools.settings import Settings
 
 LEAST_ROUNDS = 3
 TEXTS, IN_HAND, SINGLES = 128, 32, 8
-"""Texts of a round, how many of them the engine has to choose from at a time, and of these how many
-are embedded alone as well."""
+"""Texts of a round, how many of them the engine has to choose from at a time, and how many are
+embedded alone as well."""
 ALIKE = 0.03
-"""Rates that differ by less are alike: medians of a few rounds tell no more."""
+"""Rates that differ by less are alike: medians of a few rounds show no more."""
 BUDGETS = tuple(int(batching.MICRO_BATCH_TOKENS * times) for times in (1, 0.5, 2))
 """Tokens of a run to try."""
 RESERVED = 6
-"""Memory that is kept free for each way that is open, in sizes of the model's file."""
+"""Memory that is kept free for each open session, in sizes of the model's file."""
 PACKAGES = ("onnxruntime-openvino", "numpy")
+STAGES = ("provider, threads, streams", "tokens of a run")
 
 Rows = Sequence[session.Row | session.Pixels]
 
@@ -67,8 +69,8 @@ class Way:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What a way was found to do: medians."""
+class Measurement:
+    """What one way does: medians."""
 
     way: Way
     texts_per_s: float
@@ -79,34 +81,40 @@ class Found:
 
 
 def tune(settings: Settings, model: str, precisions: Sequence[str], seconds: float) -> None:
-    """Measure each precision, and write what was found into the repository; print the tables.
+    """Measure each precision, and write the fastest way into the repository; print the tables.
 
     Raises:
         ModelNotFound: the repository has no such model.
         InvalidInput: it embeds no texts.
     """
-    for precision in precisions:
-        name = repository.served_name(model, precision)
-        least_cosine = check.BARS[precision].invariance
-        found, best = measure(settings, model, name, least_cosine, seconds / len(precisions))
-        record = {
-            "choice": best.way.parameters(),
-            "taken": machine.taken("make tune", name, PACKAGES),
-            "table": [dataclasses.asdict(one) for one in found],
-        }
-        repository.tune(name, record, settings.repository)
-        console.print(_table(name, found, best))
+    steps = [f"{precision}, {stage}" for precision in precisions for stage in STAGES]
+    tables = []
+    with Progress("tune", steps, step_s=seconds / len(steps)) as progress:
+        for precision in precisions:
+            name = repository.served_name(model, precision)
+            share_s = seconds / len(precisions)
+            measured, best = measure(settings, model, precision, share_s, progress)
+            record = {
+                "choice": best.way.parameters(),
+                "origin": report.origin("halimede tune", name, PACKAGES),
+                "table": [dataclasses.asdict(measurement) for measurement in measured],
+            }
+            repository.tune(name, record, settings.repository)
+            tables.append(_table(name, measured, best))
+    Console().print(*tables)
 
 
 def measure(
-    settings: Settings, model: str, name: str, least_cosine: float, seconds: float
-) -> tuple[list[Found], Found]:
+    settings: Settings, model: str, precision: str, seconds: float, progress: Progress
+) -> tuple[list[Measurement], Measurement]:
     """What each way does with one precision of a model, the build's own first; and the best.
 
     Raises:
         ModelNotFound: the repository has no such model.
         InvalidInput: it embeds no texts.
     """
+    name = repository.served_name(model, precision)
+    least_cosine = check.BARS[precision].invariance
     steps = configs.read(settings.repository, name).steps
     tokenizer = steps.get(f"{model}-tokenizer")
     if tokenizer is None:
@@ -114,27 +122,31 @@ def measure(
     facts, onnx = spec.load(tokenizer), steps[f"{name}-onnx"] / session.FILE_NAME
     texts = random.Random(7).sample(corpus.mixed_texts(), TEXTS)
     rows = check.text_rows(tokenizer, facts)(texts)
-    stage = _Stage(onnx, facts.max_tokens, rows, seconds / 2)
+    stage = _Stage(onnx, facts.max_tokens, rows, seconds / len(STAGES))
     ways = candidates(len(os.sched_getaffinity(0)))
     fitting = settings.memory_limit_bytes // (RESERVED * session.file_bytes(onnx))
-    found = stage.measure(ways[: max(2, fitting)])
-    best = choose(found, least_cosine).way
-    last = stage.measure([dataclasses.replace(best, micro_batch_tokens=n) for n in BUDGETS])
-    return found + last, choose(last, least_cosine)
+    with progress.step(f"{precision}, {STAGES[0]}"):
+        first = stage.measure(ways[: max(2, fitting)])
+    best = choose(first, least_cosine).way
+    with progress.step(f"{precision}, {STAGES[1]}"):
+        last = stage.measure([dataclasses.replace(best, micro_batch_tokens=n) for n in BUDGETS])
+    return first + last, choose(last, least_cosine)
 
 
-def choose(found: Sequence[Found], least_cosine: float) -> Found:
+def choose(measured: Sequence[Measurement], least_cosine: float) -> Measurement:
     """The way to run the model: of the fast ones with the right vectors, the one that answers a
     single text soonest.
     """
-    right = [one for one in found if one.cosine >= least_cosine]
-    most = max(one.texts_per_s for one in right)
-    fast = [one for one in right if one.texts_per_s >= (1 - ALIKE) * most]
-    return min(fast, key=lambda one: one.single_ms)
+    right = [measurement for measurement in measured if measurement.cosine >= least_cosine]
+    highest = max(measurement.texts_per_s for measurement in right)
+    fast = [
+        measurement for measurement in right if measurement.texts_per_s >= (1 - ALIKE) * highest
+    ]
+    return min(fast, key=lambda measurement: measurement.single_ms)
 
 
 def candidates(cores: int) -> list[Way]:
-    """The way that the build checked first, then the others of all providers that there are."""
+    """The way that the build checked, then the others, of all providers that are installed."""
     available = onnxruntime.get_available_providers()
     providers = [*model_config.CPU_ACCELERATORS] if "OpenVINOExecutionProvider" in available else []
     threads = [cores, cores // 2] if cores >= 4 else [cores]  # half: one a core with two threads
@@ -164,23 +176,23 @@ class _Stage:
         self._expected: np.ndarray | None = None
         """Vectors of the very first way."""
 
-    def measure(self, ways: Sequence[Way]) -> list[Found]:
+    def measure(self, ways: Sequence[Way]) -> list[Measurement]:
         """What each way does: all of them in turn, until the time is up."""
         end = time.monotonic() + self._seconds
-        opened = {way: self._open(way) for way in ways}
-        rows = self._affordable(opened[ways[0]], len(ways))
-        cosines = {way: self._cosine(one, rows) for way, one in opened.items()}
+        sessions = {way: self._open(way) for way in ways}
+        rows = self._affordable(sessions[ways[0]], len(ways))
+        cosines = {way: self._cosine(opened, rows) for way, opened in sessions.items()}
         rates: dict[Way, list[float]] = {way: [] for way in ways}
-        singles: dict[Way, list[float]] = {way: [] for way in ways}
+        singles_s: dict[Way, list[float]] = {way: [] for way in ways}
         while len(rates[ways[-1]]) < LEAST_ROUNDS or time.monotonic() < end:
-            for way, one in opened.items():
-                rates[way].append(_rate(one, rows))
-                singles[way] += [_seconds(one, [row]) for row in rows[:SINGLES]]
+            for way, opened in sessions.items():
+                rates[way].append(len(rows) / _load(opened, rows, IN_HAND).seconds)
+                singles_s[way] += _load(opened, rows[:SINGLES], 1).latencies_s
         return [
-            Found(
+            Measurement(
                 way,
                 statistics.median(rates[way]),
-                statistics.median(singles[way]) * 1000,
+                statistics.median(singles_s[way]) * 1000,
                 cosines[way],
             )
             for way in ways
@@ -198,45 +210,41 @@ class _Stage:
         )
         return opened
 
-    def _affordable(self, one: session.Session, ways: int) -> Rows:
+    def _affordable(self, opened: session.Session, ways: int) -> Rows:
         """As many rows as the ways can run LEAST_ROUNDS times, and once before, in the time."""
-        _seconds(one, self._rows[:SINGLES])  # warms
-        took_s = _seconds(one, self._rows[:SINGLES]) / SINGLES
-        count = int(self._seconds / (took_s * ways * (LEAST_ROUNDS + 1)))
+        _load(opened, self._rows[:SINGLES], SINGLES)  # warms
+        row_s = _load(opened, self._rows[:SINGLES], SINGLES).seconds / SINGLES
+        count = int(self._seconds / (row_s * ways * (LEAST_ROUNDS + 1)))
         return self._rows[: max(SINGLES, count)]
 
-    def _cosine(self, one: session.Session, rows: Rows) -> float:
+    def _cosine(self, opened: session.Session, rows: Rows) -> float:
         """Lowest cosine to the first way's vectors. It warms this way as well."""
-        found = one.run(rows)
+        embeddings = opened.run(rows)
         if self._expected is None:
-            self._expected = found
-        both = min(len(found), len(self._expected))
-        return float(vectors.cosine(found[:both], self._expected[:both]).min())
+            self._expected = embeddings
+        both = min(len(embeddings), len(self._expected))
+        return float(vectors.cosine(embeddings[:both], self._expected[:both]).min())
 
 
-def _rate(one: session.Session, rows: Rows) -> float:
-    """Texts a second, IN_HAND at a time."""
-    parts = [rows[first : first + IN_HAND] for first in range(0, len(rows), IN_HAND)]
-    return len(rows) / sum(_seconds(one, part) for part in parts)
+def _load(opened: session.Session, rows: Rows, size: int) -> closed_loop.Load:
+    """Run the rows, `size` at a time, one call after the other."""
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    load = closed_loop.threads(opened.run, parts, 1)
+    load.raise_errors()
+    return load
 
 
-def _seconds(one: session.Session, rows: Rows) -> float:
-    began = time.perf_counter()
-    one.run(rows)
-    return time.perf_counter() - began
-
-
-def _table(name: str, found: Sequence[Found], best: Found) -> Table:
+def _table(name: str, measured: Sequence[Measurement], best: Measurement) -> Table:
     columns = ("provider", "threads", "streams", "tokens", "texts/s", "one ms", "cosine", "")
     table = Table(*columns, title=name, box=box.SIMPLE)  # fits into 80 columns
-    for one in found:
-        way = one.way
+    for measurement in measured:
+        way = measurement.way
         table.add_row(
             way.provider or "onnxruntime",
             *(str(count) for count in (way.threads, way.streams, way.micro_batch_tokens)),
-            f"{one.texts_per_s:.0f}",
-            f"{one.single_ms:.1f}",
-            f"{one.cosine:.6f}",
-            "chosen" if one is best else "",
+            f"{measurement.texts_per_s:.0f}",
+            f"{measurement.single_ms:.1f}",
+            f"{measurement.cosine:.6f}",
+            "chosen" if measurement is best else "",
         )
     return table

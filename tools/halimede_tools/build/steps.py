@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 
 from halimede.models.store import LOCK, PART, RECORD, damaged, recorded
 from halimede_ops.errors import BuildError
 from halimede_repository.checksums import sha256
+from halimede_tools import progress
 from halimede_tools.settings import Settings
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = progress.console
 
 
 def once(folder: Path, key: str, name: str, make: Callable[[Path], None]) -> Path:

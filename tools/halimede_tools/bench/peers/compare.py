@@ -1,8 +1,8 @@
 """Every engine on one machine, in one run, with the same weights and the same texts.
 
-Each engine is a process of its own that stays up; for every case they are asked in turn, so that
-all see the machine in the same state. Each figure is a line of the results file at once: a run can
-be cut into cases, and its report drawn at the end.
+Each engine is a process of its own that stays up. In every case the engines are measured in turn,
+so that all see the machine in the same state. Each figure is written to the results file at once,
+so a run can be split by cases and its report written at the end.
 """
 
 from __future__ import annotations
@@ -21,21 +21,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import halimede_tools
 from halimede_ops import vectors
 from halimede_ops.errors import DownloadError, HalimedeError
-from halimede_tools.bench.peers import engines as bench_peers
-from halimede_tools.bench.peers import limit as bench_limit
-from halimede_tools.bench.peers import report
+from halimede_tools.bench.peers import engines, limit, tables
 from halimede_tools.bench.peers.engines import REFERENCE, Engine
 from halimede_tools.build.repository import served_name
 from halimede_tools.build.samples import corpus
-from halimede_tools.build.steps import console
+from halimede_tools.progress import Progress, console
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
 PRECISIONS = ("fp32", "fp16", "int8")
 STRIDE = 5
-"""Every so many-th of the mixed texts, by length, is sent alone."""
+"""One in so many of the mixed texts, by length, is sent alone."""
 LONG_TEXTS = 32
 BULK_TEXTS = 1000
 BULK_LEAD_S = 0.5
@@ -43,9 +42,13 @@ BULK_LEAD_S = 0.5
 COMPARED = 100
 """Texts whose vectors are compared."""
 ALONE = 20
-"""Of these, so many are embedded alone as well."""
+"""How many of these are embedded alone as well."""
 FIRST_PORT = 18_100
 """Each server has three ports from here on, ten apart."""
+
+
+Figures = dict[str, Any]
+"""One line of the results file: a name each, and what JSON can hold."""
 
 
 class Case(NamedTuple):
@@ -53,8 +56,8 @@ class Case(NamedTuple):
 
     name: str
     way: str
-    """`together`: one call; `each`: a call a text; `beside`: the same while another client sends
-    bulk, of what is served alone."""
+    """`together`: one call. `each`: a call a text. `beside`: the same while another client sends
+    bulk; only of served engines."""
     texts: str
     """Of `texts`."""
     size: int
@@ -62,8 +65,8 @@ class Case(NamedTuple):
 
 
 def texts() -> dict[str, list[str]]:
-    """What is embedded: `mixed` texts, a share of them of the same lengths to send one by one, and
-    `long` ones, beyond 256 tokens.
+    """The texts by kind: `mixed`; `single`, a share of the mixed with the same lengths, to send one
+    by one; `long`, of more than 256 tokens.
     """
     mixed = corpus.mixed_texts()
     single = sorted(mixed, key=len)[::STRIDE]
@@ -91,15 +94,15 @@ class Process:
 
     def __init__(self, engine: Engine, settings: Settings, model: str, address: str = "") -> None:
         self.engine = engine
-        python = bench_peers.python(engine.environment, settings)
-        arguments = bench_peers.arguments(engine, settings, model, address)
+        python = engines.python(engine.environment, settings)
+        arguments = engines.arguments(engine, settings, model, address)
         self.folder = write_texts(settings)
         self._log = self.folder / f"{engine.name}.log"
         began = time.perf_counter()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [str(python), str(Path(__file__).with_name("runner.py")), *arguments],
-                env=_environment(engine),
+                [str(python), "-P", "-m", "halimede_tools.bench.peers.runner", *arguments],
+                env=_environment(engine, self.folder),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -109,7 +112,7 @@ class Process:
         self.cold_start_s = time.perf_counter() - began
         """From the start of Python to the first embedding."""
 
-    def measure(self, case: Case, *arguments: str) -> dict[str, Any]:
+    def measure(self, case: Case, *arguments: str) -> Figures:
         """The figures of one case."""
         figures = self.ask(case.way, case.texts, case.size, case.concurrency, *arguments)
         latencies = figures.pop("latencies", None)
@@ -117,21 +120,26 @@ class Process:
             figures["p50_ms"], figures["p99_ms"] = np.percentile(latencies, (50, 99)) * 1000
         return figures
 
-    def ask(self, way: str, kind: str, count: int, *arguments: Any) -> dict[str, Any]:
+    def ask(self, way: str, kind: str, count: int, *arguments: str | int) -> Figures:
         """What the process answers.
 
         Raises:
             HalimedeError: it has ended.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        asked = {"way": way, "texts": str(self.folder / f"{kind}.json"), "count": count}
+        command = {
+            "way": way,
+            "texts": str(self.folder / f"{kind}.json"),
+            "count": count,
+            "arguments": arguments,
+        }
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(asked | {"arguments": arguments}) + "\n")
+            self._process.stdin.write(json.dumps(command) + "\n")
             self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
             raise HalimedeError(f"{self.engine.name} ended by itself; see {self._log}")
-        answer: dict[str, Any] = json.loads(line)
+        answer: Figures = json.loads(line)
         return answer
 
     def vectors(self) -> tuple[np.ndarray, np.ndarray]:
@@ -153,8 +161,8 @@ class Process:
 
 
 class Served:
-    """One model on a Triton of its own, as `make serve` starts it, a client's process, and one that
-    sends single texts.
+    """One model on a Triton of its own, as `halimede serve` starts it, with the process of a client
+    and one that sends single texts.
     """
 
     def __init__(self, engine: Engine, settings: Settings, model: str, port: int) -> None:
@@ -176,7 +184,7 @@ class Served:
         self._client = Process(engine, settings, model, self._server.grpc_address)
         self._load = Process(engine, settings, model, self._server.grpc_address)
 
-    def measure(self, case: Case) -> dict[str, Any]:
+    def measure(self, case: Case) -> Figures:
         """The figures of one case; `cpu_s` is the client's or the load generator's."""
         if case.way == "together":
             return self._client.measure(case)
@@ -184,24 +192,24 @@ class Served:
             return self._beside_bulk(case)
         return self._single(case)
 
-    def _beside_bulk(self, case: Case) -> dict[str, Any]:
+    def _beside_bulk(self, case: Case) -> Figures:
         done = threading.Event()
 
         def send_bulk() -> list[float]:
-            took = []
+            calls_s = []
             while not done.is_set():
-                took.append(self._client.ask("together", "mixed", BULK_TEXTS, 1)["seconds"])
-            return took
+                calls_s.append(self._client.ask("together", "mixed", BULK_TEXTS, 1)["seconds"])
+            return calls_s
 
         with ThreadPoolExecutor(1) as sender:
             bulk = sender.submit(send_bulk)
             time.sleep(BULK_LEAD_S)
             figures = self._single(case)
             done.set()
-        took = bulk.result()
-        return figures | {"bulk_texts_per_s": len(took) * BULK_TEXTS / sum(took)}
+        calls_s = bulk.result()
+        return figures | {"bulk_texts_per_s": len(calls_s) * BULK_TEXTS / sum(calls_s)}
 
-    def _single(self, case: Case) -> dict[str, Any]:
+    def _single(self, case: Case) -> Figures:
         return self._load.measure(case._replace(way="load"), self._server.grpc_address, self.name)
 
     def vectors(self) -> tuple[np.ndarray, np.ndarray]:
@@ -220,7 +228,7 @@ class Served:
 
 
 def first_embedding(http_address: str, model: str) -> None:
-    """Nothing when the server has embedded a text."""
+    """Raise unless the server embeds a text."""
     import tritonclient.http as httpclient
 
     tensor = httpclient.InferInput("TEXT", [1, 1], "BYTES")
@@ -238,12 +246,20 @@ def memory_bytes(pid: int) -> int:
     return sum(int(process.memory_full_info().pss) for process in family)
 
 
-def _environment(engine: Engine) -> dict[str, str]:
-    """The peers see nothing of ours, and no hub."""
+def _environment(engine: Engine, folder: Path) -> dict[str, str]:
+    """The peers see of our packages only what runs them, and no hub."""
     if not engine.environment:
         return dict(os.environ)
-    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return {**plain, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    link = folder / "packages" / halimede_tools.__name__
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(halimede_tools.__file__).parent)
+    return {
+        **os.environ,
+        "PYTHONPATH": str(link.parent),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
 
 
 def write_texts(settings: Settings) -> Path:
@@ -255,14 +271,19 @@ def write_texts(settings: Settings) -> Path:
     return folder
 
 
-def engines(precisions: Sequence[str], named: Sequence[str] = ()) -> list[Engine]:
-    """All of these precisions whose names have one of `named` as a part, the reference always."""
-    chosen = [*bench_peers.PEERS, *(one for name in PRECISIONS for one in bench_peers.ours(name))]
+def select(precisions: Sequence[str], named: Sequence[str] = ()) -> list[Engine]:
+    """The engines of these precisions whose names contain one of `named`, if any are; the reference
+    always.
+    """
+    ours = [engine for precision in PRECISIONS for engine in engines.ours(precision)]
     return [
-        one
-        for one in chosen
-        if one is REFERENCE
-        or (one.precision in precisions and (not named or any(part in one.name for part in named)))
+        engine
+        for engine in (*engines.PEERS, *ours)
+        if engine is REFERENCE
+        or (
+            engine.precision in precisions
+            and (not named or any(part in engine.name for part in named))
+        )
     ]
 
 
@@ -270,15 +291,15 @@ def engines(precisions: Sequence[str], named: Sequence[str] = ()) -> list[Engine
 def started(
     settings: Settings, model: str, wanted: Sequence[Engine], first_port: int = FIRST_PORT
 ) -> Iterator[list[Process | Served]]:
-    """All engines, up, one started after the other; those are left out whose environment cannot be
-    made.
+    """Start all engines, one after the other, and end them with the block. An engine whose
+    environment cannot be made is left out.
     """
     running: list[Process | Served] = []
     try:
         for place, engine in enumerate(wanted):
             port = first_port + 10 * place
             try:
-                bench_peers.python(engine.environment, settings)
+                engines.python(engine.environment, settings)
             except DownloadError as error:
                 console.print(f"  [yellow]{engine.name} is left out: {error}[/]")
                 continue
@@ -290,8 +311,8 @@ def started(
             )
         yield running
     finally:
-        for one in running:
-            one.close()
+        for engine_running in running:
+            engine_running.close()
 
 
 class Results:
@@ -302,7 +323,7 @@ class Results:
         if fresh:
             file.unlink(missing_ok=True)
 
-    def add(self, engine: Engine, case: str, figures: dict[str, Any]) -> None:
+    def add(self, engine: Engine, case: str, figures: Figures) -> None:
         """Write one line."""
         line = {"engine": engine.name, "precision": engine.precision, "case": case} | figures
         with self.file.open("a") as out:
@@ -316,51 +337,60 @@ class Results:
 def compare(
     running: Sequence[Process | Served], results: Results, reference: Engine = REFERENCE
 ) -> None:
-    """Write how near each engine's vectors are to the reference's, and a text's alone to its own in
-    a batch.
+    """Write the cosines of each engine's vectors to the reference's, and of a text embedded alone
+    to the same text in a batch.
     """
-    expected = next(one for one in running if one.engine is reference).vectors()[0]
-    for one in running:
-        together, alone = one.vectors()
+    [expected] = [process.vectors()[0] for process in running if process.engine is reference]
+    for process in running:
+        together, alone = process.vectors()
         cosines = vectors.cosine(together, expected)
         figures = {
             "mean_cosine": float(cosines.mean()),
             "min_cosine": float(cosines.min()),
             "invariance": float(vectors.cosine(together[:ALONE], alone).min()),
         }
-        results.add(one.engine, "vectors", figures)
+        results.add(process.engine, "vectors", figures)
 
 
-def measure(running: Sequence[Process | Served], case: Case, results: Results) -> None:
-    """Ask every engine once, in turn."""
-    for one in running:
-        if one.engine.is_served or case.way != "beside":
-            results.add(one.engine, case.name, {"count": case.size} | one.measure(case))
+def measure(
+    running: Sequence[Process | Served], cases: Sequence[Case], rounds: int, results: Results
+) -> None:
+    """Measure every case, each engine in turn, once to warm and then `rounds` times; write each
+    engine's start and the memory that it has at the end.
+    """
+    steps = {
+        f"{case.name}, {process.engine.name}": (case, process)
+        for case in cases
+        for process in running
+        if process.engine.is_served or case.way != "beside"
+    }
+    with Progress("bench", list(steps), rounds + 1) as progress:
+        for number in range(rounds + 1):
+            for name, (case, process) in steps.items():
+                with progress.step(name):
+                    figures = process.measure(case)
+                if number:
+                    results.add(process.engine, case.name, {"count": case.size} | figures)
+    for process in running:
+        memory_mb = process.memory_bytes() / 1e6
+        figures = {"cold_start_s": process.cold_start_s, "memory_mb": memory_mb}
+        results.add(process.engine, "process", figures)
 
 
-def finish(running: Sequence[Process | Served], results: Results) -> None:
-    """Write what each engine's start took, and the memory that it has now."""
-    for one in running:
-        figures = {"cold_start_s": one.cold_start_s, "memory_mb": one.memory_bytes() / 1e6}
-        results.add(one.engine, "process", figures)
-
-
-def limit(settings: Settings, model: str, results: Results) -> None:
-    """Write the operations of each case, and what this machine does a second."""
-    needed = bench_limit.work(settings, model)
-    given = texts()
-    rates = bench_limit.rates(settings, model)
-    for precision, libraries in rates.items():
-        results.add(Engine("limit", precision, ()), "rates", {"rates": libraries})
-        for case in (one for one in CASES if one.way != "beside"):
-            found = bench_limit.lengths(settings, model, given[case.texts][: case.size])
-            seconds = needed.operations(found) / max(libraries.values())
-            figures = {
-                "count": case.size,
-                "seconds": seconds,
-                "operations": needed.operations(found),
-            }
-            results.add(Engine("limit", precision, ()), case.name, figures)
+def measure_limit(settings: Settings, model: str, results: Results) -> None:
+    """Write the operations of each case, and how many of them this machine does a second."""
+    console.print("  [cyan]•[/] the machine's matrix rate")
+    needed = limit.work(settings, model)
+    texts_of = texts()
+    for precision, libraries in limit.rates(settings, model).items():
+        engine = Engine("limit", precision, ())
+        results.add(engine, "rates", {"rates": libraries})
+        for case in (case for case in CASES if case.way != "beside"):
+            lengths = limit.lengths(settings, model, texts_of[case.texts][: case.size])
+            operations = needed.operations(lengths)
+            seconds = operations / max(libraries.values())
+            figures = {"count": case.size, "seconds": seconds, "operations": operations}
+            results.add(engine, case.name, figures)
 
 
 def bench(
@@ -374,15 +404,11 @@ def bench(
     fresh: bool,
 ) -> Path:
     """Measure the engines `named`, or all; print the tables and write the report; its path."""
-    chosen = [case for case in CASES if not cases or case.name in cases]
     results = Results(settings.home / "bench" / "results.jsonl", fresh=fresh)
-    with started(settings, model, engines(precisions, named)) as running:
+    with started(settings, model, select(precisions, named)) as running:
         compare(running, results)
-        for number in range(rounds + 1):
-            for case in chosen:
-                measure(
-                    running, case, results if number else Results(Path(os.devnull), fresh=False)
-                )
-        finish(running, results)
-    limit(settings, model, results)
-    return report.write(settings, model, results.lines())
+        measure(
+            running, [case for case in CASES if not cases or case.name in cases], rounds, results
+        )
+    measure_limit(settings, model, results)
+    return tables.write(settings, model, results.lines())

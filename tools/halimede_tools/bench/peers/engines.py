@@ -1,5 +1,5 @@
-"""The engines that are compared, and what the peers need: an environment of their own each, from
-the package index alone, and a folder with the same weights.
+"""The engines that are compared, and what the peers need: a Python environment each, from the
+package index alone, and a folder with the same weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from halimede_ops.errors import DownloadError, HalimedeError
 from halimede_tools.build.graph import rewrite
 from halimede_tools.build.repository import served_name
 from halimede_tools.build.samples import corpus
-from halimede_tools.build.steps import console
+from halimede_tools.progress import console
 from halimede_tools.settings import Settings
 
 ENVIRONMENTS = {
@@ -102,7 +102,7 @@ def ours(precision: str) -> tuple[Engine, Engine]:
 
 
 def python(environment: str, settings: Settings) -> Path:
-    """The Python of an environment, made when it is not there as it should be.
+    """The Python of an environment, which is made when it is missing or has other requirements.
 
     Raises:
         DownloadError: the package index does not give a package of it.
@@ -128,7 +128,7 @@ def _run(command: list[str], environment: str) -> None:
 
 
 def model_folder(settings: Settings, model: str) -> Path:
-    """A folder with the model's own weights as the peers take them, with what they export of it.
+    """A folder with the model's own weights in the peers' form, and with what they export of it.
 
     Raises:
         HalimedeError: sentence-transformers could not export it.
@@ -158,7 +158,7 @@ def model_folder(settings: Settings, model: str) -> Path:
 
 
 def _limit_tokenizer(folder: Path) -> None:
-    """Let the tokenizer say the model's limit: some peers read it there alone."""
+    """Write the model's token limit into the tokenizer's file: some peers read it only there."""
     path = folder / "tokenizer_config.json"
     limit = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": limit}))

@@ -1,5 +1,5 @@
-"""The files that sentence-transformers' backends make of a model's folder, by its own functions:
-run as a file in the environment of that peer.
+"""Export a model's folder for sentence-transformers' backends, by its own functions. This is run as
+a file in the environment of that peer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The limit: the time in which this machine can multiply what a model must."""
+"""The limit: the time that this machine's best matrix products need for a model's."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def lengths(settings: Settings, model: str, texts: Sequence[str]) -> list[int]:
     """Tokens of each text, cut at the model's limit."""
     folder = settings.home / "models" / model / "fp32"
     tokenizer = text.load(folder, spec.load(folder))
-    return [len(one.ids) for one in tokenizer.encode(list(texts), [None] * len(texts))]
+    return [len(row.ids) for row in tokenizer.encode(list(texts), [None] * len(texts))]
 
 
 def rates(settings: Settings, model: str) -> dict[str, dict[str, float]]:
@@ -59,5 +59,5 @@ def rates(settings: Settings, model: str) -> dict[str, dict[str, float]]:
     command = [str(python), str(Path(__file__).with_name("matrix.py"))]
     shape = [str(sizes["hidden_size"]), str(sizes["intermediate_size"])]
     done = subprocess.run([*command, *shape], capture_output=True, text=True, check=True)
-    found: dict[str, dict[str, float]] = json.loads(done.stdout)
-    return found
+    measured: dict[str, dict[str, float]] = json.loads(done.stdout)
+    return measured

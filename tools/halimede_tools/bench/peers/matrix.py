@@ -1,5 +1,5 @@
-"""How fast this machine multiplies matrices of a model's shapes: run as a file in the environment
-of sentence-transformers, which has the libraries that do it best.
+"""How fast this machine multiplies matrices of a model's shapes. This is run as a file in the
+environment of sentence-transformers, which has the fastest libraries.
 
 The best of several libraries and row counts stands for the machine, so the limit is a hard one.
 """
@@ -27,7 +27,7 @@ def rates(hidden: int, inner: int) -> dict[str, dict[str, float]]:
     """Operations a second (a multiplication and an addition are two): precision → library → best
     over ROWS.
     """
-    found: dict[str, dict[str, float]] = {"fp32": {}, "int8": {}}
+    best: dict[str, dict[str, float]] = {"fp32": {}, "int8": {}}
     for rows in ROWS:
         operations = 2 * rows * hidden * inner * 2 * LAYERS
         for precision, library, run, calls in (
@@ -37,8 +37,8 @@ def rates(hidden: int, inner: int) -> dict[str, dict[str, float]]:
             ("int8", "openvino", *_openvino(rows, hidden, inner, quantised=True)),
         ):
             rate = operations * calls / _least_s(run)
-            found[precision][library] = max(rate, found[precision].get(library, 0.0))
-    return found
+            best[precision][library] = max(rate, best[precision].get(library, 0.0))
+    return best
 
 
 def _least_s(run: Callable[[], object]) -> float:
@@ -59,12 +59,12 @@ def _weights(hidden: int, inner: int) -> list[np.ndarray]:
 
 def _torch(rows: int, hidden: int, inner: int) -> Callable[[], object]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    weights = [torch.from_numpy(one) for one in _weights(hidden, inner)]
-    given = torch.ones(rows, hidden)
+    weights = [torch.from_numpy(weight) for weight in _weights(hidden, inner)]
+    ones = torch.ones(rows, hidden)
 
     def run() -> object:
         with torch.inference_mode():
-            x = given
+            x = ones
             for weight in weights:
                 x = x @ weight
             return x
@@ -74,10 +74,10 @@ def _torch(rows: int, hidden: int, inner: int) -> Callable[[], object]:
 
 def _numpy(rows: int, hidden: int, inner: int) -> Callable[[], object]:
     weights = _weights(hidden, inner)
-    given = np.ones((rows, hidden), np.float32)
+    ones = np.ones((rows, hidden), np.float32)
 
     def run() -> object:
-        x = given
+        x = ones
         for weight in weights:
             x = x @ weight
         return x
@@ -89,7 +89,7 @@ def _openvino(
     rows: int, hidden: int, inner: int, *, quantised: bool
 ) -> tuple[Callable[[], object], int]:
     """As many runs at once as there are cores, each on one; and how many."""
-    given = x = ops.parameter([rows, hidden], np.float32)
+    parameter = x = ops.parameter([rows, hidden], np.float32)
     for weight in _weights(hidden, inner):
         x = ops.matmul(
             _levels(x, -8.0, 8.0, LEVELS) if quantised else x,
@@ -101,7 +101,7 @@ def _openvino(
         )
     cores = len(os.sched_getaffinity(0))
     compiled = openvino.compile_model(
-        openvino.Model([x], [given]),
+        openvino.Model([x], [parameter]),
         "CPU",
         {
             "NUM_STREAMS": cores,

@@ -1,4 +1,4 @@
-"""The picture of a report: run as a file in an environment that has matplotlib."""
+"""The picture of a report. This is run as a file in an environment that has matplotlib."""
 
 from __future__ import annotations
 

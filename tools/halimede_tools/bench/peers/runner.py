@@ -1,5 +1,5 @@
-"""One engine in a process of its own, of its own environment: run as a file, it imports nothing of
-ours but what embeds, so what it imports is the engine's, and counts as its memory.
+"""One engine in a process of its own, in its own environment. Of ours it imports what embeds and
+the load generator alone, so its memory is the engine's.
 
 It reads one JSON command a line from stdin and answers each with one line.
 """
@@ -10,20 +10,18 @@ import contextlib
 import json
 import os
 import resource
-import struct
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
+from halimede_tools.bench import closed_loop
+
 Embed = Callable[[Sequence[str]], Any]
-INFER = "/inference.GRPCInferenceService/ModelInfer"
-"""The gRPC method of a request to Triton."""
+Figures = dict[str, float | list[float]]
 
 
 def sentence_transformers(
@@ -97,8 +95,8 @@ def infinity(folder: str, engine: str) -> Embed:
     asyncio.run_coroutine_threadsafe(opened.astart(), loop).result()
 
     def embed(texts: Sequence[str]) -> Any:
-        asked = opened.embed(sentences=list(texts))
-        return asyncio.run_coroutine_threadsafe(asked, loop).result()[0]
+        embedding = opened.embed(sentences=list(texts))
+        return asyncio.run_coroutine_threadsafe(embedding, loop).result()[0]
 
     return embed
 
@@ -129,102 +127,29 @@ ENGINES: dict[str, Callable[..., Embed]] = {
 }
 
 
-def together(embed: Embed, texts: Sequence[str], _: int) -> dict[str, Any]:
+def together(embed: Embed, texts: Sequence[str], _: int) -> Figures:
     """Seconds for all texts in one call."""
-    began = time.perf_counter()
-    embed(texts)
-    return {"seconds": time.perf_counter() - began}
+    done = closed_loop.threads(embed, [texts], 1)
+    done.raise_errors()
+    return {"seconds": done.seconds}
 
 
-def each(embed: Embed, texts: Sequence[str], concurrency: int) -> dict[str, Any]:
+def each(embed: Embed, texts: Sequence[str], concurrency: int) -> Figures:
     """Seconds for one call a text, `concurrency` at a time, and those of each call."""
-
-    def one(text: str) -> float:
-        began = time.perf_counter()
-        embed([text])
-        return time.perf_counter() - began
-
-    if concurrency == 1:
-        began = time.perf_counter()
-        latencies = [one(text) for text in texts]
-        return {"seconds": time.perf_counter() - began, "latencies": latencies}
-    with ThreadPoolExecutor(concurrency) as callers:
-        began = time.perf_counter()
-        latencies = list(callers.map(one, texts))
-        return {"seconds": time.perf_counter() - began, "latencies": latencies}
+    done = closed_loop.threads(lambda text: embed([text]), texts, concurrency)
+    done.raise_errors()
+    return {"seconds": done.seconds, "latencies": done.latencies_s}
 
 
-def load(
-    embed: Embed, texts: Sequence[str], concurrency: int, address: str, model: str
-) -> dict[str, Any]:
-    """As `each`, over gRPC with messages that are made beforehand, to leave the cores to the
-    server: an answer sends the next text.
-    """
-    import grpc  # type: ignore[import-untyped]
+def load(embed: Embed, texts: Sequence[str], concurrency: int, address: str, model: str) -> Figures:
+    """As `each`, to a server over bare gRPC."""
+    from halimede_tools.bench import triton_request
 
-    messages = iter([message(model, [text.encode()]) for text in texts])
-    latencies: list[float] = []
-    lock, ended = threading.Lock(), threading.Semaphore(0)
-    with grpc.insecure_channel(address) as channel:
-        infer = channel.unary_unary(INFER)
-
-        def send() -> None:
-            with lock:
-                asked = next(messages, None)
-            if asked is None:
-                ended.release()
-                return
-            began = time.perf_counter()
-            infer.future(asked).add_done_callback(lambda answer: receive(answer, began))
-
-        def receive(answer: Any, began: float) -> None:
-            if answer.exception() is None:
-                latencies.append(time.perf_counter() - began)
-            send()
-
-        grpc.channel_ready_future(channel).result()
-        began = time.perf_counter()
-        for _ in range(concurrency):
-            send()
-        for _ in range(concurrency):
-            ended.acquire()
-        seconds = time.perf_counter() - began
-    if len(latencies) != len(texts):
-        raise RuntimeError(f"{len(texts) - len(latencies)} of {len(texts)} requests failed")
-    return {"seconds": seconds, "latencies": latencies}
+    done = triton_request.send_singly(address, model, texts, concurrency)
+    return {"seconds": done.seconds, "latencies": done.latencies_s}
 
 
-def message(
-    model: str,
-    texts: Sequence[bytes],
-    input_types: Sequence[str] = (),
-    dimensions: Sequence[int] = (),
-    priority: int = 0,
-) -> bytes:
-    """A request as it is sent to INFER; what is empty is left out."""
-    from tritonclient.grpc import service_pb2 as pb
-
-    request = pb.ModelInferRequest(model_name=model)
-    if priority:
-        request.parameters["priority"].uint64_param = priority
-
-    def give(name: str, datatype: str, values: Sequence[bytes]) -> None:
-        request.inputs.add(name=name, datatype=datatype, shape=[len(values), 1])
-        request.raw_input_contents.append(b"".join(values))
-
-    give("TEXT", "BYTES", [_counted(text) for text in texts])
-    if input_types:
-        give("INPUT_TYPE", "BYTES", [_counted(one.encode()) for one in input_types])
-    if dimensions:
-        give("DIMENSIONS", "INT32", [struct.pack("<i", one) for one in dimensions])
-    return bytes(request.SerializeToString())
-
-
-def _counted(value: bytes) -> bytes:
-    return struct.pack("<I", len(value)) + value
-
-
-def save(embed: Embed, texts: Sequence[str], alone: int, file: str) -> dict[str, Any]:
+def save(embed: Embed, texts: Sequence[str], alone: int, file: str) -> Figures:
     """Write two arrays of vectors `[texts, dims]` to a file: `together`, and of the first ones
     embedded `alone`.
     """
@@ -233,7 +158,7 @@ def save(embed: Embed, texts: Sequence[str], alone: int, file: str) -> dict[str,
     return {}
 
 
-WAYS: dict[str, Callable[..., dict[str, Any]]] = {
+WAYS: dict[str, Callable[..., Figures]] = {
     "together": together,
     "each": each,
     "load": load,
@@ -244,10 +169,10 @@ WAYS: dict[str, Callable[..., dict[str, Any]]] = {
 def serve(embed: Embed, out: TextIO) -> None:
     """Answer each command of stdin, with the CPU seconds that this process took for it."""
     for line in sys.stdin:
-        asked = json.loads(line)
-        texts = json.loads(Path(asked["texts"]).read_text())[: asked["count"]]
+        command = json.loads(line)
+        texts = json.loads(Path(command["texts"]).read_text())[: command["count"]]
         before = _cpu_s()
-        figures = WAYS[asked["way"]](embed, texts, *asked["arguments"])
+        figures = WAYS[command["way"]](embed, texts, *command["arguments"])
         answer = figures | {"cpu_s": _cpu_s() - before}
         print(json.dumps(answer), file=out, flush=True)
 
