@@ -14,7 +14,7 @@ COPY . .
 RUN /opt/halimede/bin/pip install --no-cache-dir --no-deps . \
     && /opt/halimede/bin/pip uninstall --yes pip setuptools \
     && cd /opt/halimede \
-    && bin/python -c 'from pathlib import Path; from halimede_tools.serve.wheel import lay_out; from halimede_tools.settings import Settings; lay_out(Settings().python_backend, Path("backends"))'
+    && bin/python -m halimede_tools.serve.wheel backends
 
 FROM debian:bookworm-slim
 RUN apt-get update \

@@ -1,24 +1,19 @@
-# NVIDIA's Triton and what python_backend/ adds to it: the container of `make serve ARGS='--runtime
-# docker'` as an image, for clusters. Not run on a GPU yet.
+# NVIDIA's Triton with halimede's backends: what `halimede serve --runtime docker` starts, as an
+# image for `make up PROFILE=gpu` and for clusters. Not run on a GPU yet.
 ARG BASE=nvcr.io/nvidia/tritonserver:24.10-py3
 
-FROM scratch AS ours
-COPY python_backend/tokenizer /backends/tokenizer
-COPY python_backend/pooler /backends/pooler
-COPY python_backend/image /backends/image
-COPY python_backend/fusion /backends/fusion
-COPY python_backend/adapter /backends/adapter
-COPY python_backend/halimede_engine /backends/halimede_engine
-COPY python_backend/halimede_ops /backends/halimede_ops
-COPY python_backend/halimede_repository /backends/halimede_repository
-COPY python_backend/halimede_launch /start/halimede_launch
-COPY python_backend/halimede_ops /start/halimede_ops
-COPY python_backend/halimede_repository /start/halimede_repository
+FROM ${BASE} AS layout
+COPY python_backend /source/python_backend
+COPY tools /source/tools
+WORKDIR /source/tools
+RUN python3 -m halimede_tools.serve.container_files ../python_backend /layout
 
 FROM ${BASE}
-RUN python3 -m pip install --no-cache-dir --no-deps tokenizers==0.22.2 pillow==12.3.0
-COPY --from=ours /backends /opt/tritonserver/backends
-COPY --from=ours /start /opt/halimede
+COPY constraints-py311.txt /tmp/
+COPY --from=layout /layout/requirements.txt /tmp/
+RUN python3 -m pip install --no-cache-dir --no-deps \
+    --constraint /tmp/constraints-py311.txt --requirement /tmp/requirements.txt
+COPY --from=layout /layout/root /
 # The root file system may be read-only.
 ENV TOKENIZERS_PARALLELISM=false \
     MALLOC_MMAP_THRESHOLD_=1048576 \

@@ -13,14 +13,14 @@ from conftest import MODEL, ROOT, version_folder
 
 from halimede_launch import watch
 from halimede_repository import configs
-from halimede_tools.serve import container
+from halimede_tools.serve import container_files
 from halimede_tools.settings import Settings
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The folder from which it is run."""
-    for name in container.LAUNCH:
+    for name in container_files.LAUNCH_PACKAGES:
         (tmp_path / name).symlink_to(ROOT / "python_backend" / name)
     return tmp_path
 

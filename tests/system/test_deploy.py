@@ -16,7 +16,7 @@ from conftest import MODEL
 from scrapes import figures
 
 from halimede import Embedder, UnknownInputType
-from halimede_tools.serve import container
+from halimede_tools.serve import container, container_files
 from halimede_tools.serve.wheel import ENVIRONMENT, Options, Server
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -113,12 +113,19 @@ def test_the_gpu_image_is_the_container_that_serve_starts() -> None:
     """Same base, packages, backends, arguments and environment; model control is closed."""
     dockerfile = (DEPLOY / "gpu.Dockerfile").read_text().replace("\\\n", "")
     assert f"ARG BASE={container.IMAGE}\n" in dockerfile
-    for package in container.PACKAGES:
-        assert f" {package}=={importlib.metadata.version(package)}" in dockerfile
-    copied = re.findall(r"^COPY ([^-\s]\S*)", dockerfile, re.MULTILINE)
-    assert set(copied) == {
-        f"python_backend/{name}" for name in (*container.OURS, *container.LAUNCH)
-    }
+    constraints = (DEPLOY.parent / "constraints-py311.txt").read_text().split()
+    for package in container_files.REQUIREMENTS:
+        assert f"{package}=={importlib.metadata.version(package)}" in constraints
+    assert " --constraint /tmp/constraints-py311.txt" in dockerfile
+    assert " --requirement /tmp/requirements.txt" in dockerfile
+    stages = dockerfile.split("\nFROM ${BASE}")
+    assert "container_files ../python_backend /layout\n" in stages[1]
+    copied = re.findall(r"^COPY (.*)", stages[2], re.MULTILINE)
+    assert copied == [
+        "constraints-py311.txt /tmp/",
+        "--from=layout /layout/requirements.txt /tmp/",
+        "--from=layout /layout/root /",
+    ]
     [entry] = re.findall(r"^ENTRYPOINT (.*)", dockerfile, re.MULTILINE)
     arguments = Options().arguments(inside=container.EVERYWHERE)
     assert json.loads(entry) == [

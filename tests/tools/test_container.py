@@ -14,6 +14,7 @@ import shlex
 import socket
 import socketserver
 import struct
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from conftest import free_options, wait_until
 
 from halimede.models import catalogue
 from halimede_ops.errors import ServeError
-from halimede_tools.serve import container, wheel
+from halimede_tools.serve import container
 from halimede_tools.serve.wheel import Options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -511,21 +512,45 @@ def test_port_taken(engine: Engine, repository: Path, options: Options) -> None:
     assert engine.calls == []
 
 
-def test_compose_is_the_same_container() -> None:
-    """docker-compose.yml starts what `--runtime docker` starts with the default options."""
+def test_compose_runs_the_gpu_image() -> None:
+    """docker-compose.yml builds and runs deploy/gpu.Dockerfile, and changes nothing in it: its
+    command, environment, user and files are the image's. Only the models are mounted.
+    """
     service = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["triton-gpu"]
-    assert service["image"] == container.IMAGE
+    assert service["build"]["dockerfile"] == "deploy/gpu.Dockerfile"
+    assert service["image"].split(":")[0] == "halimede/triton-gpu"
+    assert service.keys().isdisjoint({"command", "entrypoint", "environment", "user"})
     assert service["shm_size"] == container.SHM_SIZE
-    assert service["environment"] == wheel.ENVIRONMENT
-    wanted = container.mounts(ROOT / "model_repository", PYTHON_BACKEND)
-    assert service["volumes"] == [
-        f"./{source.relative_to(ROOT)}:{target}:ro" for target, source in wanted.items()
-    ]
-    *shell, line = service["command"]
-    *wanted_shell, wanted_line = container.command(Options())
-    assert shell == wanted_shell
-    assert line == wanted_line
+    assert service["volumes"] == [f"./model_repository:{container.MODELS}:ro"]
     ports = Options().ports().values()
     assert service["ports"] == [f"127.0.0.1:{port}:{port}" for port in ports]
     url = f"http://localhost:{Options().http_port}/v2/models/{catalogue.DEFAULT}/infer"
     assert service["healthcheck"]["test"][-1] == url
+
+
+def relative_files(folder: Path) -> dict[str, bytes]:
+    """Path below the folder → content, without what Python compiled."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_the_gpu_image_has_the_files_that_serve_mounts(tmp_path: Path) -> None:
+    """deploy/gpu.Dockerfile's layout, run as written: every file at every mounted path, no other
+    file, and the packages that `command` installs.
+    """
+    module = "halimede_tools.serve.container_files"
+    layout = [sys.executable, "-S", "-E", "-m", module, str(PYTHON_BACKEND), str(tmp_path)]
+    subprocess.run(layout, cwd=ROOT / "tools", check=True)
+    mounts = container.mounts(ROOT / "model_repository", PYTHON_BACKEND)
+    del mounts[container.MODELS]
+    expected = {
+        f"{target}/{name}": content
+        for target, source in mounts.items()
+        for name, content in relative_files(source).items()
+    }
+    laid_out = relative_files(tmp_path / "root")
+    assert {f"/{name}": content for name, content in laid_out.items()} == expected
+    assert (tmp_path / "requirements.txt").read_text().split() == ["tokenizers", "pillow"]

@@ -12,31 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from halimede_ops.errors import ServeError
-from halimede_tools.serve import wheel
+from halimede_tools.serve import container_files, wheel
 from halimede_tools.serve.options import Options
 
 IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
 """The same Triton release as the wheel's."""
 MODELS = "/models"
-BACKENDS = "/opt/tritonserver/backends"
-OURS = (
-    "tokenizer",
-    "pooler",
-    "image",
-    "fusion",
-    "adapter",
-    "halimede_engine",
-    "halimede_ops",
-    "halimede_repository",
-)
-"""What of python_backend/ goes beside Triton's own backends. Not our `onnxruntime`: it would take
-the place of the C++ one."""
-START = "/opt/halimede"
-"""Where `halimede_launch` lies with what it imports, out of the way of Triton's own imports."""
-LAUNCH = ("halimede_launch", "halimede_ops", "halimede_repository")
-"""What of python_backend/ lies there."""
-PACKAGES = ("tokenizers", "pillow")
-"""What they need that NVIDIA's image does not have."""
 SHM_SIZE = "1g"
 """For the tensors that Triton and its Python backends exchange; Docker's default is 64 MB."""
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - from outside, the ports are reached where they are published
@@ -114,19 +95,30 @@ def serve(
 
 def mounts(repository: Path, python_backend: Path) -> dict[str, Path]:
     """Path in the container → path here, all read-only."""
-    ours = {f"{BACKENDS}/{name}": wheel.source_of(name, python_backend) for name in OURS}
-    start = {f"{START}/{name}": wheel.source_of(name, python_backend) for name in LAUNCH}
-    return {MODELS: repository, **ours, **start}
+    files = container_files.targets().items()
+    return {
+        MODELS: repository,
+        **{target: wheel.source_of(name, python_backend) for target, name in files},
+    }
 
 
 def command(options: Options) -> list[str]:
     """What the container runs: add the packages our backends need, then start Triton."""
-    packages = [f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES]
+    packages = [
+        f"{name}=={importlib.metadata.version(name)}" for name in container_files.REQUIREMENTS
+    ]
     # tokenizers' dependencies only download models; pip's notice of a new pip would hide why
     # it failed.
     install = ["python3", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     install += ["--no-deps", *packages]
-    start = ["env", "--chdir", START, "python3", "-m", "halimede_launch.start"]
+    start = [
+        "env",
+        "--chdir",
+        container_files.LAUNCH_DIRECTORY,
+        "python3",
+        "-m",
+        "halimede_launch.start",
+    ]
     start += ["tritonserver", f"--model-repository={MODELS}"]
     start += options.arguments(inside=EVERYWHERE)
     return ["bash", "-c", f"{shlex.join(install)} && exec {shlex.join(start)}"]

@@ -26,7 +26,7 @@ from halimede_ops.errors import ServeError
 from halimede_repository import configs
 from halimede_tools.serve import programs
 from halimede_tools.serve.options import Options as Options
-from halimede_tools.settings import PACKAGES
+from halimede_tools.settings import PACKAGES, Settings
 
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
@@ -359,3 +359,7 @@ def why_it_ended(log: str, ended: str) -> str:
 def last_line(log: str) -> str:
     """The last line of a server's log."""
     return (log.strip().splitlines() or ["no output"])[-1]
+
+
+if __name__ == "__main__":  # deploy/cpu.Dockerfile
+    lay_out(Settings().python_backend, Path(sys.argv[1]))
