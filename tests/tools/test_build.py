@@ -58,9 +58,9 @@ def test_build_writes_exactly_the_committed_configs(
 def test_configs_parse_and_read_back(built: repository.Built, tmp_path: Path) -> None:
     """Every config parses as a ModelConfig named as its folder; ensembles carry the facts."""
     repository.write(built, tmp_path)
-    for path in tmp_path.glob("*/model_config.pbtxt"):
+    for path in tmp_path.glob("*/config.pbtxt"):
         assert model_config.read(path).name == path.parent.name
-    parameters = model_config.read(tmp_path / NAMES["int8"] / "model_config.pbtxt").parameters
+    parameters = model_config.read(tmp_path / NAMES["int8"] / "config.pbtxt").parameters
     assert {key: value.string_value for key, value in parameters.items()} == {
         "space": built.spec.space,
         "precision": "int8",
@@ -232,8 +232,8 @@ def test_configs_for_a_gpu(built: repository.Built, tmp_path: Path, device: str)
     """DEVICE asks for GPU instances with its accelerator; nothing else changes."""
     repository.write(built, tmp_path / "cpu")
     repository.write(dataclasses.replace(built, device=device), tmp_path / device)
-    for path in sorted((tmp_path / device).glob("*/model_config.pbtxt")):
-        on_cpu = tmp_path / "cpu" / path.parent.name / "model_config.pbtxt"
+    for path in sorted((tmp_path / device).glob("*/config.pbtxt")):
+        on_cpu = tmp_path / "cpu" / path.parent.name / "config.pbtxt"
         if not path.parent.name.endswith("-onnx"):
             assert path.read_bytes() == on_cpu.read_bytes()
             continue

@@ -114,10 +114,8 @@ def test_answers_carry_size_and_format(client: Any) -> None:
 def test_configs_say_what_is_taken_and_name_the_other_tower(home: Settings) -> None:
     """Both towers have one space; each names the other, in its own precision."""
     facts = spec.load(version_folder(home.repository / "clip-image-int8"))
-    images = model_config.read(
-        home.repository / "clip-image-int8" / "model_config.pbtxt"
-    ).parameters
-    texts = model_config.read(home.repository / "clip-int8" / "model_config.pbtxt").parameters
+    images = model_config.read(home.repository / "clip-image-int8" / "config.pbtxt").parameters
+    texts = model_config.read(home.repository / "clip-int8" / "config.pbtxt").parameters
     said = {key: value.string_value for key, value in images.items()}
     assert said.pop("below_bar")
     assert said == {

@@ -165,7 +165,7 @@ def test_record_says_how_it_was_made(repository: Path) -> None:
     """A fusion has its own space, says whether it was trained, and what it retrieves."""
     said = {}
     for name in ("plain", "fitted"):
-        parameters = model_config.read(repository / name / "model_config.pbtxt").parameters
+        parameters = model_config.read(repository / name / "config.pbtxt").parameters
         said[name] = {key: value.string_value for key, value in parameters.items()}
         assert (said[name]["dims"], said[name]["input"]) == ("768", "multimodal")
     assert said["plain"]["fusion"].startswith("untrained: an orthonormal projection")
@@ -174,9 +174,7 @@ def test_record_says_how_it_was_made(repository: Path) -> None:
     assert record["held_out_pairs"] == 50
     assert record["retrieval"]["fitted"]["mrr"] > record["retrieval"]["untrained"]["mrr"]
     spaces = {said[name]["space"] for name in said}
-    spaces |= {
-        model_config.space(repository / name / "model_config.pbtxt") for name in ("texts", "clip")
-    }
+    spaces |= {model_config.space(repository / name / "config.pbtxt") for name in ("texts", "clip")}
     assert len(spaces) == 4
 
 

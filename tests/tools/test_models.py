@@ -274,7 +274,7 @@ def test_folder_that_is_not_there(home: Settings, tmp_path: Path) -> None:
 
 
 def test_folder_that_is_no_model(home: Settings, tmp_path: Path) -> None:
-    refused(tmp_path, InvalidModel, "neither model_config.json nor modules.json", home)
+    refused(tmp_path, InvalidModel, "neither config.json nor modules.json", home)
 
 
 def test_unknown_module_is_named(copied: Path, home: Settings) -> None:
@@ -292,9 +292,9 @@ def test_own_code_runs_only_when_trusted(copied: Path, home: Settings) -> None:
     (copied / "modeling_own.py").write_text(
         "from transformers import BertModel\n\n\nclass OwnModel(BertModel):\n    pass\n"
     )
-    configuration = json.loads((copied / "model_config.json").read_text())
+    configuration = json.loads((copied / "config.json").read_text())
     configuration["auto_map"] = {"AutoModel": "modeling_own.OwnModel"}
-    (copied / "model_config.json").write_text(json.dumps(configuration))
+    (copied / "config.json").write_text(json.dumps(configuration))
     refused(copied, UntrustedCode, "--trust-remote-code", home)
     wanted = order(str(copied), "own", precisions=("fp32",), trust_remote_code=True)
     assert build(wanted, home) == ["own"]
@@ -458,9 +458,7 @@ def test_precision_below_its_bar_needs_consent(
     assert "coarse in fp16 is not published: size_ratio" in capfd.readouterr().err
     names = build(order(str(copied), "coarse", **wanted, accepted=("fp16",)), home)
     assert names == ["coarse", "coarse-fp16"]
-    parameters = model_config.read(
-        home.repository / "coarse-fp16" / "model_config.pbtxt"
-    ).parameters
+    parameters = model_config.read(home.repository / "coarse-fp16" / "config.pbtxt").parameters
     assert "size_ratio" in parameters["below_bar"].string_value
 
 

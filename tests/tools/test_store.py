@@ -83,7 +83,7 @@ def test_prune_never_evicts_what_is_served_or_built(models: Path, tmp_path: Path
     """
     make(models, "building", 10_000, 0)
     (tmp_path / "repository" / "old-tokenizer").mkdir(parents=True)
-    (tmp_path / "repository" / "old-tokenizer" / "model_config.pbtxt").touch()
+    (tmp_path / "repository" / "old-tokenizer" / "config.pbtxt").touch()
     os.link(models / "mid" / "fp32" / "model.onnx", tmp_path / "served.onnx")
     with FileLock(models / "building" / store.LOCK):
         evicted = store.prune(models, tmp_path / "repository", limit_bytes=0, keep="new")
@@ -148,7 +148,7 @@ def served_vectors(repository: Path) -> np.ndarray:
     for name in ("m", "m-fp16"):
         served = configs.read(repository, name)
         tokenizer, onnx = served.steps["m-tokenizer"], served.steps[f"{name}-onnx"]
-        assert model_config.space(repository / name / "model_config.pbtxt") == facts.space
+        assert model_config.space(repository / name / "config.pbtxt") == facts.space
         assert spec.load(served.folder) == spec.load(tokenizer) == facts
         rows = text_rows(tokenizer, facts)
         found.append(Engine(onnx / session.FILE_NAME, rows, facts).embed(TEXTS))

@@ -76,7 +76,7 @@ def test_a_number_says_what_it_is_made_of(built: repository.Built) -> None:
 
 
 def test_every_config_names_its_version_and_every_step_is_pinned(settings: Settings) -> None:
-    for path in settings.repository.glob(f"{MODEL}*/model_config.pbtxt"):
+    for path in settings.repository.glob(f"{MODEL}*/config.pbtxt"):
         [version] = model_config.read(path).version_policy.specific.versions
         assert (path.parent / str(version)).is_dir()
         for step in model_config.read(path).ensemble_scheduling.step:
@@ -94,7 +94,7 @@ def test_configs_are_read_without_tritons_messages(tmp_path: Path) -> None:
         for number in (version, 3):
             (tmp_path / step / str(number)).mkdir(parents=True)
     (tmp_path / "m" / "4").mkdir(parents=True)
-    (tmp_path / "m" / "model_config.pbtxt").write_text(
+    (tmp_path / "m" / "config.pbtxt").write_text(
         'step {\n model_name: "m-tokenizer"\n model_version: 3\n}\n'
         'step {\n model_name: "m-onnx"\n model_version: -1\n}\n'
     )
@@ -262,11 +262,11 @@ def unpinned(built: repository.Built, folder: Path) -> None:
     for name in repository.family(built):
         version_folder(folder / name).rename(folder / name / "1")
         shutil.rmtree(folder / name / "configs", ignore_errors=True)
-        written = model_config.read(folder / name / "model_config.pbtxt")
+        written = model_config.read(folder / name / "config.pbtxt")
         written.ClearField("version_policy")
         for step in written.ensemble_scheduling.step:
             step.model_version = -1
-        (folder / name / "model_config.pbtxt").write_text(model_config.to_text(written))
+        (folder / name / "config.pbtxt").write_text(model_config.to_text(written))
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])

@@ -12,8 +12,8 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from halimede_repository import configs
 from halimede_ops.errors import DeployError
+from halimede_repository import configs
 from halimede_tools.build import repository
 from halimede_tools.build.repository import IMAGE_SUFFIX, SUFFIXES, Built, served_name
 

@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from halimede_ops import image, text, vectors
 from halimede_engine import session
 from halimede_engine.session import file_bytes
+from halimede_ops import image, text, vectors
 from halimede_ops.spec import ModelSpec
-from halimede_tools.build import model_config
-from halimede_tools.build import describe
+from halimede_tools.build import describe, model_config
 from halimede_tools.build.describe import Reading
 
 

@@ -18,14 +18,13 @@ from optimum.exporters.onnx import export as optimum_export
 from optimum.exporters.onnx.model_configs import SentenceTransformersTransformerOnnxConfig
 from optimum.exporters.onnx.model_patcher import ModelPatcher
 
-from halimede_ops import spec, text
 from halimede_engine import session
+from halimede_ops import spec, text
 from halimede_ops.errors import BuildError
 from halimede_ops.spec import PIXELS, POOLED, ImageSpec, ModelSpec
 from halimede_tools.build import describe
-from halimede_tools.build.graph import rewrite
-from halimede_tools.build.graph import packing
 from halimede_tools.build.describe import Reading
+from halimede_tools.build.graph import packing, rewrite
 
 
 def export(source: Path, reading: Reading, folder: Path) -> None:

@@ -22,15 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from halimede_ops import spec, vectors
-from halimede_repository import configs
 from halimede_engine import session
+from halimede_ops import spec, vectors
 from halimede_ops.errors import InvalidInput, QualityError
 from halimede_ops.fusion import ARRAYS, Fusion
 from halimede_ops.spec import ModelSpec
-from halimede_tools.build import check
-from halimede_tools.build import model_config
-from halimede_tools.build import repository
+from halimede_repository import configs
+from halimede_tools.build import check, model_config, repository
 from halimede_tools.build.steps import console, key_of
 
 DIMS = 768

@@ -9,7 +9,6 @@ from typing import NamedTuple
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from halimede_repository import configs
 from halimede_ops.errors import InvalidInput
 from halimede_ops.spec import (
     MULTI_VECTOR,
@@ -20,6 +19,7 @@ from halimede_ops.spec import (
     ImageSpec,
     ModelSpec,
 )
+from halimede_repository import configs
 
 MAX_BATCH_SIZE = 128
 """Most rows in one request, and most that are batched together."""
@@ -54,7 +54,10 @@ HEAD_OUTPUTS = {
     TOKEN_EMBEDDINGS: ("TOKEN_EMBEDDINGS",),
 }
 """Outputs of an ensemble for each further head of its model."""
-HEADER = "# Written by the build. Change the build's source (halimede_tools/build/model_config.py), not this file.\n"
+HEADER = (
+    "# Written by the build. Change the build's source "
+    "(halimede_tools/build/model_config.py), not this file.\n"
+)
 
 
 Parameters = dict[str, pb.ModelParameter]

@@ -14,26 +14,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from halimede.models import catalogue
-from halimede.models import store
-from halimede_ops import spec, text
-from halimede_repository import configs
+from halimede.models import catalogue, store
 from halimede_engine import session
+from halimede_ops import spec, text
 from halimede_ops.errors import InvalidInput, LicenceNotAccepted, QualityError
 from halimede_ops.spec import ModelSpec
+from halimede_repository import configs
 from halimede_repository.checksums import sha256
-from halimede_tools.build import candidates
-from halimede_tools.build import check
-from halimede_tools.build import model_config
-from halimede_tools.build.samples import corpus
-from halimede_tools.build import describe
-from halimede_tools.build.samples import pictures
-from halimede_tools.build import repository
+from halimede_tools.build import candidates, check, describe, model_config, repository
 from halimede_tools.build.check import BARS, TOOLS
 from halimede_tools.build.describe import Reading
 from halimede_tools.build.download import download
-from halimede_tools.settings import Settings
+from halimede_tools.build.samples import corpus, pictures
 from halimede_tools.build.steps import alone, console, fingerprint, key_of, once
+from halimede_tools.settings import Settings
 
 PRECISIONS = tuple(BARS)
 IMAGE_STEP = "image-"
@@ -232,7 +226,14 @@ def _int8(
     return once(
         folder,
         key_of(
-            _code("quantise", "graph/outliers", "graph/packing", "graph/rewrite", "samples/corpus", "samples/pictures"),
+            _code(
+                "quantise",
+                "graph/outliers",
+                "graph/packing",
+                "graph/rewrite",
+                "samples/corpus",
+                "samples/pictures",
+            ),
             fingerprint(exported),
             options,
             *_versions(),

@@ -14,13 +14,11 @@ import onnx
 import onnxruntime
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from halimede_ops import vectors
 from halimede_engine.session import Pixels, Row
+from halimede_ops import vectors
 from halimede_ops.spec import PIXELS, ModelSpec
-from halimede_tools.build.graph import rewrite
-from halimede_tools.build.graph import outliers
-from halimede_tools.build.graph import packing
 from halimede_tools.build.check import Engine, Tower
+from halimede_tools.build.graph import outliers, packing, rewrite
 from halimede_tools.build.steps import console
 
 KEPT_FP32 = (

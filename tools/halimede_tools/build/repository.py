@@ -25,16 +25,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from halimede_ops import fusion, spec, text
-from halimede_repository import configs
 from halimede_engine import session
-from halimede_repository import checksums
+from halimede_ops import fusion, spec, text
 from halimede_ops.errors import InvalidModel
 from halimede_ops.fusion import Fusion
 from halimede_ops.spec import ModelSpec
+from halimede_repository import checksums, configs
 from halimede_tools.build import model_config
-from halimede_tools.build.samples import pictures
 from halimede_tools.build.model_config import Pin
+from halimede_tools.build.samples import pictures
 
 RECIPE = 4
 """To be raised when the build makes another graph, or other vectors, of the same weights, precision
@@ -272,7 +271,9 @@ def _tuned(written: Any, onnx: Path) -> Any:
     """The config with what was found for the ONNX step's version in this folder, if anything."""
     path = onnx / TUNED
     return (
-        model_config.tuned(written, json.loads(path.read_text())["choice"]) if path.exists() else written
+        model_config.tuned(written, json.loads(path.read_text())["choice"])
+        if path.exists()
+        else written
     )
 
 
@@ -455,7 +456,9 @@ def _serve(pin: Pin, versions: Iterable[int], repository: Path) -> None:
 
 
 def _write_config(written: Any, versions: Iterable[int], folder: Path) -> None:
-    _write_text(model_config.to_text(model_config.serving(written, versions)), folder / configs.CONFIG)
+    _write_text(
+        model_config.to_text(model_config.serving(written, versions)), folder / configs.CONFIG
+    )
 
 
 def _bytes_tensor(value: bytes) -> bytes:

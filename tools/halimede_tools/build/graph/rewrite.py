@@ -12,8 +12,8 @@ import onnxruntime
 from onnx import compose, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, set_external_data, uses_external_data
 
-from halimede_ops.errors import InvalidModel
 from halimede_engine.session import PACKED, data_of
+from halimede_ops.errors import InvalidModel
 from halimede_ops.spec import POOLED, TOKEN_EMBEDDINGS
 
 INPUTS = ("input_ids", "attention_mask")
