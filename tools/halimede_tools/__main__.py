@@ -62,7 +62,7 @@ def build(
 ) -> None:
     """Build a model's folders in the repository, doing only what is missing."""
     from halimede_tools.build.plan import build as build_model
-    from halimede_tools.build.plan import order
+    from halimede_tools.build.plan import build_request
 
     options: dict[str, Any] = {
         "precisions": _names(precisions),
@@ -78,7 +78,7 @@ def build(
     }
     if prompt:
         options["prompts"] = _prompts(prompt)
-    build_model(order(model, name, **options), Settings(), candidate=candidate)
+    build_model(build_request(model, name, **options), Settings(), candidate=candidate)
 
 
 def _names(listed: str) -> tuple[str, ...]:

@@ -29,10 +29,10 @@ from halimede_tools.bench import machine
 from halimede_tools.bench.peers import compare
 from halimede_tools.bench.peers import report as bench_report
 from halimede_tools.bench.peers.engines import Engine
-from halimede_tools.build import check, model_config, plan, repository
+from halimede_tools.build import model_config, plan, repository, towers
 from halimede_tools.build.graph import rewrite
 from halimede_tools.build.samples import corpus
-from halimede_tools.build.steps import alone, console
+from halimede_tools.build.steps import console, exclusive
 from halimede_tools.settings import ROOT, Settings
 
 FOLDER = ROOT / "docs" / "benchmarks"
@@ -158,8 +158,8 @@ def write(settings: Settings, model: str, device: str) -> dict[str, str]:
 
     All precisions are built, as the store's checks are of all together.
     """
-    wanted = plan.order(model, device=device)
-    with alone(wanted.name, settings) as folder:
+    wanted = plan.build_request(model, device=device)
+    with exclusive(wanted.name, settings) as folder:
         texts = plan.make(wanted, folder, settings)[0]
     names = repository.write(texts, settings.repository)
     return dict(zip(texts.models, names, strict=True))
@@ -220,7 +220,7 @@ def packing(steps: Steps, device: str, extent: Extent) -> dict[tuple[str, int], 
         return {}
     facts = spec.load(steps.tokenizer)
     texts = corpus.mixed_texts(extent.texts)
-    rows = check.text_rows(steps.tokenizer, facts)(texts)
+    rows = towers.text_rows(steps.tokenizer, facts)(texts)
     took: dict[tuple[str, int], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         files = {"packed": steps.model, "apart": one_text_a_row(steps.model, Path(folder))}
@@ -309,7 +309,7 @@ def _engine(engine: Engine, figures: bench_report.Figures, rival: Engine) -> str
     found = {case: of for (name, case), of in figures.items() if name == engine.name}
     rate, theirs = found[TOGETHER], figures[rival.name, TOGETHER]
     many, near = found[MANY], found["vectors"]
-    bar = check.BARS[engine.precision]
+    bar = towers.BARS[engine.precision]
     holds = near["mean_cosine"] >= bar.mean_cosine and near["invariance"] >= bar.invariance
     cells = [
         engine.name,

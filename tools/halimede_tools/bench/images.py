@@ -17,7 +17,7 @@ from PIL import Image
 from halimede_ops import vectors
 from halimede_tools.bench import machine
 from halimede_tools.build import describe
-from halimede_tools.build.describe import Reading
+from halimede_tools.build.describe import ModelOptions
 from halimede_tools.build.repository import IMAGE_SUFFIX, served_name
 from halimede_tools.build.samples import pictures
 from halimede_tools.build.steps import console
@@ -73,7 +73,7 @@ def _transformers(folder: Path, model: str) -> Callable[[list[bytes]], np.ndarra
     import torch
     from transformers.image_utils import load_image
 
-    clip = describe.load(folder, Reading(model))[0].auto_model.eval()
+    clip = describe.load(folder, ModelOptions(model))[0].auto_model.eval()
     processor = describe.image_processor(folder, model)
 
     def embed(files: list[bytes]) -> np.ndarray:

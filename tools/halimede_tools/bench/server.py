@@ -115,7 +115,7 @@ def engine_alone(settings: Settings, name: str, model: str) -> tuple[float, floa
 def engine_texts_per_s(onnx: Path, tokenizer: Path) -> tuple[float, float]:
     """This process's texts/s, warm: all texts at once, and CONCURRENCY at a time."""
     from halimede_ops import spec
-    from halimede_tools.build.check import Engine, text_rows
+    from halimede_tools.build.towers import Engine, text_rows
 
     facts = spec.load(tokenizer)
     engine = Engine(onnx, text_rows(tokenizer, facts), facts)

@@ -30,7 +30,7 @@ from halimede_tools.bench import machine
 from halimede_tools.bench.peers.compare import memory_bytes
 from halimede_tools.bench.peers.report import PACKAGES
 from halimede_tools.bench.peers.runner import INFER, message
-from halimede_tools.build import check
+from halimede_tools.build import towers
 from halimede_tools.build.repository import served_name
 from halimede_tools.build.samples import corpus
 from halimede_tools.build.steps import console
@@ -197,7 +197,7 @@ async def deck(infer: Infer, model: str, precision: str) -> list[Asked]:
     """
     texts = [text.encode() for text in corpus.check_texts(TEXTS)]
     alone = await _alone(infer, model, texts)
-    least = check.BARS[precision].invariance
+    least = towers.BARS[precision].invariance
     halved, half = texts[:: TEXTS // HALVED], alone.shape[1] // 2
     chance = random.Random(5)
 

@@ -26,7 +26,7 @@ from halimede_ops import spec, vectors
 from halimede_ops.errors import InvalidInput
 from halimede_repository import configs
 from halimede_tools.bench import machine
-from halimede_tools.build import check, model_config, repository
+from halimede_tools.build import repository, towers
 from halimede_tools.build.samples import corpus
 from halimede_tools.build.steps import console
 from halimede_tools.settings import Settings
@@ -87,7 +87,7 @@ def tune(settings: Settings, model: str, precisions: Sequence[str], seconds: flo
     """
     for precision in precisions:
         name = repository.served_name(model, precision)
-        least_cosine = check.BARS[precision].invariance
+        least_cosine = towers.BARS[precision].invariance
         found, best = measure(settings, model, name, least_cosine, seconds / len(precisions))
         record = {
             "choice": best.way.parameters(),
@@ -113,7 +113,7 @@ def measure(
         raise InvalidInput(f"{name} embeds no texts; tune takes models that do.")
     facts, onnx = spec.load(tokenizer), steps[f"{name}-onnx"] / session.FILE_NAME
     texts = random.Random(7).sample(corpus.mixed_texts(), TEXTS)
-    rows = check.text_rows(tokenizer, facts)(texts)
+    rows = towers.text_rows(tokenizer, facts)(texts)
     stage = _Stage(onnx, facts.max_tokens, rows, seconds / 2)
     ways = candidates(len(os.sched_getaffinity(0)))
     fitting = settings.memory_limit_bytes // (RESERVED * session.file_bytes(onnx))
@@ -136,7 +136,7 @@ def choose(found: Sequence[Found], least_cosine: float) -> Found:
 def candidates(cores: int) -> list[Way]:
     """The way that the build checked first, then the others of all providers that there are."""
     available = onnxruntime.get_available_providers()
-    providers = [*model_config.CPU_ACCELERATORS] if "OpenVINOExecutionProvider" in available else []
+    providers = [*towers.CPU_ACCELERATORS] if "OpenVINOExecutionProvider" in available else []
     threads = [cores, cores // 2] if cores >= 4 else [cores]  # half: one a core with two threads
     return [
         Way(provider, count, streams)

@@ -12,7 +12,7 @@ from halimede.models import catalogue
 from halimede_launch import watch
 from halimede_ops.errors import ServeError
 from halimede_repository import configs
-from halimede_tools.build.plan import PRECISIONS, build, order
+from halimede_tools.build.plan import PRECISIONS, build, build_request
 from halimede_tools.build.repository import served_name
 from halimede_tools.build.steps import console
 from halimede_tools.serve import wheel
@@ -33,7 +33,7 @@ def serve(settings: Settings, options: wheel.Options, runtime: str) -> None:
     """
     with _interrupted_by_sigterm():
         for model in _missing(settings, options):
-            build(order(model), settings)
+            build(build_request(model), settings)
         try:
             short = 0
             while short < SHORT_LIVES:
