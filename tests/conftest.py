@@ -155,6 +155,6 @@ def source(settings: Settings) -> Path:
 def expected(source: Path, texts: list[str]) -> np.ndarray:
     """sentence-transformers' embeddings of `texts`."""
     from halimede_tools.build.check import reference
-    from halimede_tools.build.describe import Reading
+    from halimede_tools.build.describe import ModelOptions
 
-    return reference(source, texts, Reading(MODEL))
+    return reference(source, texts, ModelOptions(MODEL))

@@ -35,13 +35,16 @@ def test_embed_prints_the_vector_of_sentence_transformers(
 ) -> None:
     """`halimede embed "hello world" --json` gives 384 numbers of cosine ≥ 0.99999."""
     from halimede_tools.build.check import reference
-    from halimede_tools.build.describe import Reading
+    from halimede_tools.build.describe import ModelOptions
 
     done = halimede("embed", "hello world", "--json", server=server)
     answer = json.loads(done.stdout)
     vector = np.array([answer["embeddings"][0]["embedding"]])
     assert vector.shape == (1, 384)
-    assert vectors.cosine(vector, reference(source, ["hello world"], Reading(MODEL)))[0] >= 0.99999
+    assert (
+        vectors.cosine(vector, reference(source, ["hello world"], ModelOptions(MODEL)))[0]
+        >= 0.99999
+    )
     assert (answer["model"], answer["precision"], answer["dims"]) == (MODEL, "fp32", 384)
 
 

@@ -38,7 +38,7 @@ from halimede_ops.errors import (
 from halimede_repository import configs
 from halimede_tools.build import candidates, repository
 from halimede_tools.build.graph import rewrite
-from halimede_tools.build.plan import make, order
+from halimede_tools.build.plan import build_request, make
 from halimede_tools.build.repository import Built
 from halimede_tools.deploy import shadow
 from halimede_tools.deploy.control import Control
@@ -57,7 +57,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> list[Built]:
     """Three versions of a small model: of one space as far as they say, with other vectors each."""
     folder = tmp_path_factory.mktemp("versions")
     small = small_models.like_minilm(folder / "small")
-    wanted = order(str(small), MODEL, precisions=("fp32",), max_tokens=32)
+    wanted = build_request(str(small), MODEL, precisions=("fp32",), max_tokens=32)
     settings = Settings(home=folder / "home", repository=folder / "repository")
     [built] = make(wanted, settings.models / MODEL, settings)
     return [built, *(other(built, folder / str(seed) / "model.onnx", seed) for seed in (1, 2))]
@@ -124,7 +124,7 @@ def running(versions: list[Built], tmp_path_factory: pytest.TempPathFactory) -> 
 def served(running: Served, versions: list[Built]) -> Iterator[Served]:
     """The first version alone in one process, before and after."""
     yield running
-    if candidates.found([MODEL], running.folder):
+    if candidates.versions([MODEL], running.folder):
         running.deployment.roll_back()
     if repository.served(running.folder / MODEL) != {number(versions[0])}:
         running.publish(versions[0])
@@ -283,7 +283,7 @@ def test_a_candidate_that_fails_is_answered_for(served: Served, versions: list[B
     served.deployment.canary(1.0)
     with served.embedder() as embedder:
         assert set(embedder.embed(TEXTS).versions) == {number(versions[1])}
-        served.control.unload([candidates.beside(MODEL)])
+        served.control.unload([candidates.candidate_name(MODEL)])
         assert set(embedder.embed(TEXTS).versions) == {number(versions[0])}
         assert embedder.stats()["errors"] == {}
 
@@ -381,7 +381,7 @@ def test_a_killed_promotion_is_finished_or_undone(
         left = number(versions[1] if then == "promote" else versions[0])
         assert set(embedder.embed(TEXTS).versions) == {left}
     assert not list(served.folder.glob("*-candidate"))
-    assert candidates.beside(MODEL) not in served.control.loaded()
+    assert candidates.candidate_name(MODEL) not in served.control.loaded()
 
 
 def test_refusals_are_plain(served: Served, versions: list[Built]) -> None:
@@ -413,10 +413,10 @@ def test_refusals_are_plain(served: Served, versions: list[Built]) -> None:
                 assert set(embedder.embed(TEXTS).versions) == {number(versions[0])}
             assert repository.served(served.folder / MODEL) == {number(versions[0])}
     with pytest.raises(InvalidInput, match="as a candidate's"):
-        order(str(served.folder), "mine-candidate")
+        build_request(str(served.folder), "mine-candidate")
     with pytest.raises(InvalidInput, match="share is 2"):
         served.deployment.canary(2)
-    assert candidates.found([MODEL], served.folder)  # what is only refused stays
+    assert candidates.versions([MODEL], served.folder)  # what is only refused stays
 
 
 def test_a_server_starts_without_candidates_that_take_nothing(
@@ -426,8 +426,8 @@ def test_a_server_starts_without_candidates_that_take_nothing(
     served.publish(versions[1])
     assert configs.to_load(served.folder) == (MODEL,)
     served.deployment.canary(0.2)
-    assert configs.to_load(served.folder) == (MODEL, candidates.beside(MODEL))
-    assert configs.to_load(served.folder, (MODEL,)) == (MODEL, candidates.beside(MODEL))
+    assert configs.to_load(served.folder) == (MODEL, candidates.candidate_name(MODEL))
+    assert configs.to_load(served.folder, (MODEL,)) == (MODEL, candidates.candidate_name(MODEL))
 
 
 @pytest.mark.usefixtures("sole_build")

@@ -32,7 +32,7 @@ from halimede import (
 )
 from halimede_ops import vectors
 from halimede_tools.bench.soak import BAD_REQUESTS
-from halimede_tools.build import check
+from halimede_tools.build import towers
 from halimede_tools.serve import wheel
 from halimede_tools.serve.supervise import curl
 from halimede_tools.settings import Settings
@@ -81,9 +81,9 @@ def test_vectors_are_those_of_sentence_transformers(
         result = embedder.embed(texts)
     cosines = vectors.cosine(result.vectors, expected)
     assert result.precision == precision
-    assert cosines.mean() >= check.BARS[precision].mean_cosine
+    assert cosines.mean() >= towers.BARS[precision].mean_cosine
     if precision != "int8":
-        assert cosines.min() >= check.BARS[precision].mean_cosine
+        assert cosines.min() >= towers.BARS[precision].mean_cosine
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -96,7 +96,7 @@ def test_a_text_alone_is_the_text_in_a_batch(
         with ThreadPoolExecutor(16) as callers:
             alone = list(callers.map(lambda text: embedder.embed(text).vectors[0], texts))
     cosines = vectors.cosine(together, np.array(alone))
-    assert cosines.min() >= check.BARS[precision].invariance
+    assert cosines.min() >= towers.BARS[precision].invariance
 
 
 def test_every_way_of_asking_gives_the_same_vector(server: wheel.Server) -> None:

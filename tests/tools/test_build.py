@@ -21,8 +21,8 @@ from halimede_ops.errors import (
     LicenceNotAccepted,
     ModelNotFound,
 )
-from halimede_tools.build import check, describe, download, model_config, repository, steps
-from halimede_tools.build.plan import build, check_licence, make, order
+from halimede_tools.build import check, describe, download, model_config, repository, steps, towers
+from halimede_tools.build.plan import build, build_request, check_licence, make
 from halimede_tools.build.samples import corpus
 from halimede_tools.settings import Settings
 
@@ -30,7 +30,7 @@ from halimede_tools.settings import Settings
 @pytest.fixture(scope="module")
 def built(settings: Settings) -> repository.Built:
     """What the default model's build gives."""
-    [texts] = make(order(MODEL), settings.models / MODEL, settings)
+    [texts] = make(build_request(MODEL), settings.models / MODEL, settings)
     return texts
 
 
@@ -88,8 +88,8 @@ def test_write_touches_nothing_that_is_equal(built: repository.Built, tmp_path: 
 @pytest.mark.usefixtures("sole_build")
 def test_build_again_keeps_everything(settings: Settings, capfd: pytest.CaptureFixture) -> None:
     """A second build of an intact model runs no step."""
-    assert build(order(MODEL), settings) == list(NAMES.values())
-    assert capfd.readouterr().err.count("kept") == 5
+    assert build(build_request(MODEL), settings) == list(NAMES.values())
+    assert capfd.readouterr().err.count("kept") == 8
 
 
 @pytest.mark.usefixtures("sole_build")
@@ -97,7 +97,7 @@ def test_two_builds_at_once(settings: Settings) -> None:
     """A build beside a running one ends with one line that says so."""
     lock = settings.home / "models" / MODEL / ".lock"
     with FileLock(lock), pytest.raises(BuildError, match="another build"):
-        build(order(MODEL), settings)
+        build(build_request(MODEL), settings)
 
 
 def test_unknown_model_lists_the_known() -> None:
@@ -112,7 +112,7 @@ def test_quality_is_recorded_with_the_model(settings: Settings) -> None:
         record = json.loads(
             (version_folder(settings.repository / name) / "quality.json").read_text()
         )
-        bar = check.BARS[precision]
+        bar = towers.BARS[precision]
         assert record["texts"] >= 500
         assert record["mean_cosine"] >= bar.mean_cosine
         assert record["invariance"] >= bar.invariance
@@ -122,8 +122,8 @@ def test_quality_is_recorded_with_the_model(settings: Settings) -> None:
 def test_a_missed_bar_is_named() -> None:
     """A record below its bar says so, with the figure and the bar; one that holds says nothing."""
     record = {"mean_cosine": 0.9, "invariance": 1.0, "size_ratio": 0.2}
-    assert check.missed(record, check.BARS["int8"]) == ["mean_cosine is 0.9, the bar is 0.995"]
-    assert check.missed(record | {"mean_cosine": 0.999}, check.BARS["int8"]) == []
+    assert check.missed(record, towers.BARS["int8"]) == ["mean_cosine is 0.9, the bar is 0.995"]
+    assert check.missed(record | {"mean_cosine": 0.999}, towers.BARS["int8"]) == []
 
 
 def test_step_is_made_once_and_again_when_damaged(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_step_is_made_once_and_again_when_damaged(tmp_path: Path) -> None:
             made.append(key)
             (folder / "out").write_text("whole")
 
-        steps.once(tmp_path / "step", key, "test step", make)
+        steps.cached_step(tmp_path / "step", key, "test step", make)
 
     step("a")
     step("a")
@@ -148,14 +148,16 @@ def test_step_is_made_once_and_again_when_damaged(tmp_path: Path) -> None:
 
 def test_failed_step_leaves_what_was_there(tmp_path: Path) -> None:
     """A step that fails half-way keeps the earlier result until it succeeds."""
-    steps.once(tmp_path / "step", "a", "test step", lambda f: (f / "out").write_text("1") and None)
+    steps.cached_step(
+        tmp_path / "step", "a", "test step", lambda f: (f / "out").write_text("1") and None
+    )
 
     def fail(folder: Path) -> None:
         (folder / "out").write_text("half")
         raise BuildError("no")
 
     with pytest.raises(BuildError):
-        steps.once(tmp_path / "step", "b", "test step", fail)
+        steps.cached_step(tmp_path / "step", "b", "test step", fail)
     assert (tmp_path / "step" / "out").read_text() == "1"
 
 
@@ -259,8 +261,8 @@ def test_tensorrt_profile_covers_every_bucket(built: repository.Built) -> None:
 def test_restricted_licence_must_be_accepted_by_name() -> None:
     """A non-commercial model is refused until its licence is named; the message says how."""
     with pytest.raises(LicenceNotAccepted, match="--accept-licence CC-BY-NC-4.0"):
-        check_licence(order("jina-embeddings-v4", accepted_licence="MIT"))
-    check_licence(order("jina-embeddings-v4", accepted_licence="CC-BY-NC-4.0"))
+        check_licence(build_request("jina-embeddings-v4", accepted_licence="MIT"))
+    check_licence(build_request("jina-embeddings-v4", accepted_licence="CC-BY-NC-4.0"))
 
 
 def test_catalogue_is_found_by_either_name_and_filtered() -> None:

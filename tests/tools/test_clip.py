@@ -22,9 +22,9 @@ from tritonclient.utils import InferenceServerException
 from halimede_engine import session
 from halimede_ops import spec, vectors
 from halimede_ops.errors import InvalidModel
-from halimede_tools.build import check, describe, model_config
-from halimede_tools.build.describe import Reading
-from halimede_tools.build.plan import build, order
+from halimede_tools.build import check, describe, model_config, towers
+from halimede_tools.build.describe import ModelOptions
+from halimede_tools.build.plan import build, build_request
 from halimede_tools.build.samples import pictures
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
@@ -48,7 +48,7 @@ def server(
     home: Settings, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[wheel.Server]:
     """A running Triton with both towers in all precisions. So small a model misses its size."""
-    build(order(str(folder), "clip", accepted=("fp16", "int8")), home)
+    build(build_request(str(folder), "clip", accepted=("fp16", "int8")), home)
     run = tmp_path_factory.mktemp("run")
     with wheel.serve(home.repository, home.python_backend, run, free_options()) as running:
         yield running
@@ -62,7 +62,7 @@ def client(server: wheel.Server) -> Iterator[triton_grpc.InferenceServerClient]:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> np.ndarray:
-    return check.image_reference(folder, files(), Reading("clip"))
+    return check.image_reference(folder, files(), ModelOptions("clip"))
 
 
 def files() -> list[bytes]:
@@ -87,7 +87,7 @@ def test_served_vectors_are_transformers_own(
     client: Any, expected: np.ndarray, precision: str
 ) -> None:
     """Every format, alone and in batches: the mean cosine of the precision's bar, L2 norm 1."""
-    images, bar = files(), check.IMAGE_BARS[precision]
+    images, bar = files(), towers.IMAGE_BARS[precision]
     parts = [images[start : start + 16] for start in range(0, len(images), 16)]
     together = np.concatenate(
         [embed(client, part, NAMES[precision])["EMBEDDING"] for part in parts]
@@ -226,22 +226,24 @@ def test_layers_of_vit_b32_as_published(tmp_path: Path) -> None:
     large as they should be, and INT8 needs no OpenVINO.
     """
     from halimede_tools.build.export import export_images
-    from halimede_tools.build.quantise import to_int8
+    from halimede_tools.build.int8 import to_int8
 
     folder = small_models.clip_vit_b32(tmp_path / "model")
-    model = describe.load(folder, Reading("vit"))
-    facts = describe.describe(model, folder, Reading("vit"))
+    model = describe.load(folder, ModelOptions("vit"))
+    facts = describe.describe(model, folder, ModelOptions("vit"))
     assert (facts.dims, facts.images().positions) == (512, 50)
     fp32, int8 = tmp_path / "fp32" / session.FILE_NAME, tmp_path / "int8" / session.FILE_NAME
     for path in (fp32, int8):
         path.parent.mkdir()
-    export_images(folder, Reading("vit"), fp32.parent)
+    export_images(folder, ModelOptions("vit"), fp32.parent)
     some = pictures.check_pictures(16)
-    to_int8(fp32, check.IMAGES, facts, pictures.calibration_pictures(12), some[:8], int8)
-    reference = check.image_reference(folder, some, Reading("vit"))
+    to_int8(fp32, towers.IMAGES, facts, pictures.calibration_pictures(12), some[:8], int8)
+    reference = check.image_reference(folder, some, ModelOptions("vit"))
     for precision, path in (("fp32", fp32), ("int8", int8)):
-        engine = check.Engine(path, check.image_rows(fp32.parent, facts), facts)
-        record = check.check(precision, path, fp32, engine, check.IMAGES, some, reference)
+        engine = towers.Engine(path, towers.image_rows(fp32.parent, facts), facts)
+        record = check.check(
+            precision, path, fp32, engine, towers.IMAGES, some, reference, check.tool_versions()
+        )
         assert record["missed"] == []
     plain, _ = session.open_session(int8)  # onnxruntime's own kernels, as where OpenVINO is not
     rows = engine.rows(some)
@@ -251,7 +253,7 @@ def test_layers_of_vit_b32_as_published(tmp_path: Path) -> None:
 def test_preprocessing_of_another_kind_is_refused(folder: Path, tmp_path: Path) -> None:
     """A processor that is not CLIP's, or that does not fit the tower, is named."""
     fields = json.loads((folder / describe.PREPROCESSING).read_text())
-    model = describe.load(folder, Reading("clip"))
+    model = describe.load(folder, ModelOptions("clip"))
 
     def refused(match: str, **changed: Any) -> None:
         (tmp_path / describe.PREPROCESSING).write_text(json.dumps(fields | changed))
@@ -268,7 +270,7 @@ def test_a_preprocessing_of_older_releases(folder: Path, tmp_path: Path) -> None
            "do_resize": True, "do_center_crop": True, "do_normalize": True, "resample": 3,
            "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}  # fmt: skip
     (tmp_path / describe.PREPROCESSING).write_text(json.dumps(old))
-    model = describe.load(folder, Reading("clip"))
+    model = describe.load(folder, ModelOptions("clip"))
     taken = describe.image_spec(model, tmp_path, "clip")
     assert (taken.resize, taken.height, taken.scale) == ((32,), 32, 1 / 255)
 
@@ -281,7 +283,7 @@ def test_the_space_covers_the_preprocessing(folder: Path, tmp_path: Path) -> Non
     path = other / describe.PREPROCESSING
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
     spaces = {
-        describe.describe(describe.load(one, Reading("clip")), one, Reading("clip")).space
+        describe.describe(describe.load(one, ModelOptions("clip")), one, ModelOptions("clip")).space
         for one in (folder, other)
     }
     assert len(spaces) == 2

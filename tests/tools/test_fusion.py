@@ -17,7 +17,7 @@ from halimede_ops import fusion as ops
 from halimede_ops import vectors
 from halimede_ops.errors import InvalidInput, InvalidModel, ModelNotFound, QualityError
 from halimede_tools.build import fusion, model_config
-from halimede_tools.build.plan import build, order
+from halimede_tools.build.plan import build, build_request
 from halimede_tools.build.samples import pictures
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
@@ -134,7 +134,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fusion")
     home = Settings(home=folder / "home", repository=folder / "repository")
     for name, make in (("texts", small_models.like_minilm), ("clip", small_models.clip)):
-        build(order(str(make(folder / name)), name, precisions=("fp32",)), home)
+        build(build_request(str(make(folder / name)), name, precisions=("fp32",)), home)
     fusion.write_untrained("plain", "texts", "clip-image", 0.5, home.repository)
     fusion.write_fitted("fitted", "texts", "clip-image", write_pairs(folder), home.repository)
     return home.repository

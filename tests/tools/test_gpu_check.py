@@ -12,7 +12,7 @@ from conftest import MODEL, ROOT, free_options
 
 from halimede_tools.bench import gpu
 from halimede_tools.bench.peers import compare
-from halimede_tools.build import check
+from halimede_tools.build import towers
 from halimede_tools.settings import Settings
 
 SMALL = gpu.Extent(
@@ -53,7 +53,7 @@ def test_the_comparison_runs_on_the_cpu(settings: Settings, tmp_path: Path) -> N
     ]
     for row in rows:
         assert row[-1] == "yes |"
-        assert float(row[6]) >= check.BARS["int8"].mean_cosine
+        assert float(row[6]) >= towers.BARS["int8"].mean_cosine
         assert float(row[2]) > 0
     told = report.read_text()
     assert "- int8, OpenVINOExecutionProvider: " in told

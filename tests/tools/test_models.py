@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import small_models
 import torch
@@ -22,10 +23,10 @@ from halimede_engine import session
 from halimede_ops import heads, spec, vectors
 from halimede_ops.errors import BuildError, InvalidInput, InvalidModel, UntrustedCode
 from halimede_tools.build import describe, model_config
-from halimede_tools.build.check import Engine, text_rows
-from halimede_tools.build.describe import Reading
-from halimede_tools.build.plan import build, order
+from halimede_tools.build.describe import ModelOptions
+from halimede_tools.build.plan import Fields, build, build_request
 from halimede_tools.build.samples import corpus
+from halimede_tools.build.towers import Engine, text_rows
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
@@ -71,7 +72,7 @@ def served(
 ) -> Iterator[str]:
     """Address of one Triton that serves every form, in FP32."""
     for name, folder in folders.items():
-        build(order(str(folder), name, precisions=("fp32",)), home)
+        build(build_request(str(folder), name, precisions=("fp32",)), home)
     options = free_options()
     run = tmp_path_factory.mktemp("run")
     with wheel.serve(home.repository, home.python_backend, run, options):
@@ -94,7 +95,7 @@ def test_served_vectors_are_sentence_transformers_own(
     name: str, served: str, folders: dict[str, Path], home: Settings, texts: list[str]
 ) -> None:
     """FP32 cosine ≥ 0.99999 for plain texts, queries and documents, at every width."""
-    reference = describe.load(folders[name], Reading(name))
+    reference = describe.load(folders[name], ModelOptions(name))
     facts = spec.load(version_folder(home.repository / name))
     with Embedder(served, name, timeout_s=120) as embedder:
         for input_type in (None, "query", "document"):
@@ -130,7 +131,7 @@ def test_sparse_and_multi_vectors_come_from_the_same_pass(
     folder = folders["bge-m3"]
     address = request.getfixturevalue(server)
     got = all_outputs(address, "bge-m3", some, "SPARSE_IDS", "SPARSE_WEIGHTS", "MULTI_VECTORS")
-    model = describe.load(folder, Reading("bge-m3"))
+    model = describe.load(folder, ModelOptions("bge-m3"))
     sparse, multi = (
         torch.load(folder / file, weights_only=True)
         for file in (describe.SPARSE_FILE, describe.MULTI_VECTOR_FILE)
@@ -164,7 +165,7 @@ def test_token_embeddings_for_a_model_that_asks(
     """`token_embeddings` adds the last hidden state to the graph, for real tokens alone."""
     home = Settings(home=tmp_path / "home", repository=tmp_path / "repository")
     options = {"precisions": ("fp32",), "token_embeddings": True}
-    build(order(str(folders["mpnet"]), "mpnet", **options), home)
+    build(build_request(str(folders["mpnet"]), "mpnet", **options), home)
     options = free_options()
     (tmp_path / "run").mkdir()
     with wheel.serve(home.repository, home.python_backend, tmp_path / "run", options):
@@ -172,7 +173,7 @@ def test_token_embeddings_for_a_model_that_asks(
         got = all_outputs(
             address, "mpnet", ["a longer text of some words", "a"], "TOKEN_EMBEDDINGS"
         )
-    model = describe.load(folders["mpnet"], Reading("mpnet"))
+    model = describe.load(folders["mpnet"], ModelOptions("mpnet"))
     for row, text in enumerate(["a longer text of some words", "a"]):
         expected = model.encode(text, output_value="token_embeddings").numpy()
         given = got["TOKEN_EMBEDDINGS"][row]
@@ -189,7 +190,7 @@ def test_pooling_modes(tmp_path: Path, texts: list[str]) -> None:
             small_models.bert, tmp_path / name, st.Pooling(64, mode), max_tokens=128
         )
         got = exported(folder, tmp_path / f"{name}-onnx").embed(texts)
-        expected = describe.load(folder, Reading(name)).encode(texts)
+        expected = describe.load(folder, ModelOptions(name)).encode(texts)
         assert got.shape == expected.shape
         assert vectors.cosine(got, expected).min() >= 0.99999
 
@@ -219,7 +220,7 @@ def test_layer_norm_and_default_prompt(tmp_path: Path, texts: list[str]) -> None
         max_tokens=64, prompts={"query": "find: ", "passage": "text: "}, default_prompt="query",
     )  # fmt: skip
     engine = exported(folder, tmp_path / "onnx")
-    expected = describe.load(folder, Reading("m")).encode(texts)
+    expected = describe.load(folder, ModelOptions("m")).encode(texts)
     assert vectors.cosine(engine.embed(texts), expected).min() >= 0.99999
     assert engine.spec.prompts["document"] == "text: "
 
@@ -234,7 +235,7 @@ def test_folder_with_nothing_but_onnx(folders: dict[str, Path], tmp_path: Path, 
     model.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     engine = exported(folder, tmp_path / "onnx")
-    expected = describe.load(folders["bge"], Reading("bge")).encode(texts)
+    expected = describe.load(folders["bge"], ModelOptions("bge")).encode(texts)
     assert vectors.cosine(engine.embed(texts), expected).min() >= 0.99999
 
 
@@ -243,7 +244,7 @@ def exported(source: Path, folder: Path) -> Engine:
     from halimede_tools.build.export import export
 
     folder.mkdir()
-    export(source, Reading("m"), folder)
+    export(source, ModelOptions("m"), folder)
     facts = spec.load(folder)
     return Engine(folder / session.FILE_NAME, text_rows(folder, facts), facts)
 
@@ -258,7 +259,7 @@ def refused(folder: Path, error: type[Exception], match: str, settings: Settings
     """Building the folder gives this error, and the repository stays as it was."""
     before = sorted(settings.repository.rglob("*"))
     with pytest.raises(error, match=match):
-        build(order(str(folder), "broken", precisions=("fp32",)), settings)
+        build(build_request(str(folder), "broken", precisions=("fp32",)), settings)
     assert sorted(settings.repository.rglob("*")) == before
     assert not list((settings.models / "broken").glob("*.part"))
 
@@ -296,7 +297,7 @@ def test_own_code_runs_only_when_trusted(copied: Path, home: Settings) -> None:
     configuration["auto_map"] = {"AutoModel": "modeling_own.OwnModel"}
     (copied / "config.json").write_text(json.dumps(configuration))
     refused(copied, UntrustedCode, "--trust-remote-code", home)
-    wanted = order(str(copied), "own", precisions=("fp32",), trust_remote_code=True)
+    wanted = build_request(str(copied), "own", precisions=("fp32",), trust_remote_code=True)
     assert build(wanted, home) == ["own"]
 
 
@@ -306,7 +307,7 @@ def test_tokenizer_without_padding_token(copied: Path, home: Settings, texts: li
         fields = json.loads((copied / name).read_text())
         fields.pop("pad_token", None)
         (copied / name).write_text(json.dumps(fields))
-    assert build(order(str(copied), "padless", precisions=("fp32",)), home) == ["padless"]
+    assert build(build_request(str(copied), "padless", precisions=("fp32",)), home) == ["padless"]
 
 
 def test_tokenizer_that_nothing_can_pad(copied: Path, home: Settings) -> None:
@@ -334,33 +335,33 @@ def test_full_disk(copied: Path, home: Settings, tmp_path: Path) -> None:
         full = home.model_copy(update={"home": disk})
         refused(copied, BuildError, "the disk is full", full)
         subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
-        assert build(order(str(copied), "broken", precisions=("fp32",)), full) == ["broken"]
+        assert build(build_request(str(copied), "broken", precisions=("fp32",)), full) == ["broken"]
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
 def test_token_limit_of_a_build(copied: Path, home: Settings) -> None:
     """A lower limit is served; one above the model's is refused."""
-    build(order(str(copied), "short", precisions=("fp32",), max_tokens=32), home)
+    build(build_request(str(copied), "short", precisions=("fp32",), max_tokens=32), home)
     assert spec.load(version_folder(home.repository / "short")).max_tokens == 32
     with pytest.raises(InvalidModel, match="takes 1 to 256 tokens"):
-        build(order(str(copied), "long", precisions=("fp32",), max_tokens=1000), home)
+        build(build_request(str(copied), "long", precisions=("fp32",), max_tokens=1000), home)
 
 
 def test_wrong_options_are_named() -> None:
     with pytest.raises(InvalidInput, match="fp32, fp16, int8"):
-        order("all-MiniLM-L6-v2", precisions=("int4",))
+        build_request("all-MiniLM-L6-v2", precisions=("int4",))
     with pytest.raises(InvalidInput, match="cpu, cuda, tensorrt"):
-        order("all-MiniLM-L6-v2", device="npu")
+        build_request("all-MiniLM-L6-v2", device="npu")
     with pytest.raises(InvalidInput, match="letters, digits"):
-        order("all-MiniLM-L6-v2", name="../up")
+        build_request("all-MiniLM-L6-v2", name="../up")
 
 
 def test_outliers_go_their_own_way_in_fp32(copied: Path, tmp_path: Path) -> None:
     """A channel of outliers is found, and without it the graph gives the same vectors; INT8 then
     leaves nothing else in FP32.
     """
-    from halimede_tools.build import quantise
+    from halimede_tools.build import int8
     from halimede_tools.build.graph import outliers, rewrite
 
     state = load_file(copied / "model.safetensors")
@@ -371,13 +372,13 @@ def test_outliers_go_their_own_way_in_fp32(copied: Path, tmp_path: Path) -> None
     expected = engine.embed(texts)
     path = tmp_path / "onnx" / session.FILE_NAME
     model = rewrite.load(path)
-    feeds = [quantise.feed(row) for row in engine.rows(texts)]
-    values = quantise.matmul_inputs(model, feeds)
+    feeds = [int8.feed(row) for row in engine.rows(texts)]
+    values = int8.matmul_inputs(model, feeds)
     found = {name: outliers.channels(array) for name, array in values.items()}
     [name] = [name for name, some in found.items() if 3 in some]
     assert name.endswith("layer.1/output/dense/MatMul")
     assert outliers.take_apart(model, {name: found[name]}) == [name]
-    assert quantise.matmul_inputs(model, feeds)[name].max() < 10
+    assert int8.matmul_inputs(model, feeds)[name].max() < 10
     rewrite.save(model, path)
     opened, _ = session.open_session(path)
     assert vectors.cosine(opened.run(engine.rows(texts)), expected).min() >= 0.99999
@@ -398,6 +399,36 @@ def test_int8_weights_have_no_zero_points_of_0(source: Path) -> None:
     ]
     assert len(zeros) > 30
     assert all(all(some) for some in zeros)
+
+
+def test_constants_of_branches_within_branches_are_kept() -> None:
+    """And a constant that nothing uses is dropped."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    from halimede_tools.build.graph import rewrite
+
+    def graph(node: onnx.NodeProto, *outer: object) -> onnx.GraphProto:
+        [output] = node.output
+        given = helper.make_tensor_value_info(output, TensorProto.FLOAT, [1])
+        return helper.make_graph([node], "graph", *(outer or ([],)), [given])
+
+    def branch(name: str, output: str) -> onnx.GraphProto:
+        return graph(helper.make_node("Identity", [name], [output]))
+
+    inner = helper.make_node(
+        "If", ["c"], ["inner"], then_branch=branch("deep", "a"), else_branch=branch("flat", "b")
+    )
+    outer = helper.make_node(
+        "If", ["c"], ["y"], then_branch=graph(inner), else_branch=branch("flat", "d")
+    )
+    model = helper.make_model(
+        graph(outer, [helper.make_tensor_value_info("c", TensorProto.BOOL, [1])])
+    )
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.ones(1, np.float32), name) for name in ("deep", "flat", "unused")
+    )
+    rewrite.drop_unused_constants(model)
+    assert [entry.name for entry in model.graph.initializer] == ["deep", "flat"]
 
 
 def test_int8_looks_rows_up_before_they_are_dequantised(source: Path) -> None:
@@ -454,21 +485,61 @@ def test_precision_below_its_bar_needs_consent(
     """It is left out and named; with consent it is served, and its config says what it misses."""
     wanted = {"precisions": ("fp32", "fp16")}
     # The graph weighs as much as the weights of so small a model: FP16 misses its size.
-    assert build(order(str(copied), "coarse", **wanted), home) == ["coarse"]
+    assert build(build_request(str(copied), "coarse", **wanted), home) == ["coarse"]
     assert "coarse in fp16 is not published: size_ratio" in capfd.readouterr().err
-    names = build(order(str(copied), "coarse", **wanted, accepted=("fp16",)), home)
+    names = build(build_request(str(copied), "coarse", **wanted, accepted=("fp16",)), home)
     assert names == ["coarse", "coarse-fp16"]
     parameters = model_config.read(home.repository / "coarse-fp16" / "config.pbtxt").parameters
     assert "size_ratio" in parameters["below_bar"].string_value
 
 
+@pytest.mark.parametrize("form", ["minilm", "clip"])
+def test_precisions_are_published_one_at_a_time(
+    form: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """A new model is written after each precision, FP32 first, and is in the end, byte for byte,
+    what it is when it is written at once. A new version of a model that is served is written once.
+    """
+    staged = Settings(home=tmp_path / "home", repository=tmp_path / "staged")
+    whole = Settings(home=tmp_path / "home", repository=tmp_path / "whole")
+    options: Fields = {"precisions": ("fp32", "fp16"), "accepted": ("fp16",)}
+    towers = ("", "-image") if form == "clip" else ("",)
+    first, second = ([f"m{tower}{suffix}" for tower in towers] for suffix in ("", "-fp16"))
+    calls: list[tuple[list[str], set[str]]] = []
+
+    def published(names: list[str]) -> None:
+        configs = staged.repository.glob("*/config.pbtxt")
+        served = {path.parent.name for path in configs} & {*first, *second}
+        calls.append((names, served))
+
+    request = build_request(str(folders[form]), "m", **options)
+    names = build(request, staged, published=published)
+    assert calls == [(first, {*first}), (second, {*first, *second})]
+    assert build(request, whole) == names
+    assert contents(staged.repository) == contents(whole.repository)
+
+    calls.clear()
+    shorter = build_request(str(folders[form]), "m", max_tokens=32, **options)
+    assert build(shorter, staged, published=published) == names
+    assert calls == [(names, {*first, *second})]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
 def test_another_space_leaves_no_old_precision_behind(copied: Path, home: Settings) -> None:
     """When a model changes, precisions that are not built again go: their tokenizer is gone."""
     wanted = {"precisions": ("fp32", "fp16"), "accepted": ("fp16",)}
-    build(order(str(copied), "moving", **wanted), home)
-    build(order(str(copied), "moving", precisions=("fp32",)), home)
+    build(build_request(str(copied), "moving", **wanted), home)
+    build(build_request(str(copied), "moving", precisions=("fp32",)), home)
     assert (home.repository / "moving-fp16").exists()
-    build(order(str(copied), "moving", precisions=("fp32",), max_tokens=64), home)
+    build(build_request(str(copied), "moving", precisions=("fp32",), max_tokens=64), home)
     assert not (home.repository / "moving-fp16").exists()
     assert not (home.repository / "moving-fp16-onnx").exists()
     assert (home.repository / "moving").exists()

@@ -28,9 +28,10 @@ from halimede_ops import spec, vectors
 from halimede_ops.errors import InvalidInput
 from halimede_repository import configs
 from halimede_tools.build import model_config, steps
-from halimede_tools.build.check import Engine, reference, text_rows
-from halimede_tools.build.describe import Reading
-from halimede_tools.build.plan import build, order
+from halimede_tools.build.check import reference
+from halimede_tools.build.describe import ModelOptions
+from halimede_tools.build.plan import build, build_request
+from halimede_tools.build.towers import Engine, text_rows
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
@@ -38,14 +39,18 @@ KILLS = 20
 BUILDERS = multiprocessing.get_context("forkserver")
 """Starts builds that have their libraries: a kill hits what they do, not what they import."""
 BUILDERS.set_forkserver_preload(
-    ["halimede_tools.build.plan", "halimede_tools.build.export", "halimede_tools.build.quantise"]
+    [
+        "halimede_tools.build.plan",
+        "halimede_tools.build.graph.tracing",
+        "onnxruntime.transformers.float16",
+    ]
 )
 TEXTS = ["hello world", "a second text of some more words", "", "漢字"]
 
 
 def make(models: Path, name: str, size_bytes: int, used: float) -> None:
     """A model of one step in the store, last built at `used`."""
-    steps.once(
+    steps.cached_step(
         models / name / "fp32",
         "key",
         "step",
@@ -128,7 +133,7 @@ def test_catalogue_command(tmp_path: Path) -> None:
 
 def start_build(folder: Path, home: Settings) -> BaseProcess:
     """A build of `folder` as `m`."""
-    wanted = order(str(folder), "m", precisions=("fp32", "fp16"), accepted=("fp16",))
+    wanted = build_request(str(folder), "m", precisions=("fp32", "fp16"), accepted=("fp16",))
     process = BUILDERS.Process(target=build, args=(wanted, home))
     process.start()
     return process
@@ -166,7 +171,7 @@ def test_killed_builds_leave_what_was_served(tmp_path: Path) -> None:
     state = load_file(sources[1] / "model.safetensors")
     state["embeddings.word_embeddings.weight"] *= -1
     save_file(state, sources[1] / "model.safetensors", metadata={"format": "pt"})
-    expected = [reference(source, TEXTS, Reading("m")) for source in sources]
+    expected = [reference(source, TEXTS, ModelOptions("m")) for source in sources]
 
     for source in sources:  # The first waits for the libraries: the second tells the time.
         began = time.monotonic()

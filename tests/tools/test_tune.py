@@ -16,8 +16,8 @@ from halimede_ops import vectors
 from halimede_ops.errors import ModelNotFound
 from halimede_repository import configs
 from halimede_tools.bench import tune
-from halimede_tools.build import check, model_config, repository
-from halimede_tools.build.plan import build, order
+from halimede_tools.build import model_config, repository, towers
+from halimede_tools.build.plan import build, build_request
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
@@ -70,7 +70,7 @@ def test_the_choice_and_its_table_lie_with_the_model(tuned: Settings) -> None:
     first, last = record["table"][: -len(tune.BUDGETS)], record["table"][-len(tune.BUDGETS) :]
     assert first[0]["way"] == dataclasses.asdict(tune.candidates(len(os.sched_getaffinity(0)))[0])
     [chosen] = [row for row in last if tune.Way(**row["way"]).parameters() == record["choice"]]
-    assert chosen["cosine"] >= check.BARS["int8"].invariance
+    assert chosen["cosine"] >= towers.BARS["int8"].invariance
     assert all(row["texts_per_s"] > 0 and row["single_ms"] > 0 for row in first + last)
 
 
@@ -85,7 +85,7 @@ def test_configs_ask_for_the_choice_and_a_build_keeps_it(tuned: Settings) -> Non
         tuned.repository / NAME / "configs" / repository.ONE_PROCESS,
     ]
     before = [path.read_text() for path in asked]
-    build(order(MODEL), tuned)
+    build(build_request(MODEL), tuned)
     assert [path.read_text() for path in asked] == before
     for path in asked:
         written = model_config.read(path)
@@ -107,7 +107,7 @@ def test_what_is_tuned_is_served(
     with wheel.serve(tuned.repository, tuned.python_backend, tmp_path, options) as other:
         with Embedder(other.grpc_address, NAME) as embedder:
             given = embedder.embed(texts[:200]).vectors
-    assert vectors.cosine(given, expected).min() >= check.BARS["int8"].invariance
+    assert vectors.cosine(given, expected).min() >= towers.BARS["int8"].invariance
 
 
 def test_only_models_of_texts_that_are_there(tuned: Settings) -> None:

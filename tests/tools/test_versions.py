@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import random
 import shutil
 import threading
@@ -15,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
-from conftest import MODEL, free_options, version_folder, wait_until
+from conftest import MODEL, PRECISIONS, free_options, version_folder, wait_until
 
 from halimede import Embedder, Embeddings, ModelNotFound
 from halimede_ops import vectors
 from halimede_repository import configs
-from halimede_tools.build import model_config, repository
-from halimede_tools.build.plan import make, order
+from halimede_tools.build import keys, model_config, repository
+from halimede_tools.build.graph import rewrite
+from halimede_tools.build.plan import build_request, make
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
@@ -38,7 +41,7 @@ TEXTS = [f"text number {index}, one of many" for index in range(40)]
 @pytest.fixture(scope="module")
 def built(settings: Settings) -> repository.Built:
     """The default model in FP32."""
-    [made] = make(order(MODEL), settings.models / MODEL, settings)
+    [made] = make(build_request(MODEL), settings.models / MODEL, settings)
     return dataclasses.replace(made, models={"fp32": made.models["fp32"]})
 
 
@@ -73,6 +76,54 @@ def test_a_number_says_what_it_is_made_of(built: repository.Built) -> None:
     assert numbers(dataclasses.replace(built, models={"fp32": Path("/elsewhere")})) == now
     assert all(len(str(one)) == 12 and one < 2**53 for one in now)
     assert built.version("fp32") != built.version("int8")
+
+
+def structure(graph: onnx.GraphProto) -> list[object]:
+    """What a graph computes: operators, attributes, how they are linked, types and shapes of
+    constants and the values of int64 ones. Names and weights are left out: they differ between
+    releases of PyTorch, and between CPUs.
+    """
+    numbers: dict[str, int] = {}
+
+    def number(name: str) -> int:
+        return numbers.setdefault(name, len(numbers))
+
+    def value(attribute: onnx.AttributeProto) -> object:
+        given = onnx.helper.get_attribute_value(attribute)
+        if isinstance(given, onnx.GraphProto):
+            return structure(given)
+        return constant(given) if isinstance(given, onnx.TensorProto) else repr(given)
+
+    inputs = [number(entry.name) for entry in graph.input]
+    constants = {entry.name: constant(entry) for entry in graph.initializer}
+    nodes = [
+        [
+            node.domain,
+            node.op_type,
+            [constants.get(name) or number(name) for name in node.input],
+            [number(name) for name in node.output],
+            [[entry.name, value(entry)] for entry in sorted(node.attribute, key=lambda a: a.name)],
+        ]
+        for node in graph.node
+    ]
+    return [inputs, nodes, [number(entry.name) for entry in graph.output]]
+
+
+def constant(tensor: onnx.TensorProto) -> list[object]:
+    whole = tensor.data_type == onnx.TensorProto.INT64
+    values = onnx.numpy_helper.to_array(tensor).tolist() if whole else None
+    return [tensor.data_type, list(tensor.dims), values]
+
+
+def test_a_changed_graph_raises_the_recipe(settings: Settings) -> None:
+    """Numbers know a graph by RECIPE alone: where the default model's graphs are others than those
+    noted beside it, RECIPE is to be raised and the new ones are to be noted.
+    """
+    found = {}
+    for precision in PRECISIONS:
+        graph = rewrite.load(settings.models / MODEL / precision / "model.onnx").graph
+        found[precision] = keys.key_of(str(repository.RECIPE), json.dumps(structure(graph)))
+    assert found == repository.RECIPE_GRAPHS
 
 
 def test_every_config_names_its_version_and_every_step_is_pinned(settings: Settings) -> None:

@@ -11,12 +11,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+from halimede_tools.console import console
 
 LINE_S = 5.0
 """Least time between two lines of one round, where there is no terminal."""

@@ -30,7 +30,7 @@ from halimede import (
 )
 from halimede_ops import vectors
 from halimede_tools.build.fusion import write_untrained
-from halimede_tools.build.plan import build, order
+from halimede_tools.build.plan import build, build_request
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
@@ -70,7 +70,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     folder = tmp_path_factory.mktemp("clip")
     home = Settings(home=folder / "home", repository=folder / "repository")
-    build(order(str(source), "clip", precisions=("fp32",)), home)
+    build(build_request(str(source), "clip", precisions=("fp32",)), home)
     write_untrained("multimodal", "clip", "clip-image", 0.5, home.repository)
     return home
 

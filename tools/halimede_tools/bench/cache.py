@@ -16,7 +16,8 @@ from halimede.cache import Cache, Disk, Entries, Expect, Memory, Redis, Tier, ke
 from halimede.providers.hash import hash_embeddings, hash_space
 from halimede_ops.errors import HalimedeError
 from halimede_tools.bench import closed_loop, redis_server
-from halimede_tools.progress import Progress, console
+from halimede_tools.console import console
+from halimede_tools.progress import Progress
 
 DIMS = 384
 TEXTS = 20_000

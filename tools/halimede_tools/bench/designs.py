@@ -23,7 +23,8 @@ from halimede_tools.bench.server import CONCURRENCY, PACKAGES, TEXTS, PerfAnalyz
 from halimede_tools.build import model_config
 from halimede_tools.build.model_config import Pin
 from halimede_tools.build.repository import served_name
-from halimede_tools.progress import Progress, console
+from halimede_tools.console import console
+from halimede_tools.progress import Progress
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 

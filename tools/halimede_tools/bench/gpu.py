@@ -26,10 +26,10 @@ from halimede_repository import configs
 from halimede_tools.bench import closed_loop, report
 from halimede_tools.bench.peers import compare, tables
 from halimede_tools.bench.peers.engines import Engine
-from halimede_tools.build import check, model_config, plan, repository
+from halimede_tools.build import model_config, plan, repository, towers
 from halimede_tools.build.graph import rewrite
 from halimede_tools.build.samples import corpus
-from halimede_tools.build.steps import alone
+from halimede_tools.build.steps import exclusive
 from halimede_tools.progress import Progress
 from halimede_tools.settings import Settings
 
@@ -155,8 +155,8 @@ def write(settings: Settings, model: str, device: str) -> dict[str, str]:
 
     All precisions are built, as the store's checks are of all together.
     """
-    wanted = plan.order(model, device=device)
-    with alone(wanted.name, settings) as folder:
+    wanted = plan.build_request(model, device=device)
+    with exclusive(wanted.name, settings) as folder:
         texts = plan.make(wanted, folder, settings)[0]
     names = repository.write(texts, settings.repository)
     return dict(zip(texts.models, names, strict=True))
@@ -217,7 +217,7 @@ def packing(steps: Steps, device: str, extent: Extent) -> dict[tuple[str, int], 
         return {}
     facts = spec.load(steps.tokenizer)
     texts = corpus.mixed_texts(extent.texts)
-    rows = check.text_rows(steps.tokenizer, facts)(texts)
+    rows = towers.text_rows(steps.tokenizer, facts)(texts)
     durations_s: dict[tuple[str, int], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         files = {"packed": steps.model, "apart": one_text_a_row(steps.model, Path(folder))}
@@ -299,7 +299,7 @@ def _engine(engine: Engine, figures: tables.Medians, rival: Engine) -> list[str]
     single = figures[engine.name, ONE]
     together, theirs = figures[engine.name, TOGETHER], figures[rival.name, TOGETHER]
     many, compared = figures[engine.name, MANY], figures[engine.name, "vectors"]
-    bar = check.BARS[engine.precision]
+    bar = towers.BARS[engine.precision]
     holds = compared["mean_cosine"] >= bar.mean_cosine and compared["invariance"] >= bar.invariance
     return [
         engine.name,

@@ -15,10 +15,11 @@ from PIL import Image
 from halimede_ops import vectors
 from halimede_tools.bench import closed_loop, report
 from halimede_tools.build import describe
-from halimede_tools.build.describe import Reading
+from halimede_tools.build.describe import ModelOptions
 from halimede_tools.build.repository import IMAGE_SUFFIX, served_name
 from halimede_tools.build.samples import pictures
-from halimede_tools.progress import Progress, console
+from halimede_tools.console import console
+from halimede_tools.progress import Progress
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
@@ -86,7 +87,7 @@ def _transformers(folder: Path, model: str) -> Embed:
     import torch
     from transformers.image_utils import load_image
 
-    clip = describe.load(folder, Reading(model))[0].auto_model.eval()
+    clip = describe.load(folder, ModelOptions(model))[0].auto_model.eval()
     processor = describe.image_processor(folder, model)
 
     def embed(files: Sequence[bytes]) -> np.ndarray:

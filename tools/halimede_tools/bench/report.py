@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from halimede.config.environment import CHECKOUT
-from halimede_tools.progress import console
+from halimede_tools.console import console
 
 FOLDER = CHECKOUT / "docs" / "benchmarks" if CHECKOUT else Path()
 """Where reports are written."""

@@ -24,7 +24,8 @@ from halimede_repository import configs
 from halimede_tools.bench import closed_loop, report, triton_request
 from halimede_tools.build.repository import served_name
 from halimede_tools.build.samples import corpus
-from halimede_tools.progress import Progress, console
+from halimede_tools.console import console
+from halimede_tools.progress import Progress
 from halimede_tools.serve import wheel
 from halimede_tools.serve.ports import free_ports
 from halimede_tools.settings import Settings

@@ -26,7 +26,8 @@ from halimede_tools.bench import closed_loop, report
 from halimede_tools.build.download import fetch_wheel
 from halimede_tools.build.repository import served_name
 from halimede_tools.build.samples import corpus
-from halimede_tools.progress import Progress, console
+from halimede_tools.console import console
+from halimede_tools.progress import Progress
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
@@ -139,7 +140,7 @@ def engine_alone(settings: Settings, name: str, model: str) -> tuple[float, floa
 def engine_texts_per_s(onnx: Path, tokenizer: Path) -> tuple[float, float]:
     """This process's texts/s, warm: all texts at once, and CONCURRENCY at a time."""
     from halimede_ops import spec
-    from halimede_tools.build.check import Engine, text_rows
+    from halimede_tools.build.towers import Engine, text_rows
 
     facts = spec.load(tokenizer)
     engine = Engine(onnx, text_rows(tokenizer, facts), facts)

@@ -30,10 +30,11 @@ from halimede_tools.bench.peers.compare import memory_bytes
 from halimede_tools.bench.peers.tables import PACKAGES
 from halimede_tools.bench.report import Goal
 from halimede_tools.bench.triton_request import INFER, message
-from halimede_tools.build import check
+from halimede_tools.build import towers
 from halimede_tools.build.repository import served_name
 from halimede_tools.build.samples import corpus
-from halimede_tools.progress import Progress, console
+from halimede_tools.console import console
+from halimede_tools.progress import Progress
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
@@ -219,7 +220,7 @@ async def deck(infer: Infer, model: str, precision: str) -> list[Request]:
     """
     texts = [text.encode() for text in corpus.check_texts(TEXTS)]
     alone = await _alone(infer, model, texts)
-    least = check.BARS[precision].invariance
+    least = towers.BARS[precision].invariance
     halved, half = texts[:: TEXTS // HALVED], alone.shape[1] // 2
     chance = random.Random(5)
 

@@ -27,7 +27,7 @@ from halimede_ops import spec, vectors
 from halimede_ops.errors import InvalidInput
 from halimede_repository import configs
 from halimede_tools.bench import closed_loop, report
-from halimede_tools.build import check, model_config, repository
+from halimede_tools.build import repository, towers
 from halimede_tools.build.samples import corpus
 from halimede_tools.progress import Progress
 from halimede_tools.settings import Settings
@@ -114,14 +114,14 @@ def measure(
         InvalidInput: it embeds no texts.
     """
     name = repository.served_name(model, precision)
-    least_cosine = check.BARS[precision].invariance
+    least_cosine = towers.BARS[precision].invariance
     steps = configs.read(settings.repository, name).steps
     tokenizer = steps.get(f"{model}-tokenizer")
     if tokenizer is None:
         raise InvalidInput(f"{name} embeds no texts; tune takes models that do.")
     facts, onnx = spec.load(tokenizer), steps[f"{name}-onnx"] / session.FILE_NAME
     texts = random.Random(7).sample(corpus.mixed_texts(), TEXTS)
-    rows = check.text_rows(tokenizer, facts)(texts)
+    rows = towers.text_rows(tokenizer, facts)(texts)
     stage = _Stage(onnx, facts.max_tokens, rows, seconds / len(STAGES))
     ways = candidates(len(os.sched_getaffinity(0)))
     fitting = settings.memory_limit_bytes // (RESERVED * session.file_bytes(onnx))
@@ -148,7 +148,7 @@ def choose(measured: Sequence[Measurement], least_cosine: float) -> Measurement:
 def candidates(cores: int) -> list[Way]:
     """The way that the build checked, then the others, of all providers that are installed."""
     available = onnxruntime.get_available_providers()
-    providers = [*model_config.CPU_ACCELERATORS] if "OpenVINOExecutionProvider" in available else []
+    providers = [*towers.CPU_ACCELERATORS] if "OpenVINOExecutionProvider" in available else []
     threads = [cores, cores // 2] if cores >= 4 else [cores]  # half: one a core with two threads
     return [
         Way(provider, count, streams)

@@ -1,8 +1,8 @@
-"""Candidates: versions that lie in the repository beside the one that is served under a name.
+"""Candidates: versions in the repository beside the one that is served under a name.
 
-A candidate is an ensemble of its own, `<name>-candidate`, with steps of its own: nothing of what is
-served is touched before it takes its place. Its version folders lie under the name already, for the
-day that it does.
+A candidate is a separate ensemble, `<name>-candidate`, with its own steps, so nothing that is
+served changes before the candidate is promoted. Its version folders are also placed under the
+model's name, where promotion finds them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from halimede_tools.build.repository import IMAGE_SUFFIX, SUFFIXES, Built, serve
 
 
 def write(built: Built, folder: Path) -> list[str]:
-    """Write what was built beside the ensembles of its names; the names of the candidates.
+    """Write a built tower as candidates of its ensembles; the names of the candidates.
 
     Raises:
-        DeployError: nothing of it is served, all of it is served already, or another candidate
-            waits.
-        InvalidModel: what is served was written without what it needs to be served again.
+        DeployError: none of its ensembles is served, all are served in this version already, or
+            another candidate is there.
+        InvalidModel: a served version has no config in its folder, so it could not be rolled back
+            to.
     """
     served = {name: repository.served(folder / name) for name in built.names}
     if not any(served.values()):
@@ -41,55 +42,61 @@ def write(built: Built, folder: Path) -> list[str]:
         raise DeployError(f"{built.name} is served in this very version already.")
     new = dataclasses.replace(built, models=changed)
     before = {name: version for name in new.names for version in served[name]}
-    repository.steps(before, folder)  # raises where there is no way back
-    beside = dataclasses.replace(new, suffix=configs.CANDIDATE)
-    for name, version in found(new.names, folder).items():
+    repository.steps(before, folder)  # raises if a rollback would not be possible
+    candidate = dataclasses.replace(new, suffix=configs.CANDIDATE)
+    for name, version in versions(new.names, folder).items():
         if version != new.versions[name]:
             raise DeployError(
                 f"{name} has a candidate already, version {version}. Promote it or roll it back."
             )
     repository.place(new, folder)
-    repository.place(beside, folder)
-    repository.add(beside.versions, folder)
+    repository.place(candidate, folder)
+    repository.add(candidate.versions, folder)
     shares = {name: share(name, folder) for name in new.names}
-    for name, version in beside.versions.items():
+    for name, version in candidate.versions.items():
         repository.switch({name: version}, folder, shares[name.removesuffix(configs.CANDIDATE)])
-    return beside.names
+    return candidate.names
 
 
-def names(model: str, folder: Path) -> list[str]:
-    """The ensembles of a model: those of every precision, of its texts and its images."""
-    every = [served_name(model + part, one) for part in ("", IMAGE_SUFFIX) for one in SUFFIXES]
-    return [name for name in every if repository.served(folder / name)]
+def ensembles(model: str, folder: Path) -> list[str]:
+    """The served ensembles of a model: every precision, of its texts and its images."""
+    names = [
+        served_name(model + tower, precision)
+        for tower in ("", IMAGE_SUFFIX)
+        for precision in SUFFIXES
+    ]
+    return [name for name in names if repository.served(folder / name)]
 
 
-def found(models: Iterable[str], folder: Path) -> dict[str, int]:
-    """Name of an ensemble → version of its candidate, of those that have one."""
+def versions(models: Iterable[str], folder: Path) -> dict[str, int]:
+    """Ensemble → version of its candidate, for those that have one."""
     return {
-        name: version for name in models for version in repository.served(folder / beside(name))
+        name: version
+        for name in models
+        for version in repository.served(folder / candidate_name(name))
     }
 
 
 def share(name: str, folder: Path) -> float:
-    """The share of an ensemble's requests that its candidate answers; 0 where there is none."""
-    path = folder / beside(name) / configs.CONFIG
+    """The share of an ensemble's requests that its candidate answers; 0 without a candidate."""
+    path = folder / candidate_name(name) / configs.CONFIG
     return float(configs.parameter(path.read_text(), configs.SHARE) or 0) if path.exists() else 0.0
 
 
-def give(candidates: Mapping[str, int], share: float, folder: Path) -> None:
-    """Give candidates this share of what their ensembles are asked."""
-    repository.switch({beside(name): v for name, v in candidates.items()}, folder, share)
+def set_share(candidates: Mapping[str, int], share: float, folder: Path) -> None:
+    """Let candidates answer this share of their ensembles' requests."""
+    repository.switch({candidate_name(name): v for name, v in candidates.items()}, folder, share)
 
 
 def remove(candidates: Mapping[str, int], folder: Path) -> None:
-    """Remove candidates from disk: steps first, so that one that is left can be removed again."""
-    versions = {beside(name): version for name, version in candidates.items()}
-    steps = {pin.model for pin in repository.steps(versions, folder)}
-    for name in (*sorted(steps), *versions):
+    """Remove candidates from disk. Steps go first, so an interrupted removal can be repeated."""
+    named = {candidate_name(name): version for name, version in candidates.items()}
+    steps = {pin.model for pin in repository.steps(named, folder)}
+    for name in (*sorted(steps), *named):
         (folder / name / configs.CONFIG).unlink(missing_ok=True)
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def beside(name: str) -> str:
+def candidate_name(name: str) -> str:
     """Name of an ensemble's candidate."""
     return name + configs.CANDIDATE

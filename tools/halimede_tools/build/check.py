@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import io
-import os
+import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,115 +16,80 @@ from PIL import Image
 
 from halimede_engine import session
 from halimede_engine.session import file_bytes
-from halimede_ops import image, text, vectors
+from halimede_ops import vectors
 from halimede_ops.spec import ModelSpec
-from halimede_tools.build import describe, model_config
-from halimede_tools.build.describe import Reading
+from halimede_tools.build import describe
+from halimede_tools.build.describe import ModelOptions
+from halimede_tools.build.samples.sts import spearman
+from halimede_tools.build.towers import TEXTS, TOWERS, Bar, Engine, Tower
 
-
-@dataclasses.dataclass(frozen=True)
-class Bar:
-    """What a precision must reach to be published."""
-
-    mean_cosine: float
-    """Mean cosine to sentence-transformers in float32."""
-    invariance: float
-    """Lowest cosine of a text alone to the same text in a batch, and in wider padding."""
-    size_ratio: float
-    """Largest file size against FP32."""
-
-
-BARS = {
-    "fp32": Bar(mean_cosine=0.99999, invariance=0.99999, size_ratio=1.0),
-    "fp16": Bar(mean_cosine=0.9999, invariance=0.9999, size_ratio=0.52),
-    "int8": Bar(mean_cosine=0.995, invariance=0.9999, size_ratio=0.30),
-}
-IMAGE_BARS = BARS | {"int8": dataclasses.replace(BARS["int8"], mean_cosine=0.99)}
-"""The bars of a vision tower."""
 TOOLS = ("torch", "sentence-transformers", "optimum-onnx", "onnx", "onnxruntime-openvino", "nncf")
+"""Distributions whose versions a quality record names."""
+REFERENCE_FILE = "reference.npy"
+RECORD_FILE = "quality.json"
 
 
-def reference(source: Path, texts: Sequence[str], reading: Reading) -> np.ndarray:
+def tool_versions() -> dict[str, str]:
+    """The version of each of TOOLS."""
+    return {name: importlib.metadata.version(name) for name in TOOLS}
+
+
+def write_reference(source: Path, options: ModelOptions, inputs: str, folder: Path) -> None:
+    """Build step: the vectors that the model in `source` gives for a tower's check inputs."""
+    embed = reference if inputs == TEXTS.inputs else image_reference
+    np.save(folder / REFERENCE_FILE, embed(source, TOWERS[inputs].check_inputs(), options))
+
+
+def write_record(
+    precision: str,
+    inputs: str,
+    spec: ModelSpec,
+    exported: Path,
+    quantised: Path,
+    expected: Path,
+    sts: Path | None,
+    tools: Mapping[str, str],
+    folder: Path,
+) -> None:
+    """Build step: the quality record of one precision of a tower.
+
+    `exported` is the folder of FP32, `quantised` that of the precision, `expected` that of the
+    reference; `sts` is a file to score texts on; `tools` are the versions that the record names.
+    """
+    tower = TOWERS[inputs]
+    model, fp32 = quantised / session.FILE_NAME, exported / session.FILE_NAME
+    engine = Engine(model, tower.rows(exported, spec), spec)
+    references = np.load(expected / REFERENCE_FILE)
+    record = check(precision, model, fp32, engine, tower, tower.check_inputs(), references, tools)
+    attempts = quantised / "quantised.json"
+    if attempts.exists():
+        record |= json.loads(attempts.read_text())
+    if sts is not None and tower is TEXTS:
+        record["sts_spearman"] = round(spearman(sts, engine.embed), 3)
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2))
+
+
+def reference(source: Path, texts: Sequence[str], options: ModelOptions) -> np.ndarray:
     """sentence-transformers' embeddings of the texts: `[len(texts), dims]` float32."""
-    model = describe.load(source, reading)
+    model = describe.load(source, options)
     return np.asarray(model.encode(list(texts), batch_size=32, show_progress_bar=False))
 
 
-Rows = Callable[[Sequence[Any]], Sequence[session.Row | session.Pixels]]
-"""What makes a model's rows of its inputs."""
-
-
-def text_rows(tokenizer_folder: Path, spec: ModelSpec) -> Rows:
-    """What makes token rows of texts."""
-    tokenizer = text.load(tokenizer_folder, spec)
-
-    def rows(texts: Sequence[str]) -> list[session.Row]:
-        return session.rows(tokenizer.encode(texts, [None] * len(texts)))
-
-    return rows
-
-
-def image_rows(_: Path, spec: ModelSpec) -> Rows:
-    """What makes rows of encoded pictures."""
-    taken = spec.images()
-
-    def rows(files: Sequence[bytes]) -> list[session.Pixels]:
-        pixels = (image.prepare(file, taken, row).pixels for row, file in enumerate(files))
-        return session.pixel_rows(pixels, taken.positions)
-
-    return rows
-
-
-def image_reference(source: Path, files: Sequence[bytes], reading: Reading) -> np.ndarray:
+def image_reference(source: Path, files: Sequence[bytes], options: ModelOptions) -> np.ndarray:
     """The image features that transformers gives: `[len(files), dims]` float32, L2 norm 1."""
     import torch
     from transformers.image_utils import load_image
 
-    model = describe.load(source, reading)[0].auto_model.eval()
-    processor = describe.image_processor(source, reading.name)
+    model = describe.load(source, options)[0].auto_model.eval()
+    processor = describe.image_processor(source, options.name)
     features = []
     for file in files:
-        seen = load_image(Image.open(io.BytesIO(file)))
-        # Told where the channels are: it takes pictures 3 pixels high for channels first.
-        given = processor(seen, input_data_format="channels_last", return_tensors="pt")
+        picture = load_image(Image.open(io.BytesIO(file)))
+        # Without the format, a picture 3 pixels high is taken for one with channels first.
+        pixels = processor(picture, input_data_format="channels_last", return_tensors="pt")
         with torch.no_grad():
-            features.append(model.get_image_features(**given).numpy())
+            features.append(model.get_image_features(**pixels).numpy())
     return vectors.normalise(np.concatenate(features))
-
-
-@dataclasses.dataclass(frozen=True)
-class Tower:
-    """One way into a model: its texts, or a CLIP's images. Both are built and checked alike."""
-
-    inputs: str
-    """What goes in: `texts` or `images`."""
-    bars: Mapping[str, Bar]
-    """Precision → what it must reach."""
-    rows: Callable[[Path, ModelSpec], Rows]
-    """What makes the rows that the graph in this folder takes."""
-    reference: Callable[[Path, Sequence[Any], Reading], np.ndarray]
-    """The vectors that the model in this folder must give: `[inputs, dims]` float32."""
-
-
-TEXTS = Tower("texts", BARS, text_rows, reference)
-IMAGES = Tower("images", IMAGE_BARS, image_rows, image_reference)
-
-
-class Engine:
-    """An input's whole way in one process, as the served configs run it: rows, run, embed."""
-
-    def __init__(self, model: Path, rows: Rows, spec: ModelSpec) -> None:
-        cores = len(os.sched_getaffinity(0))
-        accelerators = [session.Accelerator(name) for name in model_config.CPU_ACCELERATORS]
-        self.spec = spec
-        self.rows = rows
-        self.session, _ = session.open_session(
-            model, accelerators, cores, streams=cores, max_tokens=spec.max_tokens
-        )
-
-    def embed(self, inputs: Sequence[Any]) -> np.ndarray:
-        """Embeddings `[len(inputs), dims]` float32, in order."""
-        return vectors.embed(self.session.run(self.rows(inputs)), self.spec)
 
 
 def check(
@@ -135,6 +100,7 @@ def check(
     tower: Tower,
     inputs: Sequence[Any],
     expected: np.ndarray,
+    tools: Mapping[str, str],
 ) -> dict[str, Any]:
     """The quality record of one built file: cosines, invariance, size, tools, missed bars."""
     bar = tower.bars[precision]
@@ -152,23 +118,23 @@ def check(
         "size_bytes": size_bytes,
         "size_ratio": round(size_bytes / fp32_bytes, 4),
         "bar": dataclasses.asdict(bar),
-        "tools": {name: importlib.metadata.version(name) for name in TOOLS},
+        "tools": dict(tools),
     }
     return record | {"missed": missed(record, bar)}
 
 
 def _invariance(engine: Engine, inputs: Sequence[Any], together: np.ndarray) -> float:
-    """Lowest cosine between each input sorted among all, alone, and in a small random batch, where
-    a text is padded to a neighbour's length.
+    """Lowest cosine of an input that runs alone to the same input sorted among all, and to it in a
+    small random batch, where a text is padded to a neighbour's length.
     """
     rows = engine.rows(inputs)
     order = random.Random(4).sample(range(len(rows)), len(rows))
-    alone = np.concatenate([engine.session.run_together([row]) for row in rows])
-    beside = np.empty_like(alone)
-    for start in range(0, len(order), 8):
-        part = order[start : start + 8]
-        beside[part] = engine.session.run_together([rows[i] for i in part])
-    return float(min(vectors.cosine(alone, other).min() for other in (together, beside)))
+    singles = engine.run_each([[row] for row in rows])
+    batched = np.empty_like(singles)
+    batched[order] = engine.run_each(
+        [[rows[i] for i in order[start : start + 8]] for start in range(0, len(order), 8)]
+    )
+    return float(min(vectors.cosine(singles, other).min() for other in (together, batched)))
 
 
 def missed(record: dict[str, Any], bar: Bar) -> list[str]:

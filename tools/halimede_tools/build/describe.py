@@ -1,8 +1,7 @@
 """Describe: a model's folder to a loaded model and its ModelSpec.
 
-sentence-transformers itself reads the folder, whatever form it has, so a model is what
-sentence-transformers says it is: a sentence-transformers folder, a plain transformers folder
-(mean pooling), or a folder with nothing but ONNX.
+sentence-transformers reads the folder in each of its forms: a sentence-transformers folder, a plain
+transformers folder (mean pooling), or a folder with nothing but ONNX.
 """
 
 from __future__ import annotations
@@ -22,28 +21,27 @@ from halimede_ops import text
 from halimede_ops.errors import BuildError, InvalidModel, UntrustedCode
 from halimede_ops.spec import MULTI_VECTOR, SPARSE, TOKEN_EMBEDDINGS, ImageSpec, ModelSpec
 from halimede_repository.checksums import sha256
-from halimede_tools.build.steps import key_of
+from halimede_tools.build.keys import key_of
 
 KNOWN_MODULES = (
     "Transformer", "CLIPModel", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout",
 )  # fmt: skip
 OWN_MODULES = "sentence_transformers."
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-PASSING_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
-"""Keys of a config that say nothing of the vectors."""
+IGNORED_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+"""Keys of a config that decide nothing of the vectors."""
 PREPROCESSING = "preprocessor_config.json"
 IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor")
-"""Classes that a PREPROCESSING file may name: one and the same preprocessing."""
+"""Classes that a PREPROCESSING file may name; all three preprocess alike."""
 IMAGE_LIMITS = ("max_image_bytes", "max_image_pixels")
-"""Fields of ImageSpec that say nothing of the vectors."""
+"""Fields of ImageSpec that decide nothing of the vectors."""
 SPARSE_FILE, MULTI_VECTOR_FILE = "sparse_linear.pt", "colbert_linear.pt"
 MAX_TOKENS = 8192
-"""Most tokens a model is served with unless more are asked for: attention's memory grows with
-their square."""
+"""Default for the highest token limit: attention's memory grows with its square."""
 
 
-class Reading(NamedTuple):
-    """What may be decided beside the folder itself."""
+class ModelOptions(NamedTuple):
+    """What the user may decide about a model, besides its folder."""
 
     name: str
     """Name the model is served under."""
@@ -52,22 +50,22 @@ class Reading(NamedTuple):
     max_tokens: int | None = None
     """A lower or higher token limit than the model's own or MAX_TOKENS."""
     prompts: Mapping[str, str] = {}
-    """Prompts for a folder that has none."""
+    """Prompts by input type, for a folder that has none."""
     matryoshka: tuple[int, ...] = ()
     layer_norm_before_cut: bool = False
     token_embeddings: bool = False
     """Whether the last hidden state becomes an output."""
 
 
-def load(folder: Path, reading: Reading) -> Any:
+def load(folder: Path, options: ModelOptions) -> Any:
     """The model in `folder` as a SentenceTransformer on the CPU, its token limit set.
 
     Raises:
         InvalidModel: the folder is no model, is damaged, or has a module that is not supported.
-        UntrustedCode: it carries Python code and `reading` does not trust it.
+        UntrustedCode: it carries Python code and `options` does not trust it.
     """
-    check_modules(folder, reading.name)
-    check_trusted(folder, reading)
+    check_modules(folder, options.name)
+    check_trusted(folder, options)
     from sentence_transformers import SentenceTransformer
 
     backend = "torch" if weights(folder) else "onnx"
@@ -77,25 +75,25 @@ def load(folder: Path, reading: Reading) -> Any:
                 str(folder),
                 device="cpu",
                 local_files_only=True,
-                trust_remote_code=reading.trust_remote_code,
+                trust_remote_code=options.trust_remote_code,
                 backend=backend,
                 model_kwargs=_model_options(folder, backend),
             )
     except Exception as error:  # transformers, safetensors and torch each raise their own
         raise InvalidModel(
-            f"{reading.name} cannot be read ({type(error).__name__}): its files are damaged, "
+            f"{options.name} cannot be read ({type(error).__name__}): its files are damaged, "
             f"incomplete, or of an architecture that transformers does not know. "
             "Fetch the folder again."
         ) from error
-    _check_tokenizer(model.tokenizer, reading.name)
-    model.max_seq_length = _max_tokens(model, reading)
+    _check_tokenizer(model.tokenizer, options.name)
+    model.max_seq_length = _max_tokens(model, options)
     return model
 
 
-def describe(model: Any, folder: Path, reading: Reading) -> ModelSpec:
+def describe(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
     """The ModelSpec of a loaded model."""
     own = {name: prompt for name, prompt in model.prompts.items() if prompt}
-    prompts = input_types(own or reading.prompts, model.default_prompt_name)
+    prompts = input_types(own or options.prompts, model.default_prompt_name)
     modules = list(model)
     fields: dict[str, Any] = {
         "dims": int(model.get_embedding_dimension()),
@@ -104,23 +102,23 @@ def describe(model: Any, folder: Path, reading: Reading) -> ModelSpec:
         "normalised": is_clip(model) or type(modules[-1]).__name__ == "Normalize",
         "prompts": prompts,
         "default_input_type": model.default_prompt_name,
-        "heads": heads(model, folder, reading),
-        "layer_norm_before_cut": reading.layer_norm_before_cut,
+        "heads": heads(model, folder, options),
+        "layer_norm_before_cut": options.layer_norm_before_cut,
     }
-    image = image_spec(model, folder, reading.name)
+    image = image_spec(model, folder, options.name)
     return ModelSpec(
-        name=reading.name,
+        name=options.name,
         space=_space(model, folder, fields, image),
         image=image,
         special_ids=_special_ids(model.tokenizer) if fields["heads"] else (),
-        matryoshka=reading.matryoshka,
+        matryoshka=options.matryoshka,
         length_buckets=length_buckets(fields["max_tokens"]),
         **fields,
     )
 
 
 def check_modules(folder: Path, name: str) -> None:
-    """Nothing, when every module of the folder is one that can be exported.
+    """Raise unless every module of the folder can be exported.
 
     Raises:
         InvalidModel: the folder is not there, or one of its modules is not supported.
@@ -131,7 +129,7 @@ def check_modules(folder: Path, name: str) -> None:
         raise InvalidModel(f"{name}: the folder has neither config.json nor modules.json.")
     for module in _modules(folder):
         kind = module["type"].rsplit(".", 1)[-1]
-        # A module of the folder's own code is check_trusted's to judge.
+        # check_trusted judges modules of the folder's own code.
         if module["type"].startswith(OWN_MODULES) and kind not in KNOWN_MODULES:
             raise InvalidModel(
                 f"{name} has a module {kind}; supported are {', '.join(KNOWN_MODULES)}."
@@ -143,8 +141,8 @@ def check_modules(folder: Path, name: str) -> None:
             )
 
 
-def check_trusted(folder: Path, reading: Reading) -> None:
-    """Nothing, when building the folder runs no code of its own, or that is accepted.
+def check_trusted(folder: Path, options: ModelOptions) -> None:
+    """Raise if building the folder runs code of its own that is not trusted.
 
     Raises:
         UntrustedCode: the folder's configs name Python code to run.
@@ -152,9 +150,9 @@ def check_trusted(folder: Path, reading: Reading) -> None:
     configs = [path for path in folder.rglob("*config.json") if path.is_file()]
     named = any("auto_map" in read_json(path) for path in configs)
     named |= any(not module["type"].startswith(OWN_MODULES) for module in _modules(folder))
-    if named and not reading.trust_remote_code:
+    if named and not options.trust_remote_code:
         raise UntrustedCode(
-            f"{reading.name} carries Python code of its own. Building runs it with your rights: "
+            f"{options.name} carries Python code of its own. Building runs it with your rights: "
             "read it, then pass --trust-remote-code. What is served runs none of it."
         )
 
@@ -176,20 +174,20 @@ def onnx_file(folder: Path) -> Path:
     raise InvalidModel("the folder has neither PyTorch weights nor a model.onnx.")
 
 
-def heads(model: Any, folder: Path, reading: Reading) -> dict[str, int]:
-    """The model's outputs of one row a token: name → width of a row."""
+def heads(model: Any, folder: Path, options: ModelOptions) -> dict[str, int]:
+    """The model's outputs with one row per token: name → width of a row."""
     found: dict[str, int] = {}
     if (folder / SPARSE_FILE).exists():
         found[SPARSE] = 1
     if (folder / MULTI_VECTOR_FILE).exists():
         found[MULTI_VECTOR] = head_weights(folder / MULTI_VECTOR_FILE)["weight"].shape[0]
-    if reading.token_embeddings:
+    if options.token_embeddings:
         found[TOKEN_EMBEDDINGS] = int(model[0].get_embedding_dimension())
     return found
 
 
 def head_weights(path: Path) -> dict[str, Any]:
-    """Weight and bias of a head's linear layer; tensors alone are unpickled, never code.
+    """Weight and bias of a head's linear layer. Only tensors are unpickled, never code.
 
     Raises:
         InvalidModel: the file is damaged.
@@ -208,10 +206,10 @@ def is_clip(model: Any) -> bool:
 
 
 def image_spec(model: Any, folder: Path, name: str) -> ImageSpec | None:
-    """What the model's vision tower takes; None where it has none, or no preprocessing is given.
+    """The input of the model's vision tower; None without such a tower or a preprocessing file.
 
     Raises:
-        InvalidModel: the preprocessing is another than CLIP's, or does not fit the tower.
+        InvalidModel: the preprocessing is not CLIP's, or does not fit the tower.
     """
     if not is_clip(model) or not list(folder.rglob(PREPROCESSING)):
         return None
@@ -236,10 +234,10 @@ def image_spec(model: Any, folder: Path, name: str) -> ImageSpec | None:
 
 
 def image_processor(folder: Path, name: str) -> Any:
-    """The CLIPImageProcessor, the one that runs Pillow, of a folder with PREPROCESSING.
+    """The CLIPImageProcessor of a folder with PREPROCESSING, the one that uses Pillow.
 
     Raises:
-        InvalidModel: the preprocessing is another than CLIP's.
+        InvalidModel: the preprocessing is not CLIP's.
     """
     from transformers import CLIPImageProcessor
 
@@ -250,7 +248,7 @@ def image_processor(folder: Path, name: str) -> Any:
         raise InvalidModel(
             f"{name}: {PREPROCESSING} names {kind}; supported are {', '.join(IMAGE_PROCESSORS)}."
         )
-    # The library reads what older releases wrote, and fills in what they left out.
+    # The library also reads the format of older releases and adds their defaults.
     return CLIPImageProcessor.from_pretrained(path.parent)
 
 
@@ -272,8 +270,8 @@ def _resize(processor: Any) -> tuple[int, ...]:
 def input_types(prompts: Mapping[str, str], default: str | None) -> dict[str, str]:
     """Input type → prompt, with `query` and `document` for every model.
 
-    `document` is the first of document, passage and corpus that has a text. (sentence-transformers
-    5 writes an empty `document` into every folder and takes it before a `passage` with a text.)
+    `document` is the first of document, passage and corpus that is not empty: sentence-transformers
+    5 writes an empty `document` into every folder.
     """
     plain = prompts.get(default, "") if default else ""
     documents = (prompts.get(name) for name in ("document", "passage", "corpus"))
@@ -293,7 +291,7 @@ def length_buckets(max_tokens: int) -> tuple[int, ...]:
 
 
 def needed_bytes(folder: Path) -> int:
-    """Memory that building the folder's model takes, roughly: its weights in float32, thrice."""
+    """Memory that a build of the folder's model needs: about three times its float32 weights."""
     sizes = [path.stat().st_size for path in weights(folder) or folder.rglob("*.onnx*")]
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     halved = "16" in str(config.get("dtype") or config.get("torch_dtype") or "")
@@ -301,10 +299,10 @@ def needed_bytes(folder: Path) -> int:
 
 
 def check_memory(folder: Path, name: str, limit_bytes: int) -> None:
-    """Nothing, when the model can be built within `limit_bytes` of memory.
+    """Raise unless the model can be built within `limit_bytes` of memory.
 
     Raises:
-        BuildError: it cannot.
+        BuildError: it needs more.
     """
     needed = needed_bytes(folder)
     if needed > limit_bytes:
@@ -316,8 +314,8 @@ def check_memory(folder: Path, name: str, limit_bytes: int) -> None:
 
 
 def _check_tokenizer(tokenizer: Any, name: str) -> None:
-    """Make sure of a fast tokenizer with a padding token. Which token pads decides no vector: the
-    attention mask hides it.
+    """Raise unless the tokenizer is a fast one; set its padding token if it has none. Any token
+    will do: the attention mask hides padding.
     """
     if tokenizer is None or not getattr(tokenizer, "is_fast", False):
         raise InvalidModel(f"{name} has no tokenizer that can be saved as tokenizer.json.")
@@ -341,20 +339,20 @@ def _model_options(folder: Path, backend: str) -> dict[str, Any]:
     }
 
 
-def _max_tokens(model: Any, reading: Reading) -> int:
+def _max_tokens(model: Any, options: ModelOptions) -> int:
     own = min(int(model.max_seq_length or MAX_TOKENS), position_limit(model))
-    if reading.max_tokens is None:
+    if options.max_tokens is None:
         return min(own, MAX_TOKENS)
-    if not 1 <= reading.max_tokens <= own:
+    if not 1 <= options.max_tokens <= own:
         raise InvalidModel(
-            f"max_tokens is {reading.max_tokens}; {reading.name} takes 1 to {own} tokens."
+            f"max_tokens is {options.max_tokens}; {options.name} takes 1 to {own} tokens."
         )
-    return reading.max_tokens
+    return options.max_tokens
 
 
 def position_limit(model: Any) -> int:
-    """Most tokens that the model has positions for. RoBERTa's family counts from padding_idx + 1,
-    so that its table of 514 positions holds 512 tokens.
+    """Number of tokens that the model has positions for. RoBERTa's family counts positions from
+    padding_idx + 1, so its table of 514 positions holds 512 tokens.
     """
     config = getattr(model[0].auto_model, "config", None)
     config = getattr(config, "text_config", config)
@@ -368,14 +366,14 @@ def position_limit(model: Any) -> int:
 
 
 def _space(model: Any, folder: Path, fields: dict[str, Any], image: ImageSpec | None) -> str:
-    """Fingerprint of all that decides a vector: equal spaces give comparable vectors.
+    """Fingerprint of everything that decides a vector: equal spaces give comparable vectors.
 
-    Taken from the folder's own files, so that it stays the same under other versions of the tools.
+    It is taken from the folder's own files, so another version of a tool does not change it.
     """
     files = [*(weights(folder) or [onnx_file(folder)]), *sorted(folder.glob("*_linear.pt"))]
     configs = {
         str(path.relative_to(folder)): {
-            key: value for key, value in read_json(path).items() if key not in PASSING_KEYS
+            key: value for key, value in read_json(path).items() if key not in IGNORED_KEYS
         }
         for path in sorted([*folder.glob("config.json"), *folder.glob("*/config.json")])
     }
@@ -403,7 +401,7 @@ def _tokenizer_digest(model: Any, folder: Path) -> str:
 
 
 def tokenizer_json(model: Any) -> str:
-    """The text of tokenizer.json as sentence-transformers uses it, with its side of truncation."""
+    """The text of tokenizer.json, with the model's token limit and side of truncation."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
@@ -414,7 +412,7 @@ def tokenizer_json(model: Any) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' notices and the tracer's warnings: they say nothing of this model."""
+    """Silence the libraries' notices and the tracer's warnings, which do not concern this model."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

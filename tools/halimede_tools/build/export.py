@@ -1,8 +1,8 @@
 """Export: a model's folder to `model.onnx`, `tokenizer.json` and `spec.json`.
 
-The graph goes from tokens to the pooled vector: pooling and the modules after it are part of
-it, as sentence-transformers runs them, and so are further heads. A vision tower's graph goes from
-pixels to the projected vector; scaling them is part of it.
+The graph goes from tokens to the pooled vector. It contains pooling, the modules after it and
+further heads. The graph of a vision tower goes from pixels, which it scales, to the projected
+vector.
 """
 
 from __future__ import annotations
@@ -13,70 +13,62 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from optimum.exporters.onnx import export as optimum_export
-from optimum.exporters.onnx.model_configs import SentenceTransformersTransformerOnnxConfig
-from optimum.exporters.onnx.model_patcher import ModelPatcher
-
 from halimede_engine import session
 from halimede_ops import spec, text
 from halimede_ops.errors import BuildError
-from halimede_ops.spec import PIXELS, POOLED, ImageSpec, ModelSpec
+from halimede_ops.spec import POOLED, ModelSpec
 from halimede_tools.build import describe
-from halimede_tools.build.describe import Reading
-from halimede_tools.build.graph import packing, rewrite
+from halimede_tools.build.describe import ModelOptions
+from halimede_tools.build.graph import rewrite
 
 
-def export(source: Path, reading: Reading, folder: Path) -> None:
-    """Write `model.onnx` (FP32, standard ONNX operators only), `tokenizer.json` and `spec.json`.
+def export(source: Path, options: ModelOptions, folder: Path) -> None:
+    """Build step: write `model.onnx` (FP32, standard ONNX operators only), `tokenizer.json` and
+    `spec.json`.
 
     Raises:
         InvalidModel: the folder is not a model that is supported.
-        UntrustedCode: it carries code that `reading` does not trust.
+        UntrustedCode: it carries code that `options` does not trust.
         BuildError: the model could not be exported.
     """
-    model = describe.load(source, reading)
-    facts = describe.describe(model, source, reading)
-    _add_heads(model, source, facts)
-    with _exported(facts, output_widths(facts), folder) as path:
+    from halimede_tools.build.graph import tracing
+
+    model = describe.load(source, options)
+    facts = describe.describe(model, source, options)
+    tracing.add_heads(model, source, facts)
+    outputs = output_widths(facts)
+    with _optimised(facts, outputs, folder) as path:
         if describe.weights(source):
-            _from_torch(model, facts, path)
+            tracing.trace(model, list(outputs), path)
         else:
-            _from_onnx(model, describe.onnx_file(source), facts, path)
+            _from_onnx(model, describe.onnx_file(source), list(outputs), path)
     (folder / text.FILE_NAME).write_text(describe.tokenizer_json(model), "utf-8")
     (folder / spec.FILE_NAME).write_text(facts.to_json(), "utf-8")
 
 
-def export_images(source: Path, reading: Reading, folder: Path) -> None:
-    """Write the `model.onnx` (FP32, standard ONNX operators only) of a CLIP's vision tower.
+def export_images(source: Path, options: ModelOptions, folder: Path) -> None:
+    """Build step: write the `model.onnx` (FP32, standard ONNX operators only) of a CLIP's vision
+    tower.
 
     Raises:
         InvalidModel: the folder is not a CLIP that is supported.
         BuildError: the tower could not be exported.
     """
-    model = describe.load(source, reading)
-    facts = describe.describe(model, source, reading)
-    image = facts.images()
-    with _exported(facts, {POOLED: facts.dims}, folder) as path:
-        torch.onnx.export(
-            _Vision(model[0].auto_model, image).eval(),
-            (torch.zeros(2, 3, image.height, image.width, dtype=torch.uint8),),
-            str(path),
-            input_names=[PIXELS],
-            output_names=[POOLED],
-            dynamic_axes={PIXELS: {0: "batch_size"}, POOLED: {0: "batch_size"}},
-            opset_version=_Config.DEFAULT_ONNX_OPSET,
-            dynamo=False,
-        )
+    from halimede_tools.build.graph import tracing
+
+    model = describe.load(source, options)
+    facts = describe.describe(model, source, options)
+    with _optimised(facts, {POOLED: facts.dims}, folder) as path:
+        tracing.trace_images(model[0].auto_model, facts.images(), path)
 
 
 @contextlib.contextmanager
-def _exported(facts: ModelSpec, outputs: Mapping[str, int], folder: Path) -> Iterator[Path]:
-    """A path to write the raw graph to, which is then optimised into `folder`."""
+def _optimised(facts: ModelSpec, outputs: Mapping[str, int], folder: Path) -> Iterator[Path]:
+    """A path for the raw graph, which is optimised into `folder` at the end."""
     with tempfile.TemporaryDirectory(dir=folder) as raw:
         path = Path(raw) / session.FILE_NAME
         try:
-            with describe.quiet(), torch.no_grad():
+            with describe.quiet():
                 yield path
         except OSError:
             raise
@@ -93,150 +85,14 @@ def output_widths(facts: ModelSpec) -> dict[str, int]:
     return {POOLED: facts.dims, **facts.heads}
 
 
-def _from_torch(model: Any, facts: ModelSpec, path: Path) -> None:
-    """Trace the whole model with optimum, whose patches make every architecture's masks traceable.
-
-    optimum's own command exports sentence-transformers' models too, but not CLIP's text tower
-    alone and no further heads.
-    """
-    config = getattr(model[0].auto_model.config, "text_config", model[0].auto_model.config)
-    outputs = list(output_widths(facts))
-    packed = packing.packed(model)
-    exported = model if packed is None else packed
-    # optimum asks the model for its config, as every transformers model has one.
-    exported.config = config
-    optimum_export(exported, _Config(config, "feature-extraction", outputs), path)
-    if packed is not None:
-        rewrite.mark_packed(path)
-
-
-class _Patcher(ModelPatcher):  # type: ignore[misc]
-    """Calls the model with its features as two tensors."""
-
-    def __init__(self, config: _Config, model: Any, model_kwargs: Any) -> None:
-        super().__init__(config, model, model_kwargs)
-
-        def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, Any]:
-            features = self.orig_forward({"input_ids": input_ids, "attention_mask": attention_mask})
-            return {name: features[name] for name in config.outputs}
-
-        self.patched_forward = forward
-
-
-class _Config(SentenceTransformersTransformerOnnxConfig):  # type: ignore[misc]
-    """Two inputs, and the outputs that this model has."""
-
-    _MODEL_PATCHER = _Patcher
-
-    def __init__(self, config: Any, task: str, outputs: list[str]) -> None:
-        super().__init__(config, task)
-        self._outputs = outputs
-
-    @property
-    def outputs(self) -> dict[str, dict[int, str]]:
-        """Dynamic axes of each output, in order."""
-        return {name: _axes(name) for name in self._outputs}
-
-
-class _Vision(torch.nn.Module):
-    """CLIP's vision tower with its projection, from pixels as bytes: `get_image_features`."""
-
-    def __init__(self, clip: Any, image: ImageSpec) -> None:
-        super().__init__()
-        self.clip = clip
-        std = torch.tensor(image.std)[:, None, None]
-        self.scale = image.scale / std
-        self.shift = torch.tensor(image.mean)[:, None, None] / std
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        hidden = self.clip.vision_model(pixels.float() * self.scale - self.shift)
-        projected: torch.Tensor = self.clip.visual_projection(hidden.pooler_output)
-        return projected
-
-
-def _from_onnx(model: Any, ready: Path, facts: ModelSpec, path: Path) -> None:
+def _from_onnx(model: Any, ready: Path, outputs: list[str], path: Path) -> None:
     """Put the modules after the transformer behind a ready-made graph of it."""
+    from halimede_tools.build.graph import tracing
+
     body = rewrite.load_body(ready)
-    missing = [name for name in output_widths(facts) if name not in rewrite.output_names(body)]
+    missing = [name for name in outputs if name not in rewrite.output_names(body)]
     if missing:
         tail = path.with_name("tail.onnx")
-        _export_tail(list(model)[1:], missing, body, tail)
+        tracing.trace_tail(list(model)[1:], missing, body, tail)
         rewrite.append(body, tail)
     rewrite.save(body, path)
-
-
-def _export_tail(modules: list[Any], outputs: list[str], body: Any, path: Path) -> None:
-    """Write the graph of the modules after the transformer: hidden state and mask to `outputs`."""
-    width = next(
-        output.type.tensor_type.shape.dim[-1].dim_value
-        for output in body.graph.output
-        if output.name == spec.TOKEN_EMBEDDINGS
-    )
-    axes = {0: "batch_size", 1: "sequence_length"}
-    torch.onnx.export(
-        _Tail(modules, outputs).eval(),
-        (torch.randn(2, 8, width), torch.ones(2, 8, dtype=torch.int64)),
-        str(path),
-        input_names=[rewrite.HIDDEN, rewrite.MASK],
-        output_names=outputs,
-        dynamic_axes={
-            rewrite.HIDDEN: axes,
-            rewrite.MASK: axes,
-            **{name: _axes(name) for name in outputs},
-        },
-        opset_version=rewrite.opset(body),
-        dynamo=False,
-    )
-
-
-class _Tail(torch.nn.Module):
-    """The modules after a transformer, called with tensors."""
-
-    def __init__(self, modules: list[Any], outputs: list[str]) -> None:
-        super().__init__()
-        self.after = torch.nn.ModuleList(modules)
-        self.outputs = outputs
-
-    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        features: dict[str, Any] = {spec.TOKEN_EMBEDDINGS: hidden, "attention_mask": mask}
-        for module in self.after:
-            features = module(features)
-        return tuple(features[name] for name in self.outputs)
-
-
-def _axes(output: str) -> dict[int, str]:
-    """The dynamic axes of an output: rows, and tokens where it has a row for each."""
-    return {0: "batch_size"} if output == POOLED else {0: "batch_size", 1: "sequence_length"}
-
-
-def _add_heads(model: Any, source: Path, facts: ModelSpec) -> None:
-    """Append the model's further heads, so that they come from the same pass."""
-    if spec.SPARSE in facts.heads:
-        model.append(_Head(source / describe.SPARSE_FILE, spec.SPARSE, torch.nn.ReLU()))
-    if spec.MULTI_VECTOR in facts.heads:
-        model.append(_Head(source / describe.MULTI_VECTOR_FILE, spec.MULTI_VECTOR, _Unit()))
-
-
-class _Head(torch.nn.Module):
-    """A linear layer over every token's hidden state, as bge-m3's."""
-
-    def __init__(self, path: Path, name: str, activation: torch.nn.Module) -> None:
-        super().__init__()
-        state = describe.head_weights(path)
-        outputs, inputs = state["weight"].shape
-        self.linear = torch.nn.Linear(inputs, outputs)
-        self.linear.load_state_dict({key: value.float() for key, value in state.items()})
-        self.activation = activation
-        self.output = name
-
-    def forward(self, features: dict[str, torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
-        hidden = features[spec.TOKEN_EMBEDDINGS]
-        features[self.output] = self.activation(self.linear(hidden))
-        return features
-
-
-class _Unit(torch.nn.Module):
-    """Vectors of L2 norm 1."""
-
-    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.normalize(vectors, dim=-1)

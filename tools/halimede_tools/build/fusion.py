@@ -1,11 +1,12 @@
-"""Fusion: one vector for a text and an image, from two models that know nothing of each other.
+"""Fusion: one vector for a text and an image, from two models trained apart.
 
-Untrained, the vectors lie side by side (n numbers) and are turned onto `dims` axes. Where n ≤ dims
-nothing is lost. Else the axes are drawn at random, once, evenly over all directions, and inner
-products are kept up to an error of mean 0 and standard deviation √((n - dims) / (dims (n + 2))),
-√2 times that for equal vectors: the law of a random projection, Beta(dims/2, (n - dims)/2).
+Untrained, the two vectors are concatenated (n numbers) and projected onto `dims` axes. If n ≤ dims,
+nothing is lost. Otherwise the axes are random and uniform over all directions, with a fixed seed,
+and inner products are kept up to an error of mean 0 and standard deviation
+√((n - dims) / (dims (n + 2))), √2 times that for equal vectors: the law of a random projection,
+Beta(dims/2, (n - dims)/2).
 
-Fitted, the axes are those that tell pairs apart. With z a centred item, S the covariance of what
+Fitted, the axes are those that separate pairs best. With z a centred item, S the covariance of what
 differs within pairs and B that of what pairs share, the axes v solve B v = γ S v; each is scaled to
 unit noise and weighted by √(γ / (1 + γ)), the Wiener filter's share of signal in it. That is the
 two-covariance model (Ioffe's probabilistic LDA, 2006) in closed form; S is shrunk towards a
@@ -28,20 +29,21 @@ from halimede_ops.errors import InvalidInput, QualityError
 from halimede_ops.fusion import ARRAYS, Fusion
 from halimede_ops.spec import ModelSpec
 from halimede_repository import configs
-from halimede_tools.build import check, model_config, repository
-from halimede_tools.build.steps import console, key_of
+from halimede_tools.build import model_config, repository, towers
+from halimede_tools.build.keys import key_of
+from halimede_tools.console import console
 
 DIMS = 768
 HALF = 0.5**0.5
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 0.6, 0.9)
-"""Shares of the identity in S that are tried."""
+"""Values of the shrinkage that are tried: the share of the identity in S."""
 LEAST_NOISE = 1e-9
-"""Variance a number is given where pairs do not differ at all."""
+"""Smallest noise variance, for pairs that do not differ at all."""
 VALIDATION_SHARE = 0.25
-"""Share of the training pairs that chooses among SHRINKAGES; then all are trained on."""
+"""Share of the training pairs that chooses the shrinkage; the final fit uses all of them."""
 LEAST_PAIRS = 20
 HELD_OUT_SHARE = 0.2
-"""Share of the pairs that nothing is fitted on, to measure retrieval."""
+"""Share of the pairs that is kept out of the fit, to measure retrieval."""
 UNTRAINED = "untrained: an orthonormal projection; fit it to your pairs with `tools fusion fit`"
 
 
@@ -80,7 +82,7 @@ def untrained(
     dims: int = DIMS,
     text_weight: float = 0.5,
 ) -> Fusion:
-    """The fusion that keeps `text_weight` of the texts' similarity plus the rest of the images'."""
+    """The fusion whose similarity is text_weight × the texts' + (1 − text_weight) × the images'."""
     if not 0 < text_weight < 1:
         raise InvalidInput(f"text_weight is {text_weight}; give more than 0 and less than 1.")
     axes = _axes(text_dims + image_dims, dims)
@@ -103,7 +105,7 @@ def _axes(inputs: int, dims: int) -> np.ndarray:
 
 
 def fit(text_model: str, image_model: str, pairs: Pairs, dims: int = DIMS) -> Fusion:
-    """The fusion whose axes tell these pairs apart best.
+    """The fusion whose axes separate these pairs best.
 
     Raises:
         InvalidInput: there are too few pairs.
@@ -163,7 +165,7 @@ def fused(items: Items, fusion: Fusion) -> np.ndarray:
 
 
 def retrieval(pairs: Pairs, fusion: Fusion) -> dict[str, float]:
-    """How each first item finds its second among all: recall at 1, mean reciprocal rank."""
+    """How well each first item finds its second among all: recall at 1, mean reciprocal rank."""
     return _retrieval(fused(pairs.first, fusion), fused(pairs.second, fusion))
 
 
@@ -182,7 +184,7 @@ def compared(pairs: Pairs, fusion: Fusion) -> dict[str, dict[str, float]]:
 def _retrieval(queries: np.ndarray, found: np.ndarray) -> dict[str, float]:
     scores = queries @ found.T
     own = np.diag(scores)[:, None]
-    # Others that score the same count half: a constant vector finds nothing.
+    # A tie counts half, so that a constant vector finds nothing.
     ranks = 1 + (scores > own).sum(axis=1) + ((scores == own).sum(axis=1) - 1) / 2
     return {
         "recall_at_1": round(float((ranks < 2).mean()), 4),
@@ -196,35 +198,35 @@ def write_untrained(
     """Write the untrained fusion of two models of the repository in `folder`.
 
     Raises:
-        ModelNotFound: the repository has not both of them.
-        InvalidInput: one of them does not embed what it should.
+        ModelNotFound: the repository lacks one of them.
+        InvalidInput: the first embeds no texts, or the second no images.
     """
     text, image = _facts(text_model, "text", folder), _facts(image_model, "image", folder)
-    made = untrained(text_model, image_model, text.dims, image.dims, DIMS, text_weight)
-    # Not of the projection's bytes: their last bits differ between processors.
+    projection = untrained(text_model, image_model, text.dims, image.dims, DIMS, text_weight)
+    # Without the projection's bytes: their last bits differ between processors.
     space = key_of("untrained", text.space, image.space, str(DIMS), str(text_weight))
-    _write(name, made, space, {"fusion": UNTRAINED, "text_weight": text_weight}, folder)
+    _write(name, projection, space, {"fusion": UNTRAINED, "text_weight": text_weight}, folder)
 
 
 def write_fitted(
     name: str, text_model: str, image_model: str, pairs_file: Path, folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Fit a fusion to the pairs of a file, measure it on those held out, and write it.
+    """Fit a fusion to the pairs of a file, measure it on held-out pairs, and write it.
 
-    Each line is `{"text": [first, second], "image": [path, path]}`: two views of one thing; paths
+    Each line is `{"text": [first, second], "image": [path, path]}`: two views of one thing. Paths
     are relative to the file.
 
     Raises:
-        ModelNotFound: the repository has not both models.
-        InvalidInput: the file is not one of pairs.
-        QualityError: it retrieves no better than the untrained fusion does.
+        ModelNotFound: the repository lacks one of the models.
+        InvalidInput: the file has no valid pairs.
+        QualityError: the fitted fusion retrieves no better than the untrained one.
     """
     text, image = _facts(text_model, "text", folder), _facts(image_model, "image", folder)
     pairs = _embedded(_read(pairs_file), text_model, image_model, pairs_file.parent, folder)
     order = np.random.default_rng(0).permutation(len(pairs))
     held = max(1, int(len(pairs) * HELD_OUT_SHARE))
-    made = fit(text_model, image_model, pairs.part(order[held:]))
-    figures = compared(pairs.part(order[:held]), made)
+    projection = fit(text_model, image_model, pairs.part(order[held:]))
+    figures = compared(pairs.part(order[:held]), projection)
     for way, found in figures.items():
         console.print(f"  {way:12} recall@1 {found['recall_at_1']:.3f}, mrr {found['mrr']:.3f}")
     if figures["fitted"]["mrr"] <= figures["untrained"]["mrr"]:
@@ -232,20 +234,25 @@ def write_fitted(
             "fitted to these pairs, the fusion retrieves no better than untrained. Give more of "
             "them, or use `tools fusion untrained`."
         )
-    space = key_of(text.space, image.space, *(getattr(made, one).tobytes().hex() for one in ARRAYS))
+    space = key_of(
+        text.space, image.space, *(getattr(projection, one).tobytes().hex() for one in ARRAYS)
+    )
     note = f"fitted to {len(pairs) - held} pairs"
     record = {"fusion": note, "held_out_pairs": held, "retrieval": figures}
-    _write(name, made, space, record, folder)
+    _write(name, projection, space, record, folder)
     return figures
 
 
-def _write(name: str, made: Fusion, space: str, record: dict[str, Any], folder: Path) -> None:
-    text, image = _facts(made.text_model, "text", folder), _facts(made.image_model, "image", folder)
+def _write(name: str, projection: Fusion, space: str, record: dict[str, Any], folder: Path) -> None:
+    text, image = (
+        _facts(projection.text_model, "text", folder),
+        _facts(projection.image_model, "image", folder),
+    )
     facts = dataclasses.replace(
         text,
         name=name,
         space=space,
-        dims=made.dims,
+        dims=projection.dims,
         normalised=True,
         heads={},
         special_ids=(),
@@ -254,10 +261,11 @@ def _write(name: str, made: Fusion, space: str, record: dict[str, Any], folder: 
         image=image.image,
     )
     precisions = {
-        _parameters(model, folder)["precision"] for model in (made.text_model, made.image_model)
+        _parameters(model, folder)["precision"]
+        for model in (projection.text_model, projection.image_model)
     }
     record = {"model": name, "space": space, "precision": "+".join(sorted(precisions)), **record}
-    repository.write_fusion(made, facts, record, folder)
+    repository.write_fusion(projection, facts, record, folder)
     console.print(f"  [green]✓[/] write: {name}, space {space}, {record['fusion']}")
 
 
@@ -299,10 +307,8 @@ def _read(path: Path) -> tuple[_Views, _Views]:
 def _embedded(
     views: tuple[_Views, _Views], text_model: str, image_model: str, beside: Path, folder: Path
 ) -> Pairs:
-    texts, images = (
-        _engine(text_model, check.TEXTS, folder),
-        _engine(image_model, check.IMAGES, folder),
-    )
+    texts = _engine(text_model, towers.TEXTS, folder)
+    images = _engine(image_model, towers.IMAGES, folder)
 
     def items(view: _Views) -> Items:
         files = [(beside / name).read_bytes() for name in view.images]
@@ -313,10 +319,10 @@ def _embedded(
     return Pairs(items(views[0]), items(views[1]))
 
 
-def _engine(model: str, tower: check.Tower, folder: Path) -> check.Engine:
-    """The model as it is served, in this process."""
+def _engine(model: str, tower: towers.Tower, folder: Path) -> towers.Engine:
+    """The served version of a model, run in this process."""
     found = configs.read(folder, model)
     facts = spec.load(found.folder)
     tokenizer = found.steps.get(f"{facts.name}-tokenizer", found.folder)
     graph = found.steps[f"{model}-onnx"] / session.FILE_NAME
-    return check.Engine(graph, tower.rows(tokenizer, facts), facts)
+    return towers.Engine(graph, tower.rows(tokenizer, facts), facts)

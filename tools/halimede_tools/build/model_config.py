@@ -20,28 +20,27 @@ from halimede_ops.spec import (
     ModelSpec,
 )
 from halimede_repository import configs
+from halimede_tools.build.towers import CPU_ACCELERATORS
 
 MAX_BATCH_SIZE = 128
-"""Most rows in one request, and most that are batched together."""
+"""Largest number of rows in one request, and in one batch."""
 MAX_IMAGES = 16
-"""Most images in one request, and most that are decoded together: a request is held in memory."""
+"""Largest number of images in one request, and in one batch: a request is held in memory."""
 MAX_IMAGE_QUEUE_SIZE = 64
 """Requests with images that may wait: each may have MAX_IMAGES of 10 MB."""
 MAX_QUEUE_SIZE = 1024
 """Requests that may wait at a step; more are rejected at once with UNAVAILABLE."""
 PRIORITIES = 2
-"""Levels of requests that wait: 1, and 2 for bulk, which those of 1 pass."""
+"""Priority levels: 1 overtakes 2 (bulk)."""
 ONNX_INSTANCES = 1
-"""Instances of the ONNX step: rows that wait together are batched best, so one."""
-CPU_ACCELERATORS = ("openvino",)
-"""Execution accelerators of the ONNX step on CPU."""
+"""Instances of the ONNX step. One queue gives the best batches."""
 TUNED = ("intra_op_thread_count", "streams", "micro_batch_tokens")
-"""Parameters that `tools tune` finds for a machine; without them the backend has its own."""
+"""Parameters that `tune` finds for a machine; without them the backend uses its defaults."""
 CPU, CUDA, TENSORRT = "cpu", "cuda", "tensorrt"
-"""Devices that a config can ask for. `cpu` runs on a GPU as well where Triton finds one."""
+"""Devices that a config can ask for. `cpu` also runs on a GPU if Triton finds one."""
 DEVICES = (CPU, CUDA, TENSORRT)
 TENSORRT_CACHE = "/var/cache/halimede/tensorrt"
-"""Folder on the server that keeps TensorRT's engines: the first start builds them."""
+"""Folder on the server for TensorRT's engines, which the first start builds."""
 TENSORRT_ROWS = 32
 """Rows in one request that TensorRT's kernels are tuned for."""
 WARM_ROWS = (1, 8)
@@ -54,7 +53,10 @@ HEAD_OUTPUTS = {
     TOKEN_EMBEDDINGS: ("TOKEN_EMBEDDINGS",),
 }
 """Outputs of an ensemble for each further head of its model."""
-HEADER = "# Written by the build. Change the build's source (halimede_tools/build/model_config.py), not this file.\n"
+HEADER = (
+    "# Written by the build. Change the build's source "
+    "(halimede_tools/build/model_config.py), not this file.\n"
+)
 
 
 Parameters = dict[str, pb.ModelParameter]
@@ -67,45 +69,56 @@ class Pin(NamedTuple):
     version: int
 
 
+class Ensemble(NamedTuple):
+    """What the configs of one ensemble say."""
+
+    name: str
+    spec: ModelSpec
+    precision: str
+    steps: Mapping[str, Pin]
+    """The composing models, each with the version that the ensemble is made of."""
+    missed: Sequence[str] = ()
+    """What an accepted precision misses of its bar."""
+    counterpart: str = ""
+    """The ensemble of the model's other tower."""
+
+
 def to_text(config: pb.ModelConfig) -> str:
     """The text of config.pbtxt; equal configs give equal bytes."""
     return HEADER + str(text_format.MessageToString(config))
 
 
 def serving(config: pb.ModelConfig, versions: Iterable[int]) -> pb.ModelConfig:
-    """The config with a policy that serves exactly these versions, whatever folders there are."""
-    served = pb.ModelConfig()
-    served.CopyFrom(config)
+    """The config with a policy that serves exactly these versions."""
+    served = _copy(config)
     served.version_policy.specific.versions[:] = sorted(versions)
     return served
 
 
-def taking(config: pb.ModelConfig, share: float) -> pb.ModelConfig:
+def with_share(config: pb.ModelConfig, share: float) -> pb.ModelConfig:
     """The config of a candidate that answers this share of its model's requests."""
-    made = pb.ModelConfig()
-    made.CopyFrom(config)
-    made.parameters[configs.SHARE].string_value = f"{share:g}"
-    return made
+    changed = _copy(config)
+    changed.parameters[configs.SHARE].string_value = f"{share:g}"
+    return changed
 
 
 def tuned(config: pb.ModelConfig, choice: Mapping[str, str]) -> pb.ModelConfig:
-    """The config of an ONNX step, or of what does its work, with a machine's own parameters of
-    TUNED; `provider` names its accelerator on the CPU, or none.
+    """The config of an ONNX step, or of an ensemble in one process, with the TUNED parameters of a
+    machine. `provider` names the accelerator on the CPU; empty for none.
     """
-    made = pb.ModelConfig()
-    made.CopyFrom(config)
+    changed = _copy(config)
     for name in TUNED:
-        if name in made.parameters:
-            del made.parameters[name]
+        if name in changed.parameters:
+            del changed.parameters[name]
         if name in choice:
-            made.parameters[name].string_value = choice[name]
+            changed.parameters[name].string_value = choice[name]
     if "provider" in choice:
         policy = pb.ModelOptimizationPolicy.ExecutionAccelerators
-        cpu = made.optimization.execution_accelerators.cpu_execution_accelerator
+        cpu = changed.optimization.execution_accelerators.cpu_execution_accelerator
         del cpu[:]
         if choice["provider"]:
             cpu.append(policy.Accelerator(name=choice["provider"]))
-    return made
+    return changed
 
 
 def tokenizer(name: str, spec: ModelSpec) -> pb.ModelConfig:
@@ -183,7 +196,7 @@ def vision(name: str, spec: ModelSpec, precision: str, device: str) -> pb.ModelC
 
 
 def _onnx(name: str, spec: ModelSpec, device: str, tensorrt: Mapping[str, str]) -> pb.ModelConfig:
-    """What every ONNX step's config says."""
+    """The part of the config that all ONNX steps share."""
     return pb.ModelConfig(
         name=name,
         backend="onnxruntime",
@@ -260,24 +273,14 @@ def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
     )
 
 
-def ensemble(
-    name: str,
-    spec: ModelSpec,
-    precision: str,
-    steps: Mapping[str, Pin],
-    missed: Sequence[str] = (),
-    twin: str = "",
-) -> pb.ModelConfig:
-    """TEXT, INPUT_TYPE, DIMENSIONS → EMBEDDING, TOKENS and the heads' outputs.
-
-    `steps` names the composing models, each with the version that this one is made of; `missed`
-    is what an accepted precision misses of its bar; `twin` embeds what the model takes besides.
-    """
+def ensemble(described: Ensemble) -> pb.ModelConfig:
+    """TEXT, INPUT_TYPE, DIMENSIONS → EMBEDDING, TOKENS and the heads' outputs."""
+    spec, steps = described.spec, described.steps
     outputs = ["EMBEDDING", *[entry.name for entry in _head_outputs(spec)]]
     heads = {head: head for head in spec.heads}
     tokens = {"input_ids": "ids", "attention_mask": "mask"}
     return pb.ModelConfig(
-        name=name,
+        name=described.name,
         platform="ensemble",
         max_batch_size=MAX_BATCH_SIZE,
         input=[_text(), _input_type(), _dimensions()],
@@ -301,31 +304,25 @@ def ensemble(
                 ),
             ]
         ),
-        parameters=_text_facts(spec, precision, missed, twin),
+        parameters=_text_facts(described),
     )
 
 
-def one_process(
-    name: str,
-    spec: ModelSpec,
-    precision: str,
-    steps: Mapping[str, Pin],
-    device: str,
-    missed: Sequence[str] = (),
-    twin: str = "",
-) -> pb.ModelConfig:
-    """What the ensemble of the same `steps` gives, from one process that opens their files."""
-    files = {step: f"{steps[step].model}/{steps[step].version}" for step in ("tokenizer", "onnx")}
+def one_process(described: Ensemble, device: str) -> pb.ModelConfig:
+    """The inputs and outputs of the ensemble, from one process that opens the steps' files."""
+    spec, precision = described.spec, described.precision
+    pins = {step: described.steps[step] for step in ("tokenizer", "onnx")}
+    files = {step: f"{pin.model}/{pin.version}" for step, pin in pins.items()}
     return pb.ModelConfig(
-        name=name,
+        name=described.name,
         backend="embedder",
         max_batch_size=MAX_BATCH_SIZE,
         input=[_text(), _input_type(), _dimensions()],
         output=_embedded(spec),
         instance_group=[_instances(device)],
-        # With priorities or a limit, Triton's batcher is not told of a request that comes while
-        # the backend reads others: it waits for the next one, or half a second. The backend has
-        # both.
+        # No priorities and no limit here: with them, Triton's batcher misses a request that comes
+        # while the backend reads others, until the next one comes or half a second passes. The
+        # backend has both.
         dynamic_batching=pb.ModelDynamicBatching(),
         optimization=pb.ModelOptimizationPolicy(
             execution_accelerators=_accelerators(
@@ -345,60 +342,51 @@ def one_process(
             for length in warm_lengths(spec)
             for rows in WARM_ROWS
         ],
-        parameters=_text_facts(spec, precision, missed, twin)
+        parameters=_text_facts(described)
         | _parameters(files | {"max_queue_size": str(MAX_QUEUE_SIZE)}),
     )
 
 
 def without_pooler(ensemble: pb.ModelConfig) -> pb.ModelConfig:
-    """An ensemble that gives the ONNX step's pooled vectors as they are: without DIMENSIONS."""
-    made = pb.ModelConfig()
-    made.CopyFrom(ensemble)
-    made.input.remove(_dimensions())
-    del made.ensemble_scheduling.step[2:]
-    made.ensemble_scheduling.step[1].output_map[POOLED] = "EMBEDDING"
-    return made
+    """The ensemble without its pooler: it gives the pooled vectors and takes no DIMENSIONS."""
+    changed = _copy(ensemble)
+    changed.input.remove(_dimensions())
+    del changed.ensemble_scheduling.step[2:]
+    changed.ensemble_scheduling.step[1].output_map[POOLED] = "EMBEDDING"
+    return changed
 
 
 def shell(ensemble: pb.ModelConfig, pin: Pin) -> pb.ModelConfig:
-    """An ensemble of the same inputs and outputs whose one step is `pin`."""
-    made = pb.ModelConfig()
-    made.CopyFrom(ensemble)
+    """An ensemble with the same inputs and outputs and `pin` as its only step."""
+    changed = _copy(ensemble)
     inputs, outputs = (
-        {entry.name: entry.name for entry in end} for end in (made.input, made.output)
+        {entry.name: entry.name for entry in end} for end in (changed.input, changed.output)
     )
-    del made.ensemble_scheduling.step[:]
-    made.ensemble_scheduling.step.append(_step(pin, inputs, outputs))
-    return made
+    del changed.ensemble_scheduling.step[:]
+    changed.ensemble_scheduling.step.append(_step(pin, inputs, outputs))
+    return changed
 
 
 def warm_text(length: int) -> str:
-    """Name of the file with a warm-up text of about so many tokens."""
+    """Name of the file with a warm-up text of about `length` tokens."""
     return f"text_{length}"
 
 
-def image_ensemble(
-    name: str,
-    spec: ModelSpec,
-    precision: str,
-    steps: Mapping[str, Pin],
-    missed: Sequence[str] = (),
-    twin: str = "",
-) -> pb.ModelConfig:
-    """IMAGE, DIMENSIONS → EMBEDDING, WIDTH, HEIGHT, FORMAT; arguments as for `ensemble`."""
-    image = spec.images()
+def image_ensemble(described: Ensemble) -> pb.ModelConfig:
+    """IMAGE, DIMENSIONS → EMBEDDING, WIDTH, HEIGHT, FORMAT."""
+    steps, image = described.steps, described.spec.images()
     parameters = _facts(
-        spec,
-        precision,
-        missed,
+        described.spec,
+        described.precision,
+        described.missed,
         input="image",
-        text_model=twin,
+        text_model=described.counterpart,
         max_image_bytes=str(image.max_image_bytes),
         max_image_pixels=str(image.max_image_pixels),
     )
     facts = {entry.name: entry.name for entry in _image_facts()}
     return pb.ModelConfig(
-        name=name,
+        name=described.name,
         platform="ensemble",
         max_batch_size=MAX_IMAGES,
         input=[_input("IMAGE", pb.TYPE_STRING, 1), _dimensions()],
@@ -429,7 +417,7 @@ def _image_facts() -> list[pb.ModelOutput]:
 def fusion(
     name: str, spec: ModelSpec, precision: str, models: Mapping[str, Pin], note: str
 ) -> pb.ModelConfig:
-    """TEXT, INPUT_TYPE, IMAGE, DIMENSIONS → EMBEDDING; `models` are `text` and `image`, each in the
+    """TEXT, INPUT_TYPE, IMAGE, DIMENSIONS → EMBEDDING. `models` has `text` and `image`, each in the
     version that the projection was made for.
     """
     served = {
@@ -465,10 +453,10 @@ def fusion(
 
 
 def check_device(device: str) -> None:
-    """Nothing, when `device` is one that a config can ask for.
+    """Raise unless `device` is one of DEVICES.
 
     Raises:
-        InvalidInput: it is not.
+        InvalidInput: it is another.
     """
     if device not in DEVICES:
         raise InvalidInput(f"device is {device!r}; use {', '.join(DEVICES)}.")
@@ -485,19 +473,25 @@ def space(path: Path) -> str:
 
 
 def is_shaped_alike(one: pb.ModelConfig, other: pb.ModelConfig) -> bool:
-    """Whether two ensembles take and give the same tensors."""
+    """Whether two ensembles have the same inputs, outputs and dims."""
     shapes = [
-        (list(made.input), list(made.output), made.parameters["dims"].string_value)
-        for made in (one, other)
+        (list(config.input), list(config.output), config.parameters["dims"].string_value)
+        for config in (one, other)
     ]
     return shapes[0] == shapes[1]
 
 
 def fused(config: pb.ModelConfig) -> list[str]:
-    """The models that a fusion was made for; of any other config none."""
+    """The models that a fusion was made for; empty for any other config."""
     if config.backend != "fusion":
         return []
     return [config.parameters[f"{kind}_model"].string_value for kind in ("text", "image")]
+
+
+def _copy(config: pb.ModelConfig) -> pb.ModelConfig:
+    copy = pb.ModelConfig()
+    copy.CopyFrom(config)
+    return copy
 
 
 def _text() -> pb.ModelInput:
@@ -542,12 +536,18 @@ def _output(name: str, data_type: int, *dims: int) -> pb.ModelOutput:
     return pb.ModelOutput(name=name, data_type=data_type, dims=dims)
 
 
-def _text_facts(spec: ModelSpec, precision: str, missed: Sequence[str], twin: str) -> Parameters:
-    return _facts(spec, precision, missed, max_tokens=str(spec.max_tokens), image_model=twin)
+def _text_facts(described: Ensemble) -> Parameters:
+    return _facts(
+        described.spec,
+        described.precision,
+        described.missed,
+        max_tokens=str(described.spec.max_tokens),
+        image_model=described.counterpart,
+    )
 
 
 def _facts(spec: ModelSpec, precision: str, missed: Sequence[str], **further: str) -> Parameters:
-    """What a client must know of a model; what is empty is left out."""
+    """Parameters that tell a client about a model; empty ones are left out."""
     facts = {"space": spec.space, "precision": precision, "dims": str(spec.dims), **further}
     facts["below_bar"] = "; ".join(missed)
     return _parameters({key: value for key, value in facts.items() if value})
@@ -558,7 +558,7 @@ def _parameters(values: Mapping[str, str]) -> Parameters:
 
 
 def _instances(device: str) -> pb.ModelInstanceGroup:
-    """The ONNX step's instances. KIND_AUTO takes a GPU where Triton has one, else the CPU."""
+    """The ONNX step's instances. KIND_AUTO uses a GPU if Triton has one, else the CPU."""
     group = pb.ModelInstanceGroup
     kind = group.KIND_AUTO if device == CPU else group.KIND_GPU
     return pb.ModelInstanceGroup(kind=kind, count=ONNX_INSTANCES)
@@ -579,7 +579,7 @@ def _accelerators(
 
 
 def text_shapes(spec: ModelSpec) -> dict[str, str]:
-    """One profile of shapes, from one row of the shortest bucket to a full batch of the longest."""
+    """TensorRT's shapes: from one row of the shortest bucket to a full batch of the longest."""
     buckets = spec.length_buckets
     shapes = {
         "min": (1, buckets[0]),
@@ -593,7 +593,7 @@ def text_shapes(spec: ModelSpec) -> dict[str, str]:
 
 
 def image_shapes(image: ImageSpec) -> dict[str, str]:
-    """One profile of shapes, from one image to a full batch."""
+    """TensorRT's shapes: from one image to a full batch."""
     rows = {"min": 1, "opt": MAX_IMAGES // 2, "max": MAX_IMAGES}
     return {
         name: f"{PIXELS}:{count}x3x{image.height}x{image.width}" for name, count in rows.items()
@@ -603,7 +603,7 @@ def image_shapes(image: ImageSpec) -> dict[str, str]:
 def tensorrt_parameters(
     spec: ModelSpec, precision: str, shapes: Mapping[str, str]
 ) -> dict[str, str]:
-    """Parameters of Triton's TensorRT accelerator: precision, engine cache, and shapes: `min`,
+    """Parameters of Triton's TensorRT accelerator: precision, engine cache, and the shapes `min`,
     `opt` and `max`.
     """
     return {

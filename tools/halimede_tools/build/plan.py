@@ -1,18 +1,18 @@
 """Build: one model's whole way from its name or folder to its folders in the repository.
 
-Download → export → optimise → quantise → check → write. Every step is done once: a second
-build does what is missing and nothing else.
+Download → export → optimise → quantise → check → write. Every step runs once: a second build runs
+what is missing and nothing else.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from halimede.models import catalogue, store
 from halimede_engine import session
@@ -20,27 +20,38 @@ from halimede_ops import spec, text
 from halimede_ops.errors import InvalidInput, LicenceNotAccepted, QualityError
 from halimede_ops.spec import ModelSpec
 from halimede_repository import configs
-from halimede_repository.checksums import sha256
-from halimede_tools.build import candidates, check, describe, model_config, repository
-from halimede_tools.build.check import BARS, TOOLS
-from halimede_tools.build.describe import Reading
-from halimede_tools.build.download import download
+from halimede_tools.build import (
+    candidates,
+    check,
+    describe,
+    export,
+    fp16,
+    int8,
+    model_config,
+    repository,
+    towers,
+)
+from halimede_tools.build.describe import ModelOptions
+from halimede_tools.build.download import HUB_FILES, download
+from halimede_tools.build.keys import key_of
+from halimede_tools.build.repository import Built
 from halimede_tools.build.samples import corpus, pictures
-from halimede_tools.build.steps import alone, console, fingerprint, key_of, once
+from halimede_tools.build.steps import cached_step, exclusive, run_step
+from halimede_tools.console import console
 from halimede_tools.settings import Settings
 
-PRECISIONS = tuple(BARS)
+PRECISIONS = tuple(repository.SUFFIXES)
 IMAGE_STEP = "image-"
 """In front of a vision tower's steps' folders."""
-CHECK_PICTURES = 132
-"""Pictures that a vision tower is checked on: every form, thrice, in different sizes."""
+Published = Callable[[list[str]], None]
+"""Hears the names of the ensembles that have just been written."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
+class BuildRequest:
     """What to build, and what the user has accepted."""
 
-    reading: Reading
+    options: ModelOptions
     source: catalogue.Model | Path
     """A row of the catalogue, or the model's own folder."""
     precisions: tuple[str, ...] = PRECISIONS
@@ -58,19 +69,50 @@ class Order:
     @property
     def name(self) -> str:
         """Name the model is served under."""
-        return self.reading.name
+        return self.options.name
 
 
-def order(model: str, name: str | None = None, **options: Any) -> Order:
-    """The Order for a name of the catalogue or the path of a folder.
+class Fields(TypedDict, total=False):
+    """Fields of a BuildRequest and of its ModelOptions; their defaults are there."""
 
-    `options` are the fields of Order and Reading.
+    precisions: tuple[str, ...]
+    accepted: tuple[str, ...]
+    accepted_licence: str | None
+    device: str
+    calibration: Path | None
+    calibration_images: Path | None
+    sts: Path | None
+    trust_remote_code: bool
+    max_tokens: int | None
+    prompts: Mapping[str, str]
+    matryoshka: tuple[int, ...]
+    layer_norm_before_cut: bool
+    token_embeddings: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerProgress:
+    """One tower of a model, and what of it is built so far."""
+
+    tower: towers.Tower
+    exported: Path
+    """The folder of its FP32 step."""
+    expected: Path
+    """The folder of the vectors that every precision is compared to."""
+    calibration: list[Any]
+    """Inputs to take INT8's ranges from."""
+    built: Built
+
+
+def build_request(model: str, name: str | None = None, **fields: Unpack[Fields]) -> BuildRequest:
+    """The BuildRequest for a name of the catalogue or the path of a folder.
 
     Raises:
         ModelNotFound: it is neither.
         InvalidInput: a precision or device is unknown, or a folder's name cannot be served.
     """
-    reading = {key: options.pop(key) for key in Reading._fields if key in options}
+    others: dict[str, Any] = {**fields}
+    options = {key: others.pop(key) for key in ModelOptions._fields if key in others}
     folder = Path(model)
     if folder.is_dir() or model.startswith((".", "/")):
         chosen = name or folder.resolve().name
@@ -79,51 +121,77 @@ def order(model: str, name: str | None = None, **options: Any) -> Order:
         source = catalogue.find(model)
         chosen = name or source.name
         facts = ("prompts", "matryoshka", "layer_norm_before_cut")
-        reading = {fact: getattr(source, fact) for fact in facts} | reading
+        options = {fact: getattr(source, fact) for fact in facts} | options
     if not chosen.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise InvalidInput(f"name is {chosen!r}; use letters, digits, '-', '_' and '.'.")
     if chosen.endswith(configs.CANDIDATE):
         raise InvalidInput(f"name is {chosen!r}, as a candidate's; pass --candidate for one.")
-    made = Order(Reading(chosen, **reading), source, **options)
-    for given in (*made.precisions, *made.accepted):
-        if given not in PRECISIONS:
-            raise InvalidInput(f"precision is {given!r}; use {', '.join(PRECISIONS)}.")
-    model_config.check_device(made.device)
-    return made
+    request = BuildRequest(ModelOptions(chosen, **options), source, **others)
+    if not request.precisions:
+        raise InvalidInput(f"precisions is empty; use {', '.join(PRECISIONS)}.")
+    for precision in (*request.precisions, *request.accepted):
+        if precision not in PRECISIONS:
+            raise InvalidInput(f"precision is {precision!r}; use {', '.join(PRECISIONS)}.")
+    model_config.check_device(request.device)
+    return request
 
 
-def build(wanted: Order, settings: Settings, *, candidate: bool = False) -> list[str]:
-    """Build what is wanted; the names of the ensembles it is served under, or of the candidates
+def build(
+    request: BuildRequest,
+    settings: Settings,
+    *,
+    candidate: bool = False,
+    published: Published | None = None,
+) -> list[str]:
+    """Build what is requested; the names of the ensembles it is served under, or of the candidates
     beside those.
+
+    With `published`, a model that is new to the repository is written one precision at a time, in
+    the order of the request, and `published` is called after each. A model that replaces another
+    version is written once, whole, so that its names never differ in space; so is a candidate.
 
     Raises:
         InvalidModel: the folder is not a model that is supported.
-        BuildError: a step failed, or another build of the model runs; the repository is as it was.
+        BuildError: a step failed, or another build of the model runs; the repository keeps what
+            was written before that.
         DeployError: it can be no candidate.
     """
-    check_licence(wanted)
+    check_licence(request)
     write = candidates.write if candidate else repository.write
-    with alone(wanted.name, settings) as folder:
+    written: list[str] = []
+
+    def publish(built: list[Built]) -> None:
+        names = [name for tower in built for name in write(tower, settings.repository)]
+        new = [name for name in names if name not in written]
+        written[:] = names
+        console.print(f"  [green]✓[/] write: {', '.join(new)}")
+        if published is not None:
+            published(new)
+
+    with exclusive(request.name, settings) as folder:
         (folder / store.USED).touch()
-        console.print(f"[bold]{wanted.name}[/]")
-        built = make(wanted, folder, settings)
-        ensembles = [name for one in built for name in write(one, settings.repository)]
-        console.print(f"  [green]✓[/] write: {', '.join(ensembles)}")
+        console.print(f"[bold]{request.name}[/]")
+        for built in stages(request, folder, settings):
+            early = published is not None and not candidate and all(one.models for one in built)
+            if early and not repository.replaces(built, settings.repository):
+                publish(built)
+        if written != [name for tower in built for name in tower.names]:
+            publish(built)
     for evicted in store.prune(
-        settings.models, settings.repository, settings.store_limit_bytes, keep=wanted.name
+        settings.models, settings.repository, settings.store_limit_bytes, keep=request.name
     ):
         console.print(f"  [dim]evicted {evicted.name}, {evicted.size_bytes / 1e6:.0f} MB[/]")
-    return ensembles
+    return written
 
 
-def check_licence(wanted: Order) -> None:
-    """Nothing, when the model's licence needs no consent, or has it.
+def check_licence(request: BuildRequest) -> None:
+    """Raise unless the model's licence needs no consent, or has it.
 
     Raises:
         LicenceNotAccepted: the licence restricts use and was not accepted by name.
     """
-    row = wanted.source
-    if isinstance(row, Path) or not row.restricted or wanted.accepted_licence == row.licence:
+    row = request.source
+    if isinstance(row, Path) or not row.restricted or request.accepted_licence == row.licence:
         return
     raise LicenceNotAccepted(
         f"{row.name} is under {row.licence}: {row.restricted} Read it; "
@@ -131,169 +199,196 @@ def check_licence(wanted: Order) -> None:
     )
 
 
-def make(wanted: Order, folder: Path, settings: Settings) -> list[repository.Built]:
-    """What the steps give of the model's texts and of its images, done where they are missing;
-    `folder` is the model's in the store.
+def make(request: BuildRequest, folder: Path, settings: Settings) -> list[Built]:
+    """The model's texts, and its images where it embeds any, in every precision of the request;
+    steps that are missing are run. `folder` is the model's in the store.
 
     Raises:
         BuildError: a step failed.
     """
-    source = _source(wanted, folder)
-    describe.check_memory(source, wanted.name, settings.memory_limit_bytes)
-    exported = _exported(wanted, source, folder / "fp32", check.TEXTS)
+    *_, built = stages(request, folder, settings)
+    return built
+
+
+def stages(request: BuildRequest, folder: Path, settings: Settings) -> Iterator[list[Built]]:
+    """As `make`, after each precision what is built so far. A precision that misses its bar is
+    left out.
+
+    Raises:
+        BuildError: a step failed.
+        QualityError: FP32 misses its bar, or no precision is left.
+    """
+    source = _source(request, folder)
+    describe.check_memory(source, request.name, settings.memory_limit_bytes)
+    parts = _exported_towers(request, source, folder)
+    for precision in request.precisions:
+        parts = [_with_precision(part, precision, request) for part in parts]
+        if precision == request.precisions[-1]:
+            _check_not_empty(parts)
+        yield _linked([part.built for part in parts])
+
+
+def _exported_towers(request: BuildRequest, source: Path, folder: Path) -> list[TowerProgress]:
+    """The model's towers, exported; no precision of them is built yet."""
+    exported = run_step(
+        folder / "fp32",
+        "export to ONNX, optimise (fp32)",
+        partial(export.export, source, request.options),
+    )
     facts = spec.load(exported)
-    _say_where_folder_differs(wanted, facts)
-    tokenizer = exported / text.FILE_NAME
-    texts = _tower(wanted, source, exported, repository.Built(facts, tokenizer), check.TEXTS)
+    _warn_where_catalogue_differs(request, facts)
+    texts = Built(facts, exported / text.FILE_NAME)
     if facts.image is None:
-        return [texts]
-    seen = _exported(wanted, source, folder / f"{IMAGE_STEP}fp32", check.IMAGES)
-    images = _tower(wanted, source, seen, repository.Built(facts), check.IMAGES)
+        return [_tower(request, source, towers.TEXTS, exported, texts)]
+    vision = run_step(
+        folder / f"{IMAGE_STEP}fp32",
+        f"export to ONNX, optimise ({IMAGE_STEP}fp32)",
+        partial(export.export_images, source, request.options),
+    )
     return [
-        dataclasses.replace(texts, twins=tuple(images.models)),
-        dataclasses.replace(images, twins=tuple(texts.models)),
+        _tower(request, source, towers.TEXTS, exported, texts),
+        _tower(request, source, towers.IMAGES, vision, Built(facts)),
     ]
 
 
-def _exported(wanted: Order, source: Path, folder: Path, tower: check.Tower) -> Path:
-    return once(
-        folder,
-        key_of(
-            _code("describe", "export", "graph/packing", "graph/rewrite"),
-            fingerprint(source),
-            json.dumps(wanted.reading),
-            *_versions(),
-        ),
-        f"export to ONNX, optimise ({folder.name})",
-        lambda target: _export(source, wanted.reading, tower, target),
-    )
-
-
 def _tower(
-    wanted: Order, source: Path, exported: Path, built: repository.Built, tower: check.Tower
-) -> repository.Built:
-    """`built` with every precision of one tower that is wanted and reaches its bar."""
-    facts = built.spec
-    steps, options = {"fp32": exported}, {}
-    if "fp16" in wanted.precisions:
-        steps["fp16"] = _fp16(exported)
-    if "int8" in wanted.precisions:
-        calibration, names = _calibration(wanted, tower)
-        options["int8"] = key_of(*names)
-        steps["int8"] = _int8(exported, facts, tower, calibration, options["int8"])
-    files = {precision: step / session.FILE_NAME for precision, step in steps.items()}
-    checked = once(
-        _beside(exported, "checked"),
-        key_of(
-            _code("check", "samples/corpus", "samples/pictures", "samples/sts"),
-            facts.space,
-            *(fingerprint(step) for step in steps.values()),
-            sha256(wanted.sts) if wanted.sts else "",
-            *_versions(),
-        ),
-        f"check {tower.inputs} against the model itself",
-        lambda target: _check(source, wanted, files, facts, tower, target),
+    request: BuildRequest, source: Path, tower: towers.Tower, exported: Path, built: Built
+) -> TowerProgress:
+    expected = run_step(
+        _sibling(exported, "reference"),
+        f"embed {tower.inputs} with the model itself",
+        partial(check.write_reference, source, request.options, tower.inputs),
     )
-    records = {name: json.loads((checked / f"{name}.json").read_text()) for name in files}
-    published = _published(built.name, wanted, records)
-    return dataclasses.replace(
-        built,
-        models={name: files[name] for name in published},
-        quality={name: records[name] for name in published},
-        device=wanted.device,
-        options=options,
-    )
+    calibration: list[Any] = []
+    options = {}
+    if "int8" in request.precisions:
+        calibration, digests = _calibration(request, tower)
+        options["int8"] = key_of(*digests)
+    built = dataclasses.replace(built, device=request.device, options=options)
+    return TowerProgress(tower, exported, expected, calibration, built)
 
 
-def _fp16(exported: Path) -> Path:
-    folder = _beside(exported, "fp16")
-    return once(
-        folder,
-        key_of(_code("quantise", "graph/rewrite"), fingerprint(exported), *_versions()),
-        f"quantise ({folder.name})",
-        lambda target: _to_fp16(exported, target),
-    )
-
-
-def _int8(
-    exported: Path,
-    facts: ModelSpec,
-    tower: check.Tower,
-    calibration: list[Any],
-    options: str,
-) -> Path:
-    folder = _beside(exported, "int8")
-    return once(
-        folder,
-        key_of(
-            _code("quantise", "graph/outliers", "graph/packing", "graph/rewrite", "samples/corpus", "samples/pictures"),
-            fingerprint(exported),
-            options,
-            *_versions(),
-        ),
-        f"quantise ({folder.name})",
-        lambda target: _to_int8(exported, facts, tower, calibration, target),
-    )
-
-
-def _calibration(wanted: Order, tower: check.Tower) -> tuple[list[Any], list[str]]:
-    """What INT8's ranges are taken from, and what tells each from any other."""
-    if tower is check.TEXTS:
-        texts = corpus.calibration(wanted.calibration)
+def _calibration(request: BuildRequest, tower: towers.Tower) -> tuple[list[Any], list[str]]:
+    """The inputs that INT8's ranges are taken from, and a digest of each."""
+    if tower is towers.TEXTS:
+        texts = corpus.calibration(request.calibration)
         return texts, texts
-    files = pictures.calibration(wanted.calibration_images)
+    files = pictures.calibration(request.calibration_images)
     return files, [hashlib.sha256(file).hexdigest() for file in files]
 
 
-def _beside(exported: Path, step: str) -> Path:
+def _with_precision(part: TowerProgress, precision: str, request: BuildRequest) -> TowerProgress:
+    """The tower with one more precision, unless that misses its bar."""
+    quantised = _quantised(part, precision)
+    record = _checked(part, precision, quantised, request)
+    if not _is_published(part.built.name, record, request):
+        return part
+    models = {**part.built.models, precision: quantised / session.FILE_NAME}
+    quality = {**part.built.quality, precision: record}
+    return dataclasses.replace(
+        part, built=dataclasses.replace(part.built, models=models, quality=quality)
+    )
+
+
+def _quantised(part: TowerProgress, precision: str) -> Path:
+    """The folder of a precision's step."""
+    if precision == "fp32":
+        return part.exported
+    folder = _sibling(part.exported, precision)
+    step = (
+        partial(fp16.quantise, part.exported)
+        if precision == "fp16"
+        else partial(
+            int8.quantise, part.exported, part.tower.inputs, part.built.spec, part.calibration
+        )
+    )
+    return run_step(folder, f"quantise ({folder.name})", step)
+
+
+def _checked(
+    part: TowerProgress, precision: str, quantised: Path, request: BuildRequest
+) -> dict[str, Any]:
+    """The quality record of one precision."""
+    inputs = part.tower.inputs
+    checked = run_step(
+        _sibling(part.exported, f"checked-{precision}"),
+        f"check {inputs} in {precision} against the model itself",
+        partial(
+            check.write_record,
+            precision,
+            inputs,
+            part.built.spec,
+            part.exported,
+            quantised,
+            part.expected,
+            request.sts,
+            check.tool_versions(),
+        ),
+    )
+    record: dict[str, Any] = json.loads((checked / check.RECORD_FILE).read_text())
+    console.print(f"    {_summary(record)}")
+    return record
+
+
+def _sibling(exported: Path, step: str) -> Path:
     """The folder of another step of the same tower."""
     return exported.with_name(exported.name.removesuffix("fp32") + step)
 
 
-def _versions() -> list[str]:
-    return [f"{tool}={importlib.metadata.version(tool)}" for tool in TOOLS]
-
-
-def _source(wanted: Order, folder: Path) -> Path:
-    row = wanted.source
+def _source(request: BuildRequest, folder: Path) -> Path:
+    row = request.source
     if isinstance(row, Path):
-        describe.check_modules(row, wanted.name)
+        describe.check_modules(row, request.name)
         return row
-    return once(
+    sources = json.dumps(row.sources, default=dataclasses.asdict)
+    # Not run_step: its sources and checksum name the content, whatever code fetches it.
+    return cached_step(
         folder / "source",
-        key_of("download", row.weights_sha256 or json.dumps(row.sources)),
+        key_of("download", str(row.weights_sha256), sources, *HUB_FILES),
         "download",
-        lambda target: download(row, target),
+        partial(download, row),
     )
 
 
-def _published(name: str, wanted: Order, records: Mapping[str, dict[str, Any]]) -> list[str]:
-    """The wanted precisions that reach their bar or are accepted below it.
+def _linked(built: list[Built]) -> list[Built]:
+    """The parts of one model, each knowing the precisions of the other."""
+    if len(built) == 1:
+        return built
+    texts, images = built
+    return [
+        dataclasses.replace(texts, counterparts=tuple(images.models)),
+        dataclasses.replace(images, counterparts=tuple(texts.models)),
+    ]
+
+
+def _is_published(name: str, record: Mapping[str, Any], request: BuildRequest) -> bool:
+    """Whether a precision reaches its bar, or is accepted below it.
 
     Raises:
-        QualityError: FP32 misses its bar, or nothing is left to publish.
+        QualityError: FP32 does neither.
     """
-    published = []
-    for precision in wanted.precisions:
-        missed = "; ".join(records[precision]["missed"])
-        if not missed or precision in wanted.accepted:
-            published.append(precision)
-            continue
-        line = (
-            f"{name} in {precision} is not published: {missed}. "
-            f"Publish it all the same with --accept {precision}."
-        )
-        if precision == "fp32":
-            raise QualityError(line)
-        console.print(f"  [yellow]! {line}[/]")
-    if not published:
-        raise QualityError(f"no precision of {name} reaches its bar.")
-    return published
+    precision, missed = record["precision"], "; ".join(record["missed"])
+    if not missed or precision in request.accepted:
+        return True
+    line = (
+        f"{name} in {precision} is not published: {missed}. "
+        f"Publish it all the same with --accept {precision}."
+    )
+    if precision == "fp32":
+        raise QualityError(line)
+    console.print(f"  [yellow]! {line}[/]")
+    return False
 
 
-def _say_where_folder_differs(wanted: Order, facts: ModelSpec) -> None:
-    """The catalogue is for finding models; where the folder says otherwise, the folder holds."""
-    row = wanted.source
+def _check_not_empty(parts: list[TowerProgress]) -> None:
+    for part in parts:
+        if not part.built.models:
+            raise QualityError(f"no precision of {part.built.name} reaches its bar.")
+
+
+def _warn_where_catalogue_differs(request: BuildRequest, facts: ModelSpec) -> None:
+    """The catalogue is for finding models; where it and the folder differ, the folder is right."""
+    row = request.source
     if isinstance(row, Path):
         return
     for name, listed, found in (
@@ -302,69 +397,6 @@ def _say_where_folder_differs(wanted: Order, facts: ModelSpec) -> None:
     ):
         if listed != found:
             console.print(f"  [yellow]! {name}: the catalogue has {listed}, the folder {found}[/]")
-
-
-def _code(*modules: str) -> str:
-    """A key of the tools' own code: a step is done again when it changes."""
-    return key_of(*(sha256(Path(__file__).parent / f"{module}.py") for module in modules))
-
-
-# The heavy imports (torch, nncf) wait until a step really runs: a second build takes seconds.
-
-
-def _export(source: Path, reading: Reading, tower: check.Tower, target: Path) -> None:
-    from halimede_tools.build.export import export, export_images
-
-    write = export if tower is check.TEXTS else export_images
-    write(source, reading, target)
-
-
-def _to_fp16(exported: Path, target: Path) -> None:
-    from halimede_tools.build.quantise import to_fp16
-
-    to_fp16(exported / session.FILE_NAME, target / session.FILE_NAME)
-
-
-def _to_int8(
-    exported: Path,
-    facts: ModelSpec,
-    tower: check.Tower,
-    calibration: list[Any],
-    target: Path,
-) -> None:
-    from halimede_tools.build.quantise import to_int8
-
-    fp32, int8 = exported / session.FILE_NAME, target / session.FILE_NAME
-    inputs = _check_inputs(tower)[::3]
-    done = to_int8(fp32, tower, facts, calibration, inputs, int8)
-    (target / "quantised.json").write_text(json.dumps(done, indent=2))
-
-
-def _check(
-    source: Path,
-    wanted: Order,
-    files: Mapping[str, Path],
-    facts: ModelSpec,
-    tower: check.Tower,
-    target: Path,
-) -> None:
-    from halimede_tools.build.samples.sts import spearman
-
-    inputs = _check_inputs(tower)
-    expected = tower.reference(source, inputs, wanted.reading)
-    for precision, path in files.items():
-        engine = check.Engine(path, tower.rows(files["fp32"].parent, facts), facts)
-        record = check.check(precision, path, files["fp32"], engine, tower, inputs, expected)
-        if precision == "int8":
-            record |= json.loads((path.parent / "quantised.json").read_text())
-        if wanted.sts is not None and tower is check.TEXTS:
-            record["sts_spearman"] = round(spearman(wanted.sts, engine.embed), 3)
-        console.print(f"    {_summary(record)}")
-        (target / f"{precision}.json").write_text(json.dumps(record, indent=2))
-
-
-def _check_inputs(tower: check.Tower) -> list[Any]:
-    return corpus.check_texts() if tower is check.TEXTS else pictures.check_pictures(CHECK_PICTURES)
 
 
 def _summary(record: dict[str, Any]) -> str:

@@ -1,12 +1,14 @@
 """Write: a built model to its folders in the Triton model repository.
 
-A version folder is numbered by what it was built from, an ensemble pins the version of every step,
-and every config names the versions that it serves: the number that an answer carries names the
-content that made it. A version folder also keeps the config that it is served with, so any version
-on disk can be served again. A new version is placed beside the old; then three moves: the steps
-serve it as well, the ensembles go over to it, the steps let go of the old. Every file is renamed
-into its place: a killed build leaves ensembles that are wholly the old or wholly the new, and what
-is already equal is not touched.
+A version folder is numbered by what it was built from. An ensemble pins the version of each step,
+and each config names the versions that it serves, so the version of an answer tells the content
+that made it. A version folder keeps the config that it is served with, so any version on disk can
+be served again.
+
+A new version is placed beside the old one. Three moves follow: the steps serve both versions, the
+ensembles switch to the new one, the steps release the old one. Files are written under another name
+and renamed: a killed build leaves each ensemble in the old or the new version, never in between.
+Files that are already equal are not touched.
 """
 
 from __future__ import annotations
@@ -36,74 +38,85 @@ from halimede_tools.build.model_config import Pin
 from halimede_tools.build.samples import pictures
 
 RECIPE = 4
-"""To be raised when the build makes another graph, or other vectors, of the same weights, precision
+"""Raise this when the build makes another graph, or other vectors, from the same weights, precision
 and options."""
+RECIPE_GRAPHS = {
+    "fp32": "b81ff82db43fa8ea",
+    "fp16": "4f4055524d03c398",
+    "int8": "54691f931e173430",
+}
+"""Digests of RECIPE with the structure of the default model's graphs: tests/tools/test_versions.py
+fails where a build makes others. Raise RECIPE, then note the digests that the test gives."""
 SUFFIXES = {"fp32": "", "fp16": "-fp16", "int8": "-int8"}
 ONE_PROCESS = f"{configs.ONE_PROCESS}.pbtxt"
 """File of an ensemble's second config, in `configs/` and in its version folders."""
 FIRST_NUMBER = 10**11
-"""Numbers have twelve digits: never those of an order, exact in JSON, short enough to read."""
+"""Versions have twelve digits: more than any counter, exact in JSON, short enough to read."""
 WARMUP_TEXT = b"The first request of a server should be as fast as the second."
 SPECIAL_TOKENS = 2
-"""Tokens that most tokenizers put around a text: so much shorter are the warm-up texts."""
+"""Tokens that most tokenizers add to a text; warm-up texts have that many words less."""
 WARMUP_IMAGE = pictures.encoded(Image.new("RGB", (1, 1)), pictures.Form("BMP", "RGB"))
 PREVIOUS = "previous"
 """File in an ensemble's folder: the version that was served before, to go back to."""
 TUNED = "tuned.json"
-"""File in a version folder of an ONNX step: what `tools tune` found for this machine, and how."""
+"""File in a version folder of an ONNX step: the result of `tune` for this machine."""
 IMAGE_SUFFIX = "-image"
-"""Of what embeds a model's images, in front of the precision's."""
+"""Suffix of a model's image ensembles, before the precision's suffix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What the build gives of one model's texts, or of its images."""
+    """One tower of a built model: its texts, or its images."""
 
     spec: ModelSpec
     tokenizer: Path | None = None
-    """`tokenizer.json`; None: this is what embeds the model's images."""
+    """`tokenizer.json`; None for the tower of images."""
     models: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     """Precision → model.onnx."""
     quality: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """Precision → quality record."""
     device: str = model_config.CPU
-    """What the ONNX step's config asks for."""
+    """Device that the ONNX step's config asks for."""
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Precision → digest of all that its vectors depend on besides spec, precision and RECIPE."""
-    twins: tuple[str, ...] = ()
-    """Precisions in which the model's other inputs are embedded: a text's are images."""
+    """Precision → digest of what its vectors depend on besides spec, precision and RECIPE."""
+    counterparts: tuple[str, ...] = ()
+    """Precisions of the model's other tower: of its images for texts, and the reverse."""
     suffix: str = ""
-    """Behind the name of each of its folders: `configs.CANDIDATE` where it may follow a model."""
+    """Appended to the name of each of its folders: `configs.CANDIDATE` for a candidate."""
 
     @property
     def name(self) -> str:
-        """Name that FP32 is served under, without the suffix."""
+        """Name of the FP32 ensemble, without `suffix`."""
         return self.spec.name + (IMAGE_SUFFIX if self.tokenizer is None else "")
 
     @property
     def names(self) -> list[str]:
         """Names of its ensembles."""
-        return [served_name(self.name, precision) + self.suffix for precision in self.models]
+        return [self.ensemble(precision).model for precision in self.models]
 
     @property
     def versions(self) -> dict[str, int]:
         """Ensemble → its version."""
-        return dict(zip(self.names, map(self.version, self.models), strict=True))
+        return dict(self.ensemble(precision) for precision in self.models)
 
-    def twin(self, precision: str) -> str:
-        """Name of the ensemble that embeds the model's other inputs; empty where there is none."""
-        if not self.twins:
+    def counterpart(self, precision: str) -> str:
+        """Name of the ensemble of the model's other tower; empty where there is none."""
+        if not self.counterparts:
             return ""
         name = self.spec.name + (IMAGE_SUFFIX if self.tokenizer else "")
-        embedded = precision if precision in self.twins else self.twins[0]
-        return served_name(name, embedded) + self.suffix
+        other = precision if precision in self.counterparts else self.counterparts[0]
+        return served_name(name, other) + self.suffix
+
+    def ensemble(self, precision: str) -> Pin:
+        """The ensemble of a precision, with its version."""
+        return Pin(served_name(self.name, precision) + self.suffix, self.version(precision))
 
     def version(self, precision: str) -> int:
-        """Version of an ensemble: another whenever one of its steps is."""
+        """Version of an ensemble. It differs if the version of a step does."""
         return number(*(str(pin.version) for pin in self.steps(precision).values()))
 
     def steps(self, precision: str) -> dict[str, Pin]:
-        """The steps of an ensemble, each with the version that it is made of."""
+        """The steps of an ensemble, each with its version."""
         facts, options = _facts(self.spec), self.options.get(precision, "")
         shared = number(facts)
         onnx = f"{served_name(self.name, precision)}-onnx"
@@ -116,26 +129,26 @@ class Built:
 
 
 def number(*facts: str) -> int:
-    """The version number of what is built from these facts: twelve digits, positive.
+    """The version number of what is built from these facts: positive, twelve digits.
 
-    Facts are what goes into the build, not the bytes that come out: an INT8 file differs between
-    CPUs and a graph between releases of PyTorch, while space and precision stay what they are.
+    Facts are the inputs of a build, not the bytes of its result: an INT8 file differs between CPUs,
+    and a graph between releases of PyTorch, although space and precision are the same.
     """
     digest = hashlib.sha256("\0".join((str(RECIPE), *facts)).encode()).digest()
     return FIRST_NUMBER + int.from_bytes(digest, "big") % (9 * FIRST_NUMBER)
 
 
 def _facts(spec: ModelSpec) -> str:
-    """What a spec says, without what every model has: a new field is no new version of those that
-    do not use it.
+    """The fields of a spec that differ from their default, so a new field does not change the
+    version of models that do not use it.
     """
     plain = ModelSpec("", "", 0, 0, normalised=False, prompts={})
-    said = {
+    fields = {
         field.name: getattr(spec, field.name)
         for field in dataclasses.fields(spec)
         if getattr(spec, field.name) != getattr(plain, field.name)
     }
-    return json.dumps(said, sort_keys=True, default=dataclasses.asdict)
+    return json.dumps(fields, sort_keys=True, default=dataclasses.asdict)
 
 
 def served_name(model: str, precision: str) -> str:
@@ -144,10 +157,10 @@ def served_name(model: str, precision: str) -> str:
 
 
 def write(built: Built, repository: Path) -> list[str]:
-    """Write all folders of a built model; the names of its ensembles.
+    """Write all folders of a built tower; the names of its ensembles.
 
-    Versions that were served until now stay on disk for a server that still runs them, older ones
-    go.
+    The versions served before stay on disk for a server that still runs them. Older ones are
+    removed.
     """
     place(built, repository)
     remember(built.versions, repository)
@@ -160,14 +173,14 @@ def write(built: Built, repository: Path) -> list[str]:
 
 
 def family(built: Built) -> list[str]:
-    """Names of all folders of a built model: its steps, then its ensembles."""
+    """Names of all folders of a built tower: its steps, then its ensembles."""
     steps = {pin.model: None for one in built.models for pin in built.steps(one).values()}
     return [*steps, *built.names]
 
 
 def place(built: Built, repository: Path) -> None:
-    """Write the version folders, each with the config that it is served with; none is served yet
-    that was not before.
+    """Write the version folders, each with the config that it is served with. What is served does
+    not change.
     """
     for precision, model in built.models.items():
         steps = built.steps(precision)
@@ -182,17 +195,17 @@ def place(built: Built, repository: Path) -> None:
 
 
 def add(versions: Mapping[str, int], repository: Path) -> None:
-    """First move: the steps of these versions of ensembles serve them, beside what is pinned."""
+    """First move: let the steps serve these versions of ensembles, besides the pinned ones."""
     for pin in steps(versions, repository):
         _serve(pin, {pin.version} | pinned(repository, pin.model), repository)
 
 
 def switch(versions: Mapping[str, int], repository: Path, share: float | None = None) -> None:
-    """Second move: these versions of ensembles are the served ones, of candidates with this share
-    of their model's requests.
+    """Second move: serve these versions of ensembles. A candidate gets `share` of its model's
+    requests.
 
-    All files are renamed at the end, one right after the other: a process that is killed among
-    these renames leaves each ensemble whole, but some of another build than the rest.
+    All files are renamed at the end, one right after the other. A process killed between two
+    renames leaves each ensemble whole, but some in the old version and some in the new one.
     """
     changed = {}
     for name, version in versions.items():
@@ -203,24 +216,24 @@ def switch(versions: Mapping[str, int], repository: Path, share: float | None = 
         ):
             if (folder / str(version) / kept).exists():
                 written = model_config.read(folder / str(version) / kept)
-                taking = written if share is None else model_config.taking(written, share)
-                changed[path] = model_config.to_text(taking).encode()
+                shared = written if share is None else model_config.with_share(written, share)
+                changed[path] = model_config.to_text(shared).encode()
     _write_all(changed)
 
 
 def release(versions: Mapping[str, int], repository: Path) -> None:
-    """Third move: the steps of these versions serve what ensembles pin, and nothing else."""
+    """Third move: let the steps of these versions serve only what ensembles pin."""
     for pin in steps(versions, repository):
         _serve(pin, pinned(repository, pin.model), repository)
 
 
 def steps(versions: Mapping[str, int], repository: Path) -> list[Pin]:
-    """What these versions of ensembles are made of, each once.
+    """The steps of these versions of ensembles, each once.
 
     Raises:
-        InvalidModel: a version's folder does not tell.
+        InvalidModel: a version's folder has no config.
     """
-    found: dict[Pin, None] = {}
+    pins: dict[Pin, None] = {}
     for name, version in versions.items():
         try:
             written = (repository / name / str(version) / configs.CONFIG).read_text()
@@ -228,19 +241,19 @@ def steps(versions: Mapping[str, int], repository: Path) -> list[Pin]:
             raise InvalidModel(
                 f"version {version} of {name} is not on disk as it was served. Build it again."
             ) from None
-        found |= {Pin(*pin): None for pin in configs.steps(written).items()}
-    return list(found)
+        pins |= {Pin(*pin): None for pin in configs.steps(written).items()}
+    return list(pins)
 
 
 def remember(versions: Mapping[str, int], repository: Path) -> None:
-    """Note of each ensemble which version is served now, before another one is."""
+    """Note the version that each ensemble serves now, before it switches to another."""
     for name, version in versions.items():
         for before in served(repository / name) - {version}:
             _write_text(f"{before}\n", repository / name / PREVIOUS)
 
 
 def previous(model: Path) -> int | None:
-    """The version that an ensemble served before; None where there is none on disk."""
+    """The version that an ensemble served before; None if it is not on disk."""
     try:
         version = int((model / PREVIOUS).read_text())
     except (OSError, ValueError):
@@ -249,8 +262,8 @@ def previous(model: Path) -> int | None:
 
 
 def tune(name: str, found: Mapping[str, Any], repository: Path) -> None:
-    """Serve the version that an ensemble has now with the `choice` of what was found, and note it;
-    a build keeps it as long as it gives the same version.
+    """Write the `choice` of a tuning result into the configs of an ensemble's current version. A
+    build that gives the same version keeps it.
 
     Raises:
         ModelNotFound: the repository has no such model.
@@ -268,22 +281,24 @@ def tune(name: str, found: Mapping[str, Any], repository: Path) -> None:
 
 
 def _tuned(written: Any, onnx: Path) -> Any:
-    """The config with what was found for the ONNX step's version in this folder, if anything."""
+    """The config with the tuning result of the ONNX step's version folder, if it has one."""
     path = onnx / TUNED
     return (
-        model_config.tuned(written, json.loads(path.read_text())["choice"]) if path.exists() else written
+        model_config.tuned(written, json.loads(path.read_text())["choice"])
+        if path.exists()
+        else written
     )
 
 
 def write_fusion(
-    made: Fusion, facts: ModelSpec, record: Mapping[str, Any], repository: Path
+    projection: Fusion, facts: ModelSpec, record: Mapping[str, Any], repository: Path
 ) -> None:
-    """Write the folder of a fusion, pinned to the versions of its two models that are served now.
+    """Write the folder of a fusion, pinned to the served versions of its two models.
 
     Raises:
-        ModelNotFound: the repository has not both of them.
+        ModelNotFound: the repository lacks one of them.
     """
-    names = {"text": made.text_model, "image": made.image_model}
+    names = {"text": projection.text_model, "image": projection.image_model}
     models = {
         kind: Pin(name, int(configs.read(repository, name).folder.name))
         for kind, name in names.items()
@@ -293,7 +308,7 @@ def write_fusion(
     target.mkdir(parents=True, exist_ok=True)
     _write_text(facts.to_json(), target / spec.FILE_NAME)
     _write_text(json.dumps(record, indent=2) + "\n", target / "quality.json")
-    fusion.save(made, target)
+    fusion.save(projection, target)
     precision, note = str(record["precision"]), str(record["fusion"])
     pin = Pin(facts.name, version)
     _keep(model_config.fusion(facts.name, facts, precision, models, note), pin, repository)
@@ -303,37 +318,47 @@ def write_fusion(
 
 
 def pinned(repository: Path, step: str) -> set[int]:
-    """Versions of a step that ensembles of the repository are made of, as far as they are there."""
+    """Versions of a step that ensembles of the repository pin and that are on disk."""
     texts = [path.read_text() for path in repository.glob(f"*/{configs.CONFIG}")]
     versions = {configs.steps(config).get(step, 0) for config in texts}
     return versions & set(configs.present(repository / step))
 
 
 def served(model: Path) -> set[int]:
-    """Versions that a model's config names, as far as they are there."""
+    """Versions that a model's config names and that are on disk."""
     path = model / configs.CONFIG
     named = configs.versions(path.read_text()) if path.exists() else []
     return set(named) & set(configs.present(model))
 
 
 def forget(model: Path) -> None:
-    """Drop the note of what an ensemble served before."""
+    """Drop the note of the version that an ensemble served before."""
     (model / PREVIOUS).unlink(missing_ok=True)
 
 
 def prune(versions: Mapping[str, int], repository: Path) -> None:
-    """Remove from the folders of these ensembles and their steps what is neither served, nor was
-    before, nor is to follow.
+    """Remove old versions of these ensembles and of their steps: all but the served one, the one
+    before, and a candidate's.
     """
     kept: dict[str, set[int]] = {}
     for path in repository.glob(f"*/{configs.CONFIG}"):
         name = path.parent.name
         for version in served(path.parent) | {previous(path.parent) or 0}:
-            for model, one in {name: version, **_pinned_by(path.parent / str(version))}.items():
-                kept.setdefault(model.removesuffix(configs.CANDIDATE), set()).add(one)
+            pins = {name: version, **_pinned_by(path.parent / str(version))}
+            for model, number in pins.items():
+                kept.setdefault(model.removesuffix(configs.CANDIDATE), set()).add(number)
     for model in {*versions, *(pin.model for pin in steps(versions, repository))}:
         for version in set(configs.present(repository / model)) - kept.get(model, set()):
             shutil.rmtree(repository / model / str(version), ignore_errors=True)
+
+
+def replaces(built: Iterable[Built], repository: Path) -> bool:
+    """Whether the repository serves another version of any precision of these."""
+    return any(
+        served(repository / served_name(one.name, precision)) - {one.version(precision)}
+        for one in built
+        for precision in SUFFIXES
+    )
 
 
 def _pinned_by(version: Path) -> dict[str, int]:
@@ -342,8 +367,8 @@ def _pinned_by(version: Path) -> dict[str, int]:
 
 
 def _unpublish_stale(built: Built, repository: Path) -> None:
-    """Remove precisions that this build does not give and that were built for another space: one
-    model's names are to be of one space.
+    """Remove precisions of another space that this build does not contain: all names of a model
+    have one space.
     """
     for precision in SUFFIXES:
         ensemble = repository / served_name(built.name, precision)
@@ -369,8 +394,8 @@ def _place_onnx(built: Built, precision: str, model: Path, pin: Pin, repository:
     folder = repository / pin.model
     longest = model_config.WARM_TOKENS
     _copy_model(model, folder / str(pin.version))
-    # Small ids that every vocabulary has; Triton reads as much as each sample's shape takes. The
-    # same for every version: one may be loaded again.
+    # Small ids that every vocabulary has; Triton reads as many as a sample's shape needs. All
+    # versions share them, as an old one may be loaded again.
     _write_bytes((np.arange(longest) % 100).astype("<i8").tobytes(), folder / "warmup/input_ids")
     _write_bytes(np.ones(longest, "<i8").tobytes(), folder / "warmup/attention_mask")
     written = model_config.onnx(pin.model, built.spec, precision, built.device)
@@ -394,8 +419,8 @@ def _copy_model(model: Path, folder: Path) -> None:
     paths = [folder / file.name for file in files]
     if not all(map(_is_copied, files, paths)):
         parts = [_copied(file, path) for file, path in zip(files, paths, strict=True)]
-        # Killed before the graph is there, a build leaves what does not open, never one graph with
-        # another's weights.
+        # A build killed here leaves a version that does not open, never a graph with the weights
+        # of another.
         (folder / session.FILE_NAME).unlink(missing_ok=True)
         for part, path in zip(parts, paths, strict=True):
             part.replace(path)
@@ -403,7 +428,7 @@ def _copy_model(model: Path, folder: Path) -> None:
 
 
 def _seal(files: Iterable[Path]) -> None:
-    """Note what these files of one version are, for the backend that opens them."""
+    """Write the checksums of files of one version folder, which the backend verifies."""
     paths = list(files)
     _write_text(checksums.of(paths), paths[0].parent / checksums.FILE_NAME)
 
@@ -416,22 +441,30 @@ def _place_pooler(built: Built, pin: Pin, repository: Path) -> None:
 
 
 def _place_ensemble(built: Built, precision: str, repository: Path) -> None:
-    name = served_name(built.name, precision) + built.suffix
-    version, steps, twin = built.version(precision), built.steps(precision), built.twin(precision)
+    pin, steps = built.ensemble(precision), built.steps(precision)
     quality = built.quality[precision]
-    folder = repository / name / str(version)
+    folder = repository / pin.model / str(pin.version)
     _write_text(built.spec.to_json(), folder / spec.FILE_NAME)
     _write_text(json.dumps(quality, indent=2) + "\n", folder / "quality.json")
-    described = (name, built.spec, precision, steps)
-    missed = quality.get("missed", ())
+    described = model_config.Ensemble(
+        pin.model,
+        built.spec,
+        precision,
+        steps,
+        quality.get("missed", ()),
+        built.counterpart(precision),
+    )
     if built.tokenizer is None:
-        _keep(model_config.image_ensemble(*described, missed, twin), Pin(name, version), repository)
+        _keep(model_config.image_ensemble(described), pin, repository)
         return
-    _keep(model_config.ensemble(*described, missed, twin), Pin(name, version), repository)
-    _write_text_warmup(built.spec, repository / name)
+    _keep(model_config.ensemble(described), pin, repository)
+    _write_text_warmup(built.spec, repository / pin.model)
     onnx = repository / steps["onnx"].model / str(steps["onnx"].version)
-    alone = _tuned(model_config.one_process(*described, built.device, missed, twin), onnx)
-    _write_text(model_config.to_text(model_config.serving(alone, [version])), folder / ONE_PROCESS)
+    one_process = _tuned(model_config.one_process(described, built.device), onnx)
+    _write_text(
+        model_config.to_text(model_config.serving(one_process, [pin.version])),
+        folder / ONE_PROCESS,
+    )
 
 
 def _write_text_warmup(spec: ModelSpec, folder: Path) -> None:
@@ -443,18 +476,20 @@ def _write_text_warmup(spec: ModelSpec, folder: Path) -> None:
 
 
 def _keep(written: Any, pin: Pin, repository: Path) -> None:
-    """Write a config into the version folder that is served with it."""
+    """Write the config of a version into its folder."""
     _write_config(written, [pin.version], repository / pin.model / str(pin.version))
 
 
 def _serve(pin: Pin, versions: Iterable[int], repository: Path) -> None:
-    """Write a step's config: this version's own, serving these versions."""
+    """Write a step's config: that of its pinned version, serving these versions."""
     folder = repository / pin.model
     _write_config(model_config.read(folder / str(pin.version) / configs.CONFIG), versions, folder)
 
 
 def _write_config(written: Any, versions: Iterable[int], folder: Path) -> None:
-    _write_text(model_config.to_text(model_config.serving(written, versions)), folder / configs.CONFIG)
+    _write_text(
+        model_config.to_text(model_config.serving(written, versions)), folder / configs.CONFIG
+    )
 
 
 def _bytes_tensor(value: bytes) -> bytes:
@@ -471,7 +506,7 @@ def _write_bytes(content: bytes, path: Path) -> None:
 
 
 def _write_all(contents: Mapping[Path, bytes]) -> None:
-    """Write files under other names first, so that all take their own in one moment."""
+    """Write files under other names, then rename all of them at once."""
     written = []
     for path, content in contents.items():
         if not path.exists() or path.read_bytes() != content:
@@ -492,7 +527,7 @@ def _is_copied(source: Path, path: Path) -> bool:
 
 
 def _copied(source: Path, path: Path) -> Path:
-    """A copy beside the path, to be put in its place."""
+    """A copy or hard link beside the path, to be renamed to it."""
     part = _part(path)
     part.unlink(missing_ok=True)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -63,7 +63,7 @@ def build(
     with extra("build"):
         from halimede_tools.build import plan
 
-    options: dict[str, Any] = {
+    fields: plan.Fields = {
         "precisions": names(precisions),
         "accepted": names(accept),
         "accepted_licence": accept_licence,
@@ -76,12 +76,15 @@ def build(
         "token_embeddings": token_embeddings,
     }
     if prompt:
-        options["prompts"] = _prompts(prompt)
+        fields["prompts"] = _prompts(prompt)
     with extra("build"):
-        for ensemble in plan.build(
-            plan.order(model, name, **options), Settings(), candidate=candidate
-        ):
-            print(ensemble, flush=True)
+        request = plan.build_request(model, name, **fields)
+        plan.build(request, Settings(), candidate=candidate, published=_print)
+
+
+def _print(ensembles: list[str]) -> None:
+    """Print what has just been published: stdout is for programs."""
+    print("\n".join(ensembles), flush=True)
 
 
 def _prompts(given: list[str]) -> dict[str, str]:

@@ -143,10 +143,10 @@ def status(context: typer.Context, model: Model, as_json: AsJson = False) -> Non
 @contextlib.contextmanager
 def _deploying(context: typer.Context, model: str) -> Iterator[Deployment]:
     """The deployment of a model that nothing else builds or deploys meanwhile."""
-    from halimede_tools.build.steps import alone
+    from halimede_tools.build.steps import exclusive
 
     with _deployment(context, model) as deployment:
-        with alone(deployment.built_as, Settings()):
+        with exclusive(deployment.built_as, Settings()):
             yield deployment
 
 

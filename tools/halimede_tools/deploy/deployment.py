@@ -48,7 +48,7 @@ class Deployment:
         Raises:
             DeployError: there is none.
         """
-        waiting = candidates.found(self._names(), self.folder)
+        waiting = candidates.versions(self._names(), self.folder)
         if not waiting:
             raise DeployError(
                 f"{self.model} has no candidate. Build one: halimede build MODEL "
@@ -66,7 +66,7 @@ class Deployment:
         waiting = self.waiting()
         self._check_fusions(waiting)
         try:
-            self._load([candidates.beside(name) for name in waiting])
+            self._load([candidates.candidate_name(name) for name in waiting])
         except DeployError:
             self._remove(waiting)
             raise
@@ -125,7 +125,7 @@ class Deployment:
             HalimedeError: as `publish`.
         """
         names = self._names()
-        waiting = candidates.found(names, self.folder)
+        waiting = candidates.versions(names, self.folder)
         served = self._served(names)
         before = {name: repository.previous(self.folder / name) for name in names}
         back = {
@@ -149,20 +149,20 @@ class Deployment:
         servers have each ready.
         """
         names = self._names()
-        waiting = candidates.found(names, self.folder)
+        waiting = candidates.versions(names, self.folder)
         loaded = [server.loaded() for server in self.servers]
         for name, version in self._served(names).items():
             ready = sum(version in one.get(name, ()) for one in loaded)
             row: dict[str, Any] = {"model": name, "version": version, "ready_on": ready}
             if name in waiting:
-                beside = candidates.beside(name)
+                beside = candidates.candidate_name(name)
                 ready = sum(waiting[name] in one.get(beside, ()) for one in loaded)
                 row |= {"candidate": waiting[name], "candidate_ready_on": ready}
                 row["share"] = candidates.share(name, self.folder)
             yield row | {"before": repository.previous(self.folder / name) or ""}
 
     def _names(self) -> list[str]:
-        found = candidates.names(self.model, self.folder)
+        found = candidates.ensembles(self.model, self.folder)
         if not found:
             raise DeployError(f"the repository serves nothing under the name {self.model!r}.")
         return found
@@ -228,7 +228,9 @@ class Deployment:
 
     def _configs(self, name: str) -> tuple[Path, Path]:
         """Of an ensemble and its candidate."""
-        paths = [self.folder / one / configs.CONFIG for one in (name, candidates.beside(name))]
+        paths = [
+            self.folder / one / configs.CONFIG for one in (name, candidates.candidate_name(name))
+        ]
         return paths[0], paths[1]
 
     def _move(self, versions: Mapping[str, int]) -> None:
@@ -243,8 +245,8 @@ class Deployment:
 
     def _give(self, waiting: Mapping[str, int], shares: Mapping[str, float]) -> None:
         for name, version in waiting.items():
-            candidates.give({name: version}, shares[name], self.folder)
-        self._load([candidates.beside(name) for name in waiting])
+            candidates.set_share({name: version}, shares[name], self.folder)
+        self._load([candidates.candidate_name(name) for name in waiting])
 
     def _forgiving(self) -> Deployment:
         return dataclasses.replace(self, forgiving=True)
@@ -261,8 +263,8 @@ class Deployment:
 
     def _remove(self, waiting: Mapping[str, int]) -> None:
         """Take candidates from the servers and from disk; clients ask the served model again."""
-        candidates.give(waiting, 0, self.folder)  # a server that starts now does not load them
-        beside = {candidates.beside(name) for name in waiting}
+        candidates.set_share(waiting, 0, self.folder)  # a server that starts now does not load them
+        beside = {candidates.candidate_name(name) for name in waiting}
         for server in self.servers:
             server.unload(sorted(server.loaded().keys() & beside))
         candidates.remove(waiting, self.folder)

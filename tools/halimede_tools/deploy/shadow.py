@@ -55,7 +55,7 @@ def compare(name: str, server: Options, texts: Sequence[str]) -> Shadow:
     Raises:
         HalimedeError: one of them does not answer.
     """
-    beside = candidates.beside(name)
+    beside = candidates.candidate_name(name)
     with _opened(name, server) as served, _opened(beside, server) as candidate:
         now, then = served.embed(texts), candidate.embed(texts)
         seconds = [(_timed(served, text), _timed(candidate, text)) for text in texts[:TIMED]]

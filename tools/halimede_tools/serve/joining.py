@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from halimede_ops.errors import HalimedeError
 from halimede_tools.build.repository import served_name
-from halimede_tools.build.steps import console
+from halimede_tools.console import console
 from halimede_tools.deploy.control import Control
 from halimede_tools.serve.options import Options
 from halimede_tools.serve.wheel import DIE_WITH_PARENT

@@ -13,9 +13,9 @@ from halimede.models import catalogue
 from halimede_launch import watch
 from halimede_ops.errors import ServeError
 from halimede_repository import configs
-from halimede_tools.build.plan import PRECISIONS, build, order
+from halimede_tools.build.plan import PRECISIONS, build, build_request
 from halimede_tools.build.repository import served_name
-from halimede_tools.build.steps import console
+from halimede_tools.console import console
 from halimede_tools.serve import joining, wheel
 from halimede_tools.serve.options import Options
 from halimede_tools.settings import Settings
@@ -117,7 +117,7 @@ def _build_first(settings: Settings, options: Options) -> list[joining.Build]:
             if not configs.is_built(settings.repository / served_name(model, precision))
         ]
         if missing == precisions:
-            build(order(model, precisions=(missing.pop(0),)), settings)
+            build(build_request(model, precisions=(missing.pop(0),)), settings)
         if missing:
             later.append(joining.Build(model, tuple(missing)))
     return later

@@ -28,7 +28,8 @@ from halimede_tools.bench.peers import engines, limit, tables
 from halimede_tools.bench.peers.engines import REFERENCE, Engine
 from halimede_tools.build.repository import served_name
 from halimede_tools.build.samples import corpus
-from halimede_tools.progress import Progress, console
+from halimede_tools.console import console
+from halimede_tools.progress import Progress
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 

@@ -18,7 +18,7 @@ from halimede_ops.errors import DownloadError, HalimedeError
 from halimede_tools.build.graph import rewrite
 from halimede_tools.build.repository import served_name
 from halimede_tools.build.samples import corpus
-from halimede_tools.progress import console
+from halimede_tools.console import console
 from halimede_tools.settings import Settings
 
 ENVIRONMENTS = {

@@ -1,1 +1,1 @@
-"""Changes of ONNX graphs."""
+"""Making and changing ONNX graphs."""

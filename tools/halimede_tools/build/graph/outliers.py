@@ -1,8 +1,8 @@
-"""Outliers: channels whose values are so large that INT8 would have no steps left for the others.
+"""Outliers: channels whose values are so large that INT8's 255 steps are too coarse for the others.
 
-In transformers one or two channels between a feed-forward block's two MatMuls hold values ten
-times the rest, at one token of a text. Their way through the block is taken apart from the others'
-and stays in FP32: a few columns of the first MatMul, a few rows of the second.
+In transformers, one or two channels between the two MatMuls of a feed-forward block hold values ten
+times the rest, at one token of a text. These channels get a branch of their own that stays in FP32:
+a few columns of the first MatMul, a few rows of the second.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from onnx import helper, numpy_helper
 from halimede_tools.build.graph import rewrite
 
 APART = "outliers/"
-"""Begins the names of the nodes on the way that stays in FP32."""
-MOST_CHANNELS = 8
-WORTH_LOSS = 0.002
-"""Loss below which a MatMul is well enough as it is."""
+"""Begins the names of the nodes in the FP32 branch."""
+MAX_CHANNELS = 8
+MIN_LOSS = 0.002
+"""Rounding loss below which a MatMul is left as it is."""
 ELEMENTWISE = (
     "Add", "Sub", "Mul", "Div", "Erf", "Relu", "Sigmoid", "Tanh", "Pow", "Gelu", "Clip",
 )  # fmt: skip
 
 
 def rounding_loss(values: np.ndarray) -> float:
-    """Energy of INT8's rounding error over that of the values about their channels' means:
-    `[tokens, channels]` float32. Outliers widen the range that 255 steps must cover.
+    """Energy of INT8's rounding error divided by the variance of the channels; values `[tokens,
+    channels]` float32. Outliers widen the range that 255 steps must cover.
     """
     step = float(max(0.0, values.max()) - min(0.0, values.min())) / 255 or 1.0
     error = np.square(np.round(values / step) * step - values).sum()
@@ -36,13 +36,13 @@ def rounding_loss(values: np.ndarray) -> float:
 
 
 def channels(values: np.ndarray) -> list[int]:
-    """The fewest channels, at most MOST_CHANNELS, without which `[tokens, channels]` values lose
-    less than half; empty where that is not worth it or not to be had.
+    """The fewest channels, at most MAX_CHANNELS, without which the rounding loss of the values
+    `[tokens, channels]` halves; empty if the loss is below MIN_LOSS or no such channels exist.
     """
     loss = rounding_loss(values)
     largest = np.argsort(np.abs(values).max(axis=0))[::-1]
     count = 1
-    while loss > WORTH_LOSS and count <= MOST_CHANNELS:
+    while loss > MIN_LOSS and count <= MAX_CHANNELS:
         left = values.copy()
         left[:, largest[:count]] = 0
         if rounding_loss(left) < loss / 2:
@@ -52,8 +52,9 @@ def channels(values: np.ndarray) -> list[int]:
 
 
 def take_apart(model: onnx.ModelProto, found: Mapping[str, Sequence[int]]) -> list[str]:
-    """Give these input channels of MatMuls, by the MatMul's name, a way of their own; the names of
-    those where the way back to a MatMul is none of plain elementwise operators are left out.
+    """Move input channels of MatMuls into an FP32 branch; the names of the MatMuls that could be
+    changed. `found` is MatMul → channels. A MatMul can be changed if only elementwise operators lie
+    between it and the MatMul before.
     """
     changed = _Graph(model)
     apart = [name for name, chosen in found.items() if changed.take_apart(name, list(chosen))]
@@ -62,7 +63,7 @@ def take_apart(model: onnx.ModelProto, found: Mapping[str, Sequence[int]]) -> li
 
 
 class _Graph:
-    """A model's graph, to be changed."""
+    """The graph of a model, with indices for changing it."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.graph: Any = model.graph
@@ -71,10 +72,10 @@ class _Graph:
         self.nodes = {node.name: node for node in self.graph.node}
 
     def take_apart(self, name: str, chosen: list[int]) -> bool:
-        """Whether the MatMul's channels could be, and now are, taken apart."""
+        """Move channels of a MatMul into an FP32 branch; False if that is not possible."""
         second = self.nodes[name]
-        way = self._way(second.input[0]) if second.op_type == "MatMul" else []
-        if not way or not self._is_private(way, second):
+        path = self._path(second.input[0]) if second.op_type == "MatMul" else []
+        if not path or not self._is_private(path, second):
             return False
         prefix = f"{APART}{name.strip('/')}/"
         nodes: list[Any] = []
@@ -87,16 +88,16 @@ class _Graph:
             helper.make_node("Add", [rest, f"{prefix}part"], [whole], f"{prefix}Add"),
         ]
         self._blank(second, 1, chosen, f"{prefix}others", axis=0)
-        for node in way:
+        for node in path:
             self._blank_constants(node, chosen, f"{prefix}{node.name.strip('/')}")
         place = list(self.graph.node).index(second) + 1
         for node in reversed(nodes):
             self.graph.node.insert(place, node)
         return True
 
-    def _way(self, tensor: str) -> list[Any]:
-        """The nodes that a tensor comes through from MatMuls, all others elementwise; empty where
-        there are others.
+    def _path(self, tensor: str) -> list[Any]:
+        """The nodes between the MatMuls before a tensor and the tensor, the MatMuls included; empty
+        if one of the others is not elementwise.
         """
         node = self.made_by.get(tensor)
         if node is None:
@@ -104,23 +105,23 @@ class _Graph:
         if node.op_type == "MatMul" and node.input[1] in self.constants:
             return [node]
         inputs = [name for name in node.input if name and name not in self.constants]
-        ways = [self._way(name) for name in inputs]
-        if node.op_type not in ELEMENTWISE or not ways or not all(ways):
+        paths = [self._path(name) for name in inputs]
+        if node.op_type not in ELEMENTWISE or not paths or not all(paths):
             return []
-        found = [node, *(one for way in ways for one in way)]
-        return [one for place, one in enumerate(found) if one not in found[:place]]
+        nodes = [node, *(one for path in paths for one in path)]
+        return [one for place, one in enumerate(nodes) if one not in nodes[:place]]
 
-    def _is_private(self, way: list[Any], second: Any) -> bool:
-        """Whether nothing but `second` uses what the nodes of the way give."""
-        inside = {name for node in way for name in node.output}
+    def _is_private(self, path: list[Any], second: Any) -> bool:
+        """Whether only `second` uses the outputs of the path."""
+        inside = {name for node in path for name in node.output}
         users = [node for node in self.graph.node if inside & set(node.input)]
-        return all(node in way or node == second for node in users)
+        return all(node in path or node == second for node in users)
 
     def _array(self, name: str) -> np.ndarray:
         return numpy_helper.to_array(self.constants[name])
 
     def _slice(self, tensor: str, chosen: list[int], prefix: str, nodes: list[Any]) -> str:
-        """The name of a tensor's channels, made by nodes of their own."""
+        """Name of a tensor with only the chosen channels, computed by new nodes."""
         node = self.made_by[tensor]
         name = f"{prefix}{tensor.strip('/')}"
         if any(name in made.output for made in nodes):
@@ -141,13 +142,13 @@ class _Graph:
         return name
 
     def _sliced_constant(self, name: str, chosen: list[int], new: str) -> str:
-        """A vector over the channels, cut to those chosen; what all channels share as it is."""
+        """Name of a constant with only the chosen channels; a scalar stays as it is."""
         if not name or self._array(name).size == 1:
             return name
         return self._constant(self._array(name)[..., chosen], new)
 
     def _blank_constants(self, node: Any, chosen: list[int], new: str) -> None:
-        """Let a node of the way give nothing large in these channels."""
+        """Set the weights of a node that produce these channels to zero."""
         if node.op_type == "MatMul":
             self._blank(node, 1, chosen, f"{new}/columns", axis=1)
         elif node.op_type == "Add":
@@ -156,7 +157,7 @@ class _Graph:
                     self._blank(node, place, chosen, f"{new}/{place}", axis=-1)
 
     def _blank(self, node: Any, place: int, chosen: list[int], new: str, axis: int) -> None:
-        """Set a constant's rows or columns to zero, for this node alone."""
+        """Set rows or columns of a constant to zero, for this node only."""
         values = self._array(node.input[place]).copy()
         np.moveaxis(values, axis, 0)[chosen] = 0
         node.input[place] = self._constant(values, new)

@@ -1,8 +1,8 @@
-"""Packing: a model as it runs with several texts in one row.
+"""Packing: a model that takes several texts in one row.
 
-The attention mask's values number a row's texts from 1; a token attends to its own text alone, has
-the position it would have if its text began the row, and every text is pooled for itself. With a
-mask of 0 and 1, one text a row, the graph is what it is without packing.
+The values of the attention mask number the texts of a row from 1. A token attends only to its own
+text, has the position it would have if its text began the row, and each text is pooled on its own.
+With a mask of 0 and 1 a row holds one text, and its vector is the same as without packing.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ import torch
 from halimede_ops.spec import POOLED, TOKEN_EMBEDDINGS
 
 ARCHITECTURES = ("bert", "roberta", "xlm-roberta", "camembert")
-"""Encoders that take a mask for every pair of tokens, and a position for every token."""
-POOL = "/pool/"
-"""Part of the names of the nodes that pool."""
+"""Encoders that accept a mask per pair of tokens, and a position per token."""
 POOLINGS = ("mean", "cls")
 
 
 def packed(model: Any) -> Packed | None:
-    """A loaded model that takes several texts a row; None where its parts cannot."""
+    """A loaded model that takes several texts in a row; None if its modules do not allow that."""
     config, pooling = model[0].auto_model.config, model[1] if len(model) > 1 else None
     possible = (
         config.model_type in ARCHITECTURES
@@ -34,13 +32,13 @@ def packed(model: Any) -> Packed | None:
 
 
 def pooling_mode(pooling: Any) -> str:
-    """How a Pooling pools; empty where it does so in several ways at once."""
+    """The mode of a Pooling; empty if it has several."""
     mode = pooling.pooling_mode
     return mode if isinstance(mode, str) else mode[0] if len(mode) == 1 else ""
 
 
 class Packed(torch.nn.Module):
-    """A SentenceTransformer over rows of several texts."""
+    """A SentenceTransformer that takes rows of several texts."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -52,9 +50,9 @@ class Packed(torch.nn.Module):
         self.padding_id = None if is_bert else embeddings.padding_idx
 
     def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Features with POOLED, `[rows * places of a row, dims]`: a row's texts side by side,
-        in order of their numbers, then what means nothing. All rows have as many places, 1 where
-        none has more texts.
+        """Features with POOLED, `[rows * places of a row, dims]`: the texts of a row in order of
+        their numbers, then unused places. All rows have the same number of places: 1 if each has
+        one text.
         """
         ids, texts = features["input_ids"], features["attention_mask"]
         same = (texts[:, :, None] == texts[:, None, :]) & (texts[:, None, :] > 0)
@@ -73,18 +71,18 @@ class Packed(torch.nn.Module):
 
 
 STEP = 8
-"""The places of a row, one a text, are 1 or more by a multiple of this."""
+"""A row has one place per text, rounded up to 1 plus a multiple of this."""
 
 
 class _Pool(torch.nn.Module):
-    """Every text of a row pooled for itself."""
+    """Pools each text of a row on its own."""
 
     def __init__(self, mode: str) -> None:
         super().__init__()
         self.mode = mode
 
     def forward(self, hidden: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        # Few numbers, since engines compile and keep kernels for each: 1, 9, 17, …
+        # Few different numbers (1, 9, 17, …): engines compile and keep kernels for each.
         most: Any = (texts.max() + STEP - 2) // STEP * STEP + 1
         numbers = 1 + torch.arange(most)
         own = texts[:, None, :] == numbers[None, :, None]
@@ -99,7 +97,7 @@ class _Pool(torch.nn.Module):
 def positions_in_text(texts: torch.Tensor) -> torch.Tensor:
     """Each token's distance from the end of the text before its own: `[rows, tokens]` int64.
 
-    Masked tokens in front of a text count, as they do for BERT.
+    Masked tokens before a text count, as they do for BERT.
     """
     index = torch.arange(texts.shape[1], device=texts.device)
     before = (texts[:, None, :] > 0) & (texts[:, None, :] < texts[:, :, None])

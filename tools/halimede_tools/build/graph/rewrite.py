@@ -1,4 +1,4 @@
-"""Graph: what the build does to ONNX graphs as graphs."""
+"""Rewrite: load, save, optimise and change ONNX graphs."""
 
 from __future__ import annotations
 
@@ -18,42 +18,44 @@ from halimede_ops.spec import POOLED, TOKEN_EMBEDDINGS
 
 INPUTS = ("input_ids", "attention_mask")
 HIDDEN, MASK, TAIL = "hidden", "mask", "tail/"
+POOL = "/pool/"
+"""Part of the names of the nodes that pool: graph.packing calls that module `pool`."""
 SMALLEST_BYTES = 1024
-"""Of a constant that lies beside the graph, as onnxruntime writes them too."""
+"""Smallest constant that is stored beside the graph; onnxruntime has the same limit."""
 
 
 def load(path: Path) -> onnx.ModelProto:
     """A model that `save` or `optimise` wrote, with its weights.
 
-    onnx's own loader refuses weights whose file has a second name, as the store and the repository
-    share theirs.
+    onnx's own loader refuses a weights file with several hard links, and the store and the
+    repository share theirs.
     """
     model = onnx.load(path, load_external_data=False)
     weights = [entry for entry in _constants(model.graph) if uses_external_data(entry)]
     if weights:
         data = np.memmap(data_of(path), np.uint8, "r")
         for entry in weights:
-            told = ExternalDataInfo(entry)
-            entry.raw_data = data[told.offset or 0 :][: told.length].tobytes()
+            info = ExternalDataInfo(entry)
+            entry.raw_data = data[info.offset or 0 :][: info.length].tobytes()
             entry.data_location = onnx.TensorProto.DEFAULT
             del entry.external_data[:]
     return model
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write a model with its weights beside it, which `model` no longer has then."""
+    """Write a model with its weights beside it. The weights are removed from `model`."""
     weights = data_of(path)
-    weights.unlink(missing_ok=True)  # onnx would write behind what is there
+    weights.unlink(missing_ok=True)  # onnx would append to it
     for entry in _constants(model.graph):
         if len(entry.raw_data) >= SMALLEST_BYTES:
             set_external_data(entry, weights.name)
     onnx.save(model, path)
     if weights.exists():
-        weights.chmod(path.stat().st_mode)  # onnx lets nobody else read it
+        weights.chmod(path.stat().st_mode)  # onnx makes it readable by its owner only
 
 
 def keep_outputs(path: Path, widths: Mapping[str, int]) -> None:
-    """Drop every output but these, and state the length of their last dimension."""
+    """Drop all outputs but these, and set the size of their last dimension."""
     model = onnx.load(path)
     found = {output.name: output for output in model.graph.output}
     del model.graph.output[:]
@@ -66,8 +68,8 @@ def keep_outputs(path: Path, widths: Mapping[str, int]) -> None:
 
 
 def optimise(raw: Path, target: Path) -> None:
-    """Fold constants and drop dead nodes; nothing that only onnxruntime understands, so that
-    OpenVINO and TensorRT read the same file.
+    """Fold constants and drop dead nodes. The result has standard operators only, so OpenVINO and
+    TensorRT read the same file.
     """
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -88,7 +90,7 @@ def optimise(raw: Path, target: Path) -> None:
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph, and those of its nodes' branches."""
+    """A graph and the graphs of its nodes' branches, at any depth."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
@@ -102,9 +104,9 @@ def _constants(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def dequantise_what_is_looked_up(model: onnx.ModelProto) -> None:
-    """Let every lookup in a quantised table dequantise its rows, not the table: an engine that
-    folds constants would hold the table in float32 again, four times its size. A row's values stay
-    the same to the bit.
+    """Dequantise rows after they are looked up, not the whole table before: an engine that folds
+    constants would hold the table in float32, at four times its size. A row's values stay the same
+    to the bit.
     """
     graph: Any = model.graph
     constants = {entry.name: entry for entry in graph.initializer}
@@ -123,8 +125,8 @@ def dequantise_what_is_looked_up(model: onnx.ModelProto) -> None:
 
 
 def drop_zero_points(model: onnx.ModelProto) -> None:
-    """Drop the zero points of weights where all are 0, which is what none means: engines would
-    subtract them from every weight, or spend time on finding that they need not.
+    """Drop zero points of weights if all are 0, which is the default. Engines would subtract them
+    from every weight, or spend time finding out that they need not.
     """
     constants = {entry.name: entry for entry in model.graph.initializer}
     for node in model.graph.node:
@@ -141,7 +143,7 @@ def _axis(node: onnx.NodeProto, default: int) -> int:
 
 
 def _look_up_quantised(graph: Any, lookup: Any, table: str, scale: np.ndarray) -> None:
-    """Put a lookup of int8 rows, times a lookup of the rows' scales, in place of a Gather."""
+    """Replace a Gather by a lookup of int8 rows times a lookup of the rows' scales."""
     ids, name = lookup.input[1], lookup.output[0]
     scales = np.ascontiguousarray(scale.reshape(-1, 1), np.float32)
     graph.initializer.append(numpy_helper.from_array(scales, f"{name}/scales"))
@@ -158,9 +160,9 @@ def _look_up_quantised(graph: Any, lookup: Any, table: str, scale: np.ndarray) -
 
 
 def _drop_unused(model: onnx.ModelProto, operator: str) -> None:
-    """Drop the operator's nodes that give nothing that is used, with the constants left over."""
+    """Drop the nodes of this operator whose outputs are not used, and then unused constants."""
     graph: Any = model.graph
-    used = set(_taken(graph))
+    used = set(_used(graph))
     for node in [node for node in graph.node if node.op_type == operator]:
         if not used & set(node.output):
             graph.node.remove(node)
@@ -168,20 +170,23 @@ def _drop_unused(model: onnx.ModelProto, operator: str) -> None:
 
 
 def drop_unused_constants(model: onnx.ModelProto) -> None:
-    """Drop the constants that no node takes."""
+    """Drop the constants that no node uses.
+
+    onnxruntime's OnnxModel.update_graph also drops what only a branch within a branch uses.
+    """
     graph: Any = model.graph
-    used = set(_taken(graph))
+    used = set(_used(graph))
     for entry in [entry for entry in graph.initializer if entry.name not in used]:
         graph.initializer.remove(entry)
 
 
-def _taken(graph: onnx.GraphProto) -> Iterator[str]:
-    """What a graph's nodes take, and those of its branches."""
+def _used(graph: onnx.GraphProto) -> Iterator[str]:
+    """Names of the inputs of all nodes, those of branches included."""
     return (name for part in _graphs(graph) for node in part.node for name in node.input)
 
 
 def opset(model: onnx.ModelProto) -> int:
-    """Version of the standard operators that a model uses."""
+    """The opset version of a model's standard operators."""
     return next(int(entry.version) for entry in model.opset_import if not entry.domain)
 
 
@@ -191,10 +196,10 @@ def output_names(model: onnx.ModelProto) -> list[str]:
 
 
 def load_body(path: Path) -> onnx.ModelProto:
-    """A ready-made transformer with our two inputs alone, its hidden state as TOKEN_EMBEDDINGS.
+    """A ready-made transformer with our two inputs only and its hidden state as TOKEN_EMBEDDINGS.
 
     Raises:
-        InvalidModel: it has inputs that are not known, or no hidden state.
+        InvalidModel: it has unknown inputs, or no hidden state.
     """
     model = onnx.load(path)
     for name in [entry.name for entry in model.graph.input]:
@@ -221,7 +226,7 @@ def load_body(path: Path) -> onnx.ModelProto:
 
 
 def append(body: onnx.ModelProto, tail: Path) -> None:
-    """Put a graph of HIDDEN and MASK behind the body's hidden state and attention mask."""
+    """Append a graph that takes HIDDEN and MASK to the body's hidden state and attention mask."""
     after = compose.add_prefix(onnx.load(tail), TAIL).graph
     _connect(body, TOKEN_EMBEDDINGS, TAIL + HIDDEN)
     _connect(body, "attention_mask", TAIL + MASK)
@@ -251,7 +256,7 @@ def _make_zeros(model: onnx.ModelProto, name: str) -> None:
 
 
 def mark_packed(path: Path) -> None:
-    """Write into the model that its rows may have several texts."""
+    """Note in the model's metadata that its rows may have several texts."""
     model = onnx.load(path, load_external_data=False)
     helper.set_model_props(model, dict.fromkeys((PACKED,), "true"))
     onnx.save(model, path)

@@ -1,1 +1,1 @@
-"""Texts, pictures and scored pairs that the build calibrates and checks with."""
+"""Texts, pictures and scored pairs for calibration and checks."""

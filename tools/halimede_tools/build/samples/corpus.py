@@ -1,7 +1,7 @@
-"""Texts the build itself needs: for calibrating INT8 and for checking vectors.
+"""Texts that the build calibrates INT8 with, and texts that it checks vectors with.
 
-Both are drawn from the sentences in `data/`, written for this project, by seeded random
-choice: the same texts on every machine, and no text in both sets.
+Both are drawn from the sentences in `data/`, written for this project, by seeded random choice: the
+same texts on every machine, and no text in both sets.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def mixed_texts(count: int = 1000, seed: int = 3) -> list[str]:
 
 
 def _drawn(sentences: list[str], count: int, chance: random.Random) -> Iterator[str]:
-    """Every sentence once, then joins of a few, of lengths as user texts have: most short."""
+    """Each sentence once, then several joined, with the lengths of user texts: most are short."""
     yield from sentences[:count]
     for _ in range(count - len(sentences)):
         parts = min(40, int(chance.expovariate(1 / 2.2)) + 1)

@@ -1,7 +1,7 @@
-"""Pictures the build itself needs: for calibrating INT8 and for checking pixels and vectors.
+"""Pictures that the build calibrates INT8 with, and pictures that it checks vectors with.
 
-Drawn, not photographed: gradients, shapes, text-like strokes and noise by seeded random choice, the
-same pictures on every machine.
+They are drawn: gradients, shapes, strokes and noise by seeded random choice, the same pictures on
+every machine.
 """
 
 from __future__ import annotations
@@ -135,14 +135,14 @@ def calibration(folder: Path | None) -> list[bytes]:
 
 
 def calibration_pictures(count: int = 100) -> list[bytes]:
-    """Files to take activation ranges from; none of those that are checked."""
+    """Files to take activation ranges from; none of them is a check picture."""
     return [
         encoded(drawn(10_000 + seed, *SIZES[seed % 8]), FORMS[seed % 3]) for seed in range(count)
     ]
 
 
 def _files(seed: int) -> Iterator[bytes]:
-    # 36 forms and 16 sizes: a step more each round, so that all of them meet.
+    # 36 forms and 16 sizes: one more step each round, so that each form gets each size.
     sizes = cycle(SIZES)
     while True:
         for form in FORMS:

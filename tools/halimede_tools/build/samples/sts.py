@@ -15,9 +15,8 @@ from halimede_ops.errors import InvalidInput
 def spearman(file: Path, embed: Callable[[Sequence[str]], np.ndarray]) -> float:
     """Spearman correlation ×100 of cosine similarity with the scores of an STS file.
 
-    `embed` gives the vectors `[texts, dims]` of texts.
-
-    The file is tab-separated with the columns score, sentence1 and sentence2.
+    The file is tab-separated with the columns score, sentence1 and sentence2. `embed` gives the
+    vectors `[texts, dims]` of texts.
 
     Raises:
         InvalidInput: the file cannot be read or lacks a column.

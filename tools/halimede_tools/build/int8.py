@@ -1,47 +1,48 @@
-"""Quantise: an FP32 model.onnx to FP16, or to INT8 with static quantisation (QDQ)."""
+"""INT8: static quantisation (QDQ) of an FP32 model.onnx.
+
+Dynamic quantisation takes its ranges from the whole batch, so a text's vector would depend on its
+neighbours.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import nncf
 import numpy as np
 import onnx
 import onnxruntime
-from onnxruntime.transformers.float16 import convert_float_to_float16
 
+from halimede_engine import session
 from halimede_engine.session import Pixels, Row
 from halimede_ops import vectors
 from halimede_ops.spec import PIXELS, ModelSpec
-from halimede_tools.build.check import Engine, Tower
-from halimede_tools.build.graph import outliers, packing, rewrite
-from halimede_tools.build.steps import console
+from halimede_tools.build.graph import outliers, rewrite
+from halimede_tools.build.towers import TOWERS, Engine, Tower
+from halimede_tools.console import console
 
-KEPT_FP32 = (
-    "ReduceSum", "ReduceL2", "ReduceMean", "Pow", "Sqrt", "Clip", "Div", "Softmax",
-    "LayerNormalization",
-)  # fmt: skip
-"""Operators that FP16 would round or overflow in: sums over tokens, norms, softmax."""
 KEEP_COUNTS = (0, 1, 2, 4, 8)
-"""How many of the MatMuls that suffer most are left in FP32, tried in turn."""
+"""How many of the MatMuls with the largest rounding loss stay in FP32, tried in turn."""
 MARGIN = 0.0005
-"""What the mean cosine to FP32 must have beyond the bar of the mean cosine to the reference."""
+"""By how much the mean cosine to FP32 must exceed the bar of the mean cosine to the reference."""
 RANKING_INPUTS = 24
 FROM_MATMUL = ("MatMul", "Gemm")
-ALWAYS_FP32 = (outliers.APART, packing.POOL)
-"""Parts of nodes' names: outliers' own way, and pooling."""
+ALWAYS_FP32 = (outliers.APART, rewrite.POOL)
+"""Parts of nodes' names: the outliers' branch, and pooling."""
 
 
-def to_fp16(fp32: Path, target: Path) -> None:
-    """Write `target`: weights in float16, inputs and outputs as before."""
-    model = convert_float_to_float16(
-        rewrite.load(fp32), keep_io_types=True, op_block_list=list(KEPT_FP32)
-    )
-    rewrite.save(model, target)
+def quantise(
+    exported: Path, inputs: str, spec: ModelSpec, calibration: Sequence[Any], folder: Path
+) -> None:
+    """Build step: write the INT8 model.onnx of an exported one, and a record of the attempts."""
+    tower = TOWERS[inputs]
+    fp32, int8 = exported / session.FILE_NAME, folder / session.FILE_NAME
+    attempts = to_int8(fp32, tower, spec, calibration, tower.check_inputs()[::3], int8)
+    (folder / "quantised.json").write_text(json.dumps(attempts, indent=2))
 
 
 def to_int8(
@@ -54,14 +55,11 @@ def to_int8(
 ) -> dict[str, Any]:
     """Write `target`: static QDQ INT8, activation ranges calibrated on the inputs given.
 
-    Static, because dynamic quantisation takes its ranges from the whole batch, so that an
-    input's vector would depend on its neighbours. Channels of outliers go their own way in FP32;
-    where INT8 still misses its bar on `inputs`, the MatMuls whose inputs suffer most are left in
-    FP32, a few more in each attempt.
+    Channels of outliers get a branch of their own in FP32. While INT8 misses its bar on `inputs`,
+    the next attempt leaves more of the MatMuls with the largest rounding loss in FP32.
 
     Returns:
-        The channels that were taken apart, what was left in FP32, and each attempt's mean cosine
-        to FP32.
+        The channels of outliers, the MatMuls left in FP32, and each attempt's mean cosine to FP32.
     """
     rows = tower.rows(fp32.parent, spec)
     expected = Engine(fp32, rows, spec).embed(inputs)
@@ -76,8 +74,8 @@ def to_int8(
     for count in KEEP_COUNTS:
         kept = ranked[:count]
         _quantise(copy.deepcopy(model), feeds, kept, target)
-        got = Engine(target, rows, spec).embed(inputs)
-        cosine = float(vectors.cosine(got, expected).mean())
+        quantised = Engine(target, rows, spec).embed(inputs)
+        cosine = float(vectors.cosine(quantised, expected).mean())
         attempts.append({"kept_fp32": kept, "mean_cosine": round(cosine, 6)})
         console.print(
             f"    outliers of {len(apart)} MatMuls apart, {count} in FP32: mean cosine {cosine:.6f}"
@@ -94,7 +92,7 @@ def to_int8(
 def matmul_inputs(
     model: onnx.ModelProto, feeds: Sequence[dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """What goes into each MatMul with weights, over all feeds: name → `[tokens, channels]`."""
+    """The input of each MatMul with weights, over all feeds: name → `[tokens, channels]`."""
     weights = {weight.name for weight in model.graph.initializer}
     inputs = {
         node.name: node.input[0]
@@ -108,15 +106,15 @@ def matmul_inputs(
 def _activations(
     model: onnx.ModelProto, names: Sequence[str], feeds: Sequence[dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """The named tensors' values in all feeds, by token or picture's position."""
-    asked = copy.deepcopy(model)
-    del asked.graph.output[:]
-    asked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    """Values of the named tensors over all feeds: name → `[tokens, channels]`."""
+    extended = copy.deepcopy(model)
+    del extended.graph.output[:]
+    extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     run = onnxruntime.InferenceSession(
-        asked.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        extended.SerializeToString(), options, providers=["CPUExecutionProvider"]
     ).run
     results = [run(list(names), feed) for feed in feeds]
     return {
@@ -133,6 +131,8 @@ def _quantise(
     kept: Sequence[str],
     target: Path,
 ) -> None:
+    import nncf
+
     logging.getLogger("nncf").setLevel(logging.ERROR)
     quantised = nncf.quantize(
         model,
@@ -149,7 +149,7 @@ def _quantise(
 
 
 def feed(row: Row | Pixels) -> dict[str, np.ndarray]:
-    """The graph's inputs for one row alone, without padding."""
+    """The graph's inputs for one row, without padding."""
     if isinstance(row, Pixels):
         return {PIXELS: row.values[None]}
     return {"input_ids": row.ids[None], "attention_mask": row.mask[None]}

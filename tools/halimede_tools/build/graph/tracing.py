@@ -1,0 +1,172 @@
+"""Tracing: a loaded PyTorch model to a raw ONNX graph. The one module of the build that needs torch
+when it is imported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from optimum.exporters.onnx import export as optimum_export
+from optimum.exporters.onnx.model_configs import SentenceTransformersTransformerOnnxConfig
+from optimum.exporters.onnx.model_patcher import ModelPatcher
+
+from halimede_ops import spec
+from halimede_ops.spec import PIXELS, POOLED, ImageSpec, ModelSpec
+from halimede_tools.build import describe
+from halimede_tools.build.graph import packing, rewrite
+
+
+@torch.no_grad()
+def trace(model: Any, outputs: list[str], path: Path) -> None:
+    """Trace a whole model with optimum, whose patches make every architecture's masks traceable.
+
+    optimum's own command exports sentence-transformers' models too, but not CLIP's text tower
+    alone and no further heads.
+    """
+    config = getattr(model[0].auto_model.config, "text_config", model[0].auto_model.config)
+    packed = packing.packed(model)
+    exported = model if packed is None else packed
+    # optimum asks the model for its config, as every transformers model has one.
+    exported.config = config
+    optimum_export(exported, _Config(config, "feature-extraction", outputs), path)
+    if packed is not None:
+        rewrite.mark_packed(path)
+
+
+@torch.no_grad()
+def trace_images(clip: Any, image: ImageSpec, path: Path) -> None:
+    """Trace the vision tower of a CLIP, from pixels as bytes to the projected vector."""
+    torch.onnx.export(
+        _Vision(clip, image).eval(),
+        (torch.zeros(2, 3, image.height, image.width, dtype=torch.uint8),),
+        str(path),
+        input_names=[PIXELS],
+        output_names=[POOLED],
+        dynamic_axes={PIXELS: {0: "batch_size"}, POOLED: {0: "batch_size"}},
+        opset_version=_Config.DEFAULT_ONNX_OPSET,
+        dynamo=False,
+    )
+
+
+class _Patcher(ModelPatcher):  # type: ignore[misc]
+    """Calls the model with its features as two tensors."""
+
+    def __init__(self, config: _Config, model: Any, model_kwargs: Any) -> None:
+        super().__init__(config, model, model_kwargs)
+
+        def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, Any]:
+            features = self.orig_forward({"input_ids": input_ids, "attention_mask": attention_mask})
+            return {name: features[name] for name in config.outputs}
+
+        self.patched_forward = forward
+
+
+class _Config(SentenceTransformersTransformerOnnxConfig):  # type: ignore[misc]
+    """Two inputs, and the outputs that this model has."""
+
+    _MODEL_PATCHER = _Patcher
+
+    def __init__(self, config: Any, task: str, outputs: list[str]) -> None:
+        super().__init__(config, task)
+        self._outputs = outputs
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        """Dynamic axes of each output, in order."""
+        return {name: _axes(name) for name in self._outputs}
+
+
+class _Vision(torch.nn.Module):
+    """CLIP's vision tower with its projection, from pixels as bytes: `get_image_features`."""
+
+    def __init__(self, clip: Any, image: ImageSpec) -> None:
+        super().__init__()
+        self.clip = clip
+        std = torch.tensor(image.std)[:, None, None]
+        self.scale = image.scale / std
+        self.shift = torch.tensor(image.mean)[:, None, None] / std
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        hidden = self.clip.vision_model(pixels.float() * self.scale - self.shift)
+        projected: torch.Tensor = self.clip.visual_projection(hidden.pooler_output)
+        return projected
+
+
+@torch.no_grad()
+def trace_tail(modules: list[Any], outputs: list[str], body: Any, path: Path) -> None:
+    """Trace the modules after a transformer: hidden state and mask to `outputs`."""
+    width = next(
+        output.type.tensor_type.shape.dim[-1].dim_value
+        for output in body.graph.output
+        if output.name == spec.TOKEN_EMBEDDINGS
+    )
+    axes = {0: "batch_size", 1: "sequence_length"}
+    torch.onnx.export(
+        _Tail(modules, outputs).eval(),
+        (torch.randn(2, 8, width), torch.ones(2, 8, dtype=torch.int64)),
+        str(path),
+        input_names=[rewrite.HIDDEN, rewrite.MASK],
+        output_names=outputs,
+        dynamic_axes={
+            rewrite.HIDDEN: axes,
+            rewrite.MASK: axes,
+            **{name: _axes(name) for name in outputs},
+        },
+        opset_version=rewrite.opset(body),
+        dynamo=False,
+    )
+
+
+class _Tail(torch.nn.Module):
+    """The modules after a transformer, called with tensors."""
+
+    def __init__(self, modules: list[Any], outputs: list[str]) -> None:
+        super().__init__()
+        self.after = torch.nn.ModuleList(modules)
+        self.outputs = outputs
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features: dict[str, Any] = {spec.TOKEN_EMBEDDINGS: hidden, "attention_mask": mask}
+        for module in self.after:
+            features = module(features)
+        return tuple(features[name] for name in self.outputs)
+
+
+def _axes(output: str) -> dict[int, str]:
+    """The dynamic axes of an output: rows, and tokens where it has a row for each."""
+    return {0: "batch_size"} if output == POOLED else {0: "batch_size", 1: "sequence_length"}
+
+
+def add_heads(model: Any, source: Path, facts: ModelSpec) -> None:
+    """Append the model's further heads, so that they come from the same pass."""
+    if spec.SPARSE in facts.heads:
+        model.append(_Head(source / describe.SPARSE_FILE, spec.SPARSE, torch.nn.ReLU()))
+    if spec.MULTI_VECTOR in facts.heads:
+        model.append(_Head(source / describe.MULTI_VECTOR_FILE, spec.MULTI_VECTOR, _Unit()))
+
+
+class _Head(torch.nn.Module):
+    """A linear layer over every token's hidden state, as bge-m3's."""
+
+    def __init__(self, path: Path, name: str, activation: torch.nn.Module) -> None:
+        super().__init__()
+        state = describe.head_weights(path)
+        outputs, inputs = state["weight"].shape
+        self.linear = torch.nn.Linear(inputs, outputs)
+        self.linear.load_state_dict({key: value.float() for key, value in state.items()})
+        self.activation = activation
+        self.output = name
+
+    def forward(self, features: dict[str, torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
+        hidden = features[spec.TOKEN_EMBEDDINGS]
+        features[self.output] = self.activation(self.linear(hidden))
+        return features
+
+
+class _Unit(torch.nn.Module):
+    """Vectors of L2 norm 1."""
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(vectors, dim=-1)

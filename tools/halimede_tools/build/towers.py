@@ -1,0 +1,120 @@
+"""Towers: the ways into a model, its texts or a CLIP's images, and what each must reach.
+
+Both towers are built and checked alike. `Engine` runs a built one in this process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from halimede_engine import session
+from halimede_ops import image, text, vectors
+from halimede_ops.spec import ModelSpec
+from halimede_tools.build.samples import corpus, pictures
+
+CPU_ACCELERATORS = ("openvino",)
+"""Execution accelerators of the ONNX step on CPU: in the configs, and in Engine."""
+CHECK_PICTURES = 132
+"""Pictures that a vision tower is checked on: every form, thrice, in different sizes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """What a precision must reach to be published."""
+
+    mean_cosine: float
+    """Mean cosine to sentence-transformers in float32."""
+    invariance: float
+    """Lowest cosine of a text alone to the same text in a batch, and in wider padding."""
+    size_ratio: float
+    """Largest file size against FP32."""
+
+
+BARS = {
+    "fp32": Bar(mean_cosine=0.99999, invariance=0.99999, size_ratio=1.0),
+    "fp16": Bar(mean_cosine=0.9999, invariance=0.9999, size_ratio=0.52),
+    "int8": Bar(mean_cosine=0.995, invariance=0.9999, size_ratio=0.30),
+}
+IMAGE_BARS = BARS | {"int8": dataclasses.replace(BARS["int8"], mean_cosine=0.99)}
+"""The bars of a vision tower."""
+
+
+Rows = Callable[[Sequence[Any]], Sequence[session.Row | session.Pixels]]
+"""Turns inputs into a model's rows."""
+
+
+def text_rows(tokenizer_folder: Path, spec: ModelSpec) -> Rows:
+    """The function that turns texts into token rows."""
+    tokenizer = text.load(tokenizer_folder, spec)
+
+    def rows(texts: Sequence[str]) -> list[session.Row]:
+        return session.rows(tokenizer.encode(texts, [None] * len(texts)))
+
+    return rows
+
+
+def image_rows(_: Path, spec: ModelSpec) -> Rows:
+    """The function that turns encoded pictures into rows of pixels."""
+    accepted = spec.images()
+
+    def rows(files: Sequence[bytes]) -> list[session.Pixels]:
+        pixels = (image.prepare(file, accepted, row).pixels for row, file in enumerate(files))
+        return session.pixel_rows(pixels, accepted.positions)
+
+    return rows
+
+
+def check_pictures() -> list[bytes]:
+    """The pictures that a vision tower is checked on."""
+    return pictures.check_pictures(CHECK_PICTURES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """One way into a model: its texts, or a CLIP's images."""
+
+    inputs: str
+    """What goes in: `texts` or `images`."""
+    bars: Mapping[str, Bar]
+    """Precision → what it must reach."""
+    rows: Callable[[Path, ModelSpec], Rows]
+    """What makes the rows that the graph in this folder takes."""
+    check_inputs: Callable[[], list[Any]]
+    """The inputs that vectors are compared on."""
+
+
+TEXTS = Tower("texts", BARS, text_rows, corpus.check_texts)
+IMAGES = Tower("images", IMAGE_BARS, image_rows, check_pictures)
+TOWERS = {tower.inputs: tower for tower in (TEXTS, IMAGES)}
+"""Each tower by its `inputs`."""
+
+
+class Engine:
+    """A built model in this process, run as the served configs run it."""
+
+    def __init__(self, model: Path, rows: Rows, spec: ModelSpec) -> None:
+        accelerators = [session.Accelerator(name) for name in CPU_ACCELERATORS]
+        self.spec = spec
+        self.rows = rows
+        self.cores = len(os.sched_getaffinity(0))
+        self.session, _ = session.open_session(
+            model, accelerators, self.cores, streams=self.cores, max_tokens=spec.max_tokens
+        )
+
+    def embed(self, inputs: Sequence[Any]) -> np.ndarray:
+        """Embeddings `[len(inputs), dims]` float32, in order."""
+        return vectors.embed(self.session.run(self.rows(inputs)), self.spec)
+
+    def run_each(self, batches: Sequence[Sequence[session.Row | session.Pixels]]) -> np.ndarray:
+        """Pooled vectors `[rows, dims]` float32 of batches that run apart from each other, a
+        stream each at a time.
+        """
+        with ThreadPoolExecutor(self.cores) as streams:
+            return np.concatenate(list(streams.map(self.session.run_together, batches)))
