@@ -6,7 +6,7 @@ ARGS ?=
 PROFILE ?= cpu
 PYTHON ?= python3
 BIN := .venv/bin
-# Installs what Debian has and a checkout needs, as root; otherwise names it.
+# Installs a checkout's Debian packages as root; otherwise prints their names.
 PROGRAMS := tools/halimede_tools/serve/programs.py
 # Exact versions that were tested together; other Python versions resolve from pyproject.toml.
 LOCK := constraints-$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
@@ -46,7 +46,7 @@ default: env
 serve: env  ## Build what is missing and serve; ARGS='--http-port 9000 …'
 	@exec $(BIN)/halimede serve $(ARGS)
 
-deploy: env  ## A candidate beside, or in place of, a served model; ARGS='canary NAME --share 0.1'
+deploy: env  ## Load, promote or roll back a candidate of a served model; ARGS='canary NAME --share 0.1'
 	@$(BIN)/halimede deploy $(ARGS)
 
 up: default  ## The stack in containers: Triton, Redis, Prometheus, Grafana; PROFILE=gpu
@@ -64,13 +64,13 @@ test: programs env default  ## Lint, then run every test against a real Triton, 
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-containers: env default  ## The stack in containers, really run; needs root
+test-containers: env default  ## Test the stack in containers; needs root
 	tests/containers/engine.sh $(BIN)/python -m pytest -m containers $(ARGS)
 
-test-faults: env default  ## What fails around a server, with a minute of overload
+test-faults: env default  ## Test faults around a server, and a minute of overload
 	$(BIN)/python -m pytest tests/test_faults.py -m 'faults or not faults' $(ARGS)
 
-security: env default  ## Who may do what, what the logs hold, secrets, known vulnerabilities
+security: env default  ## Test access and logs; scan for secrets and known vulnerabilities
 	$(BIN)/python -m pytest tests/test_security.py tests/test_audit.py $(ARGS)
 	$(BIN)/halimede audit
 
@@ -92,7 +92,7 @@ sts: env  ## STS Spearman through a running server; ARGS='--file stsb-dev.tsv'
 bench: env default  ## Every engine against its peers, in one run; report in docs/benchmarks/
 	$(BIN)/halimede bench --model $(MODEL) $(ARGS)
 
-bench-cache: env  ## Cache hits and hash embeddings against the texts/s they must reach
+bench-cache: env  ## Cache hits and hash embeddings against their required texts/s
 	$(BIN)/halimede bench cache
 
 soak: env default  ## 500,000 mixed requests, each checked: errors, memory, drift; report in docs/

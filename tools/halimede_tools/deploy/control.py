@@ -1,4 +1,4 @@
-"""Model control of a running server: what is loaded, load, unload."""
+"""Model control of a running server: list, load and unload models."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from halimede_launch.start import CONTROL_HEADER
 from halimede_ops.errors import AccessDenied, DeployError, HalimedeError, ServerError
 
 LOAD_TIMEOUT_S = 600.0
-"""Longest wait for one model to be loaded and warm."""
+"""Longest time to load and warm up one model."""
 TIMEOUT_S = 30.0
 
 
 class Control:
-    """One server's model control, connected at the first call."""
+    """Model control of one server. The first call connects."""
 
     def __init__(self, url: str, tls: Tls | None = None, key: str = "") -> None:
-        """Nothing is sent yet; `key` is what the server wants for model control."""
+        """Send nothing yet. `key` is the server's key for model control; empty: none."""
         self._triton = Connection(url, tls or Tls())
         header = CONTROL_HEADER
         if self._triton.is_grpc:
@@ -30,7 +30,7 @@ class Control:
     def __enter__(self) -> Control:
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         loop.shared().wait(self._triton.close())
 
     @property
@@ -39,33 +39,33 @@ class Control:
         return self._triton.address
 
     def loaded(self) -> dict[str, set[int]]:
-        """Model → the versions of it that are ready.
+        """Model → its versions that are ready.
 
         Raises:
-            ServerUnreachable: nothing answers.
-            AccessDenied: the server wants a key, or another one.
+            ServerUnreachable: the server does not answer.
+            AccessDenied: the key is missing or wrong.
         """
-        index = self._told("get_model_repository_index", timeout_s=TIMEOUT_S)
+        index = self._call("get_model_repository_index", timeout_s=TIMEOUT_S)
         if self._triton.is_grpc:
-            told = [(one.name, one.version, one.state) for one in index.models]
+            rows = [(row.name, row.version, row.state) for row in index.models]
         else:
-            told = [(one["name"], one.get("version"), one.get("state")) for one in index]
+            rows = [(row["name"], row.get("version"), row.get("state")) for row in index]
         ready: dict[str, set[int]] = {}
-        for name, version, state in told:
+        for name, version, state in rows:
             if state == "READY":
                 ready.setdefault(name, set()).add(int(version))
         return ready
 
     def load(self, models: Iterable[str]) -> None:
-        """Load each model, or load it anew where it changed: it takes requests once it is warm.
+        """Load each model, or reload it if it changed. It gets requests once it is warm.
 
         Raises:
-            DeployError: one cannot be loaded; the server goes on with what it had.
+            DeployError: a model cannot be loaded; the server keeps what it had.
             HalimedeError: as `loaded`.
         """
         for model in models:
             try:
-                self._told("load_model", model, timeout_s=LOAD_TIMEOUT_S)
+                self._call("load_model", model, timeout_s=LOAD_TIMEOUT_S)
             except (ServerError, AccessDenied):
                 raise
             except HalimedeError as error:
@@ -74,22 +74,22 @@ class Control:
                 ) from None
 
     def unload(self, models: Iterable[str]) -> None:
-        """Serve these ensembles and their steps no longer; what is under way is answered.
+        """Unload these ensembles and their steps. Open requests are answered.
 
         Raises:
             HalimedeError: as `loaded`.
         """
         for model in models:
-            options = {"unload_dependents": True, "timeout_s": TIMEOUT_S}
-            self._told("unload_model", model, **options)
+            self._call("unload_model", model, timeout_s=TIMEOUT_S, unload_dependents=True)
 
-    def _told(self, method: str, *arguments: Any, **options: Any) -> Any:
+    def _call(self, method: str, *models: str, timeout_s: float, **flags: bool) -> Any:
+        """Call a method of tritonclient with its flags; return the result."""
         return loop.shared().wait(
-            self._triton.call(method, *arguments, headers=self._headers, **options)
+            self._triton.call(method, *models, timeout_s=timeout_s, headers=self._headers, **flags)
         )
 
 
 def _reason(message: str) -> str:
-    """What Triton says at the end of its own words, in one line and without paths."""
+    """The last part of Triton's message, in one line and without paths."""
     last = message.strip().splitlines()[0].rsplit(": ", 1)[-1]
     return re.sub(r"/\S+", "…", last).rstrip(".;") + "."
