@@ -6,7 +6,7 @@ ARGS ?=
 PROFILE ?= cpu
 PYTHON ?= python3
 BIN := .venv/bin
-# Installs what Debian has and a checkout needs, as root; otherwise names it.
+# Installs a checkout's Debian packages as root; otherwise prints their names.
 PROGRAMS := tools/halimede_tools/serve/programs.py
 # Exact versions that were tested together; other Python versions resolve from pyproject.toml.
 LOCK := constraints-$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
@@ -55,7 +55,7 @@ default: env
 serve: env  ## Build what is missing and serve; ARGS='--http-port 9000 …'
 	@exec $(BIN)/halimede serve $(ARGS)
 
-deploy: env  ## A candidate beside, or in place of, a served model; ARGS='canary NAME --share 0.1'
+deploy: env  ## Load, promote or roll back a candidate of a served model; ARGS='canary NAME --share 0.1'
 	@$(BIN)/halimede deploy $(ARGS)
 
 up: default  ## The stack in containers: Triton, Redis, Prometheus, Grafana; PROFILE=gpu
@@ -112,7 +112,7 @@ sts: env  ## STS Spearman through a running server; ARGS='--file stsb-dev.tsv'
 bench: env default  ## Every engine against its peers, in one run; report in docs/benchmarks/
 	$(BIN)/halimede bench --model $(MODEL) $(ARGS)
 
-bench-cache: env  ## Cache hits and hash embeddings against the texts/s they must reach
+bench-cache: env  ## Cache hits and hash embeddings against their required texts/s
 	$(BIN)/halimede bench cache
 
 soak: env default  ## 500,000 mixed requests, each checked: errors, memory, drift; report in docs/

@@ -1,4 +1,4 @@
-# What builds models into a repository: PyTorch and the exporters. Serving needs none of it.
+# Builds models into a repository, with PyTorch and the exporters. Serving does not need them.
 FROM debian:bookworm-slim
 RUN apt-get update \
     && apt-get install -y --no-install-recommends libpython3.11 python3 python3-venv \
@@ -6,7 +6,7 @@ RUN apt-get update \
     && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin halimede
 WORKDIR /opt/halimede
 COPY . .
-# PyTorch's CPU build, where the package index has one: its other builds bring gigabytes of CUDA.
+# Prefer an index with PyTorch's CPU build: the other builds install gigabytes of CUDA.
 RUN python3 -m venv .venv \
     && .venv/bin/pip install --no-cache-dir --constraint constraints-py311.txt --editable '.[server,build]'
 ENV PATH=/opt/halimede/.venv/bin:$PATH \

@@ -4,7 +4,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /source
-# What is installed changes rarely, the code often: two layers.
+# Two layers: dependencies change rarely, the code often.
 COPY LICENSE README.md constraints-py311.txt pyproject.toml ./
 RUN mkdir --parents client/halimede python_backend tools/halimede_tools \
     && python3 -m venv /opt/halimede \
@@ -22,7 +22,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin halimede
 COPY --from=build /opt/halimede /opt/halimede
-# The root file system may be read-only: /tmp and /dev/shm alone are written to.
+# The root file system may be read-only: the server writes to /tmp and /dev/shm only.
 ENV PATH=/opt/halimede/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     HALIMEDE_BACKENDS=/opt/halimede/backends \

@@ -20,8 +20,8 @@ ENV TOKENIZERS_PARALLELISM=false \
     PYTHONDONTWRITEBYTECODE=1
 WORKDIR /opt/halimede
 USER triton-server
-# What `halimede serve --host 0.0.0.0` starts; a test compares them. Model control is closed unless
-# `--control-key-file=…` stands behind it.
+# The arguments of `halimede serve --host 0.0.0.0`; a test compares them. Model control is closed
+# unless the container's arguments have `--control-key-file=…`.
 ENTRYPOINT ["python3", "-m", "halimede_launch.start", "tritonserver", \
     "--model-repository=/models", \
     "--model-control-mode=explicit", "--load-model=*", \

@@ -45,7 +45,7 @@ def require(program: str) -> None:
     """Skip the test where a program is not installed, and say how to install it. In CI, which must
     have every program, the test fails instead.
     """
-    command = programs.is_missing(program)
+    command = programs.install_command(program)
     if command and os.environ.get("CI"):
         pytest.fail(f"{program} is not installed. Run: {command}", pytrace=False)
     if command:

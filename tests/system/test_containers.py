@@ -1,4 +1,4 @@
-"""The CPU stack of docker-compose.yml, really run: `make test-containers`."""
+"""The CPU stack of docker-compose.yml in Docker: `make test-containers`."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def running(service: str) -> dict:
 
 @pytest.mark.parametrize("service", ["triton-cpu", "redis", "prometheus"])
 def test_every_service_is_healthy(service: str) -> None:
-    """`make up` returns when each service says that it is healthy."""
+    """`make up` returns when each service is healthy."""
     assert running(service)["State"]["Health"]["Status"] == "healthy"
 
 
@@ -158,7 +158,7 @@ def test_a_killed_process_is_there_again(program: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def nvidias() -> str:
+def nvidia() -> str:
     """An image in the place of NVIDIA's; tests/containers/nvidia.Dockerfile says what it is."""
     folder = ROOT / "tests" / "containers"
     name = "halimede/test-nvidia"
@@ -169,12 +169,12 @@ def nvidias() -> str:
     return name
 
 
-def test_serve_in_nvidias_container(nvidias: str, settings: Settings) -> None:
+def test_serve_in_nvidias_container(nvidia: str, settings: Settings) -> None:
     """`--runtime docker` as written, on the stand-in: it embeds what the wheel embeds, and ends,
     with a reason, when it has lost a process.
     """
     options = free_options()
-    with container.serve(settings.repository, settings.python_backend, options, nvidias) as server:
+    with container.serve(settings.repository, settings.python_backend, options, nvidia) as server:
         with Embedder(f"127.0.0.1:{options.grpc_port}") as embedder:
             vector = embedder.embed("hello world").vectors[0]
         assert vector[:3] == pytest.approx([-0.0345, 0.0310, 0.0067], abs=1e-4)
@@ -184,16 +184,16 @@ def test_serve_in_nvidias_container(nvidias: str, settings: Settings) -> None:
         while server.is_running():
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        assert TOLD in server.how_it_ended()
+        assert TOLD in server.exit_reason()
 
 
-def test_the_gpu_image_in_a_cluster(nvidias: str, settings: Settings) -> None:
+def test_the_gpu_image_in_a_cluster(nvidia: str, settings: Settings) -> None:
     """deploy/gpu.Dockerfile as written, on the stand-in and with a cluster's rights: its liveness
     probe succeeds, nobody controls its models, and it ends when it has lost a process.
     """
     image = "halimede/test-triton-gpu"
     docker(
-        *["build", "--quiet", "--network=host", "--build-arg", f"BASE={nvidias}", "--tag", image],
+        *["build", "--quiet", "--network=host", "--build-arg", f"BASE={nvidia}", "--tag", image],
         *["--file", "deploy/gpu.Dockerfile", str(ROOT)],
     )
     rights = ["--read-only", "--tmpfs=/tmp", "--user=10001", "--cap-drop=ALL", "--shm-size=1g"]

@@ -1,4 +1,4 @@
-"""deploy/: Kubernetes manifests, Prometheus rules and the dashboard, as far as they go without either."""
+"""deploy/: Kubernetes manifests, Prometheus rules and the dashboard, without a cluster."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_the_gpu_image_is_the_container_that_serve_starts() -> None:
         "--from=layout /layout/root /",
     ]
     [entry] = re.findall(r"^ENTRYPOINT (.*)", dockerfile, re.MULTILINE)
-    arguments = Options().arguments(inside=container.EVERYWHERE)
+    arguments = Options().arguments(inside=container.ANY_ADDRESS)
     assert json.loads(entry) == [
         *["python3", "-m", "halimede_launch.start", "tritonserver", "--model-repository=/models"],
         *arguments,
@@ -138,7 +138,7 @@ def test_the_gpu_image_is_the_container_that_serve_starts() -> None:
 
 
 def probes() -> dict[str, list[str]]:
-    """The commands that ask NVIDIA's containers whether they embed."""
+    """The health commands of NVIDIA's containers, in the cluster and in compose."""
     patch = yaml.safe_load((DEPLOY / "kubernetes" / "gpu" / "triton.yaml").read_text())
     [pod] = patch["spec"]["template"]["spec"]["containers"]
     compose = yaml.safe_load((DEPLOY.parent / "docker-compose.yml").read_text())
@@ -179,6 +179,6 @@ def test_rules_dashboard_and_autoscaler_ask_for_metrics_that_triton_has(server: 
     assert rule["name"]["as"] in (BASE / "autoscaling.yaml").read_text()
     asked.append(rule["metricsQuery"])
     named = set(re.findall(r"\b(?:nv|halimede)_\w+", " ".join(asked)))
-    told = figures(server, lambda found: found["halimede_errors_total"] > 0)
-    missing = named - told.keys()
+    exported = figures(server, lambda found: found["halimede_errors_total"] > 0)
+    missing = named - exported.keys()
     assert {name for name in missing if not name.startswith(("nv_gpu_", "nv_cache_"))} == set()

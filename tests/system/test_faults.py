@@ -1,5 +1,5 @@
-"""What a server does when something around it fails, under load: nothing wrong is answered, and it
-recovers by itself or says what to do. docs/guides/failures.md has the table.
+"""Faults around a server under load: no answer is wrong, and the server recovers or says what to
+do. docs/guides/failures.md has the table.
 
 Of the client alone: Redis that is killed and a disk that is full are in test_cache.py, and a chain
 that goes on while Triton is killed is in test_chain.py.
@@ -53,17 +53,17 @@ def served(*mounts: str, **environment: str) -> Iterator[tuple[subprocess.Popen,
 
 
 def fill(process: subprocess.Popen, folder: str) -> None:
-    """Leave no room in a folder as the process sees it."""
+    """Fill the file system of a folder, in the mount namespace of the process."""
     command = ["nsenter", "--mount", f"--target={process.pid}", "sh", "-c"]
     subprocess.run([*command, f"cat /dev/zero > {folder}/full"], stderr=subprocess.DEVNULL)
 
 
 class Load:
-    """Callers that embed until stopped; each answer is compared with what it must be."""
+    """Callers that embed until stopped, and check each answer."""
 
     def __init__(self, address: str, expected: np.ndarray, callers: int = 8) -> None:
         self.outcomes: list[tuple[float, str]] = []
-        """When, and what: `right`, `wrong`, or the class of an error that may pass."""
+        """Time and outcome: `right`, `wrong`, or the class of a temporary error."""
         self.messages: Counter[str] = Counter()
         self._address, self._expected = address, expected
         self._stopped = threading.Event()
@@ -75,7 +75,7 @@ class Load:
             caller.start()
 
     def stop(self) -> Counter[str]:
-        """How often each outcome was, once every caller is done."""
+        """Stop the callers; return the number of each outcome."""
         self._stopped.set()
         for caller in self._callers:
             caller.join()
@@ -102,12 +102,12 @@ class Load:
         try:
             found = embedder.embed([TEXTS[row] for row in rows]).vectors
             alike = vectors.cosine(found, self._expected[rows]).min() >= 0.9999
-            told = "right" if alike else "wrong"
+            outcome = "right" if alike else "wrong"
         except ServerError as error:
-            told = type(error).__name__
+            outcome = type(error).__name__
             self.messages[str(error)] += 1
             time.sleep(0.05)
-        self.outcomes.append((time.monotonic(), told))
+        self.outcomes.append((time.monotonic(), outcome))
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,8 @@ def right(server: wheel.Server) -> np.ndarray:
 
 
 def test_serve_starts_again_what_was_killed(right: np.ndarray) -> None:
-    """SIGKILL of a backend's process, then of Triton: callers get right answers or errors that may
-    pass, none waits for long, and both times the server is back by itself.
+    """SIGKILL of a backend's process, then of Triton: callers get right answers or temporary errors,
+    and the server restarts both times.
     """
     with served() as (process, options):
         read_until(process, "Ctrl-C")
@@ -140,7 +140,7 @@ def test_serve_starts_again_what_was_killed(right: np.ndarray) -> None:
 
 @is_root
 def test_too_little_shared_memory_is_said(right: np.ndarray) -> None:
-    """With 2 MB of /dev/shm what fits is right; a request that does not fit is OutOfMemory."""
+    """With 2 MB of /dev/shm, a request that fits is answered; a larger one raises OutOfMemory."""
     with served("/dev/shm=2m") as (process, options):
         read_until(process, "Ctrl-C")
         address = f"127.0.0.1:{options.grpc_port}"
@@ -157,7 +157,7 @@ def test_too_little_shared_memory_is_said(right: np.ndarray) -> None:
 
 @is_root
 def test_shared_memory_that_something_else_fills(right: np.ndarray) -> None:
-    """Nothing wrong is answered, and the server is there again when there is room."""
+    """No answer is wrong, and the server recovers when there is space again."""
     with served("/dev/shm=8m") as (process, options):
         read_until(process, "Ctrl-C")
         load = Load(f"127.0.0.1:{options.grpc_port}", right)
@@ -175,7 +175,7 @@ def test_shared_memory_that_something_else_fills(right: np.ndarray) -> None:
 
 @is_root
 def test_a_full_disk(right: np.ndarray, settings: Settings, tmp_path: Path) -> None:
-    """A server that runs goes on; one that is started says what to do."""
+    """A running server keeps answering; a new server says what to do."""
     repository = {"HALIMEDE_REPOSITORY": str(settings.repository)}
     home = {"HALIMEDE_HOME": str(tmp_path), **repository}
     with served(f"{tmp_path}=8m", **home) as (process, options):
@@ -194,8 +194,8 @@ def test_a_full_disk(right: np.ndarray, settings: Settings, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.onnx.data", "tokenizer.json"])
 def test_a_changed_byte_is_not_served(settings: Settings, tmp_path: Path, file: str) -> None:
-    """One bit of the weights or of the tokenizer would give vectors that look right: the model does
-    not load, and one line names the file and what to do.
+    """A model with one changed bit in the weights or the tokenizer does not load. One line names the
+    file and says what to do.
     """
     damaged = tmp_path / "repository"
     shutil.copytree(settings.repository, damaged)
@@ -213,8 +213,8 @@ def test_a_changed_byte_is_not_served(settings: Settings, tmp_path: Path, file: 
 
 
 def test_clients_that_never_read(server: wheel.Server, right: np.ndarray) -> None:
-    """Twenty send requests and read no answer: others are served as before, and the
-    server's memory stays where it was when they have gone.
+    """Twenty clients send requests and read no answer: other clients are served, and the server's
+    memory stays bounded.
     """
     body = (
         b'{"inputs":[{"name":"TEXT","datatype":"BYTES","shape":[64,1],"data":['
@@ -251,10 +251,10 @@ def test_clients_that_never_read(server: wheel.Server, right: np.ndarray) -> Non
 def test_a_clock_that_jumps(
     right: np.ndarray, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A day on, then two days back, under load: every answer is right and none is late."""
+    """The clock jumps a day forward, then two days back, under load: every answer is right."""
     clock = tmp_path / "clock"
     clock.write_text("+0")
-    # Of Triton and its backends; what makes the clock jump breaks the sleep of a Python launcher.
+    # For Triton and its backends only: libfaketime breaks `sleep` in a Python launcher.
     for name, value in {
         "LD_PRELOAD": str(programs.FAKETIME),
         "FAKETIME_TIMESTAMP_FILE": str(clock),
@@ -276,8 +276,8 @@ def test_a_clock_that_jumps(
 
 @pytest.mark.faults
 def test_a_minute_of_ten_times_the_load(server: wheel.Server, right: np.ndarray) -> None:
-    """Ten times the callers that the server keeps up with, for a minute: every answer is right or a
-    quick refusal, memory stays, and afterwards it answers as before.
+    """Ten times the usual callers for a minute: every answer is right or a quick refusal, and the
+    server then answers as before.
     """
     calm = Load(server.grpc_address, right, callers=8)
     time.sleep(10)

@@ -1,6 +1,4 @@
-"""`halimede deploy`: versions of a model beside each other on a real Triton, under load, in both
-designs.
-"""
+"""`halimede deploy`: versions of a model on a real Triton under load, as one process and as steps."""
 
 from __future__ import annotations
 
@@ -82,7 +80,7 @@ def number(built: Built) -> int:
 
 @dataclasses.dataclass
 class Served:
-    """A server, its repository, and what is deployed to it."""
+    """A server, its repository and its deployment."""
 
     server: wheel.Server
     folder: Path
@@ -104,7 +102,7 @@ class Served:
 
 @contextlib.contextmanager
 def serving(built: Built, folder: Path, *, steps: bool) -> Iterator[Served]:
-    """A version on a server whose model control wants a key."""
+    """A server of one version. Its model control needs a key."""
     (folder / "key").write_text(f"{KEY}\n")
     repository.write(built, folder / "repository")
     options = free_options(models=(MODEL,), steps=steps, control_key_file=folder / "key")
@@ -122,7 +120,7 @@ def running(versions: list[Built], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def served(running: Served, versions: list[Built]) -> Iterator[Served]:
-    """The first version alone in one process, before and after."""
+    """A server in one process that serves the first version, before and after the test."""
     yield running
     if candidates.versions([MODEL], running.folder):
         running.deployment.roll_back()
@@ -139,7 +137,7 @@ def served_in_steps(versions: list[Built], tmp_path: Path) -> Iterator[Served]:
 
 
 def vectors_of(served: Served, versions: list[Built]) -> dict[int, np.ndarray]:
-    """TEXTS by each version, asked of it alone."""
+    """Version → vectors of TEXTS by this version alone."""
     own = {}
     for built in versions:
         if number(built) not in repository.served(served.folder / MODEL):
@@ -151,7 +149,7 @@ def vectors_of(served: Served, versions: list[Built]) -> dict[int, np.ndarray]:
 
 
 def embed_with(embedder: Embedder, outcomes: list[tuple[int, Embeddings]]) -> Callable[[], None]:
-    """Embeds one of TEXTS after the other."""
+    """A function that embeds the next of TEXTS."""
     rows = itertools.count()  # next() of it is safe between threads
 
     def call() -> None:
@@ -202,12 +200,12 @@ def check_swaps(served: Served, versions: list[Built], swaps: int) -> None:
 
 
 def test_ten_swaps_and_five_rollbacks_under_load(served: Served, versions: list[Built]) -> None:
-    """Of models that one process serves."""
+    """Check swaps on a server with one process for each model."""
     check_swaps(served, versions, 10)
 
 
 def test_swaps_of_steps_under_load(served_in_steps: Served, versions: list[Built]) -> None:
-    """Of ensembles; a canary has its share there too, and a killed promotion is undone."""
+    """Check swaps on ensembles of steps. A canary gets its share, and a killed promotion is undone."""
     check_swaps(served_in_steps, versions, 2)
     [before] = repository.served(served_in_steps.folder / MODEL)
     built = next(one for one in versions if number(one) != before)
@@ -259,7 +257,7 @@ def test_a_canary_answers_its_share_of_keys(served: Served, versions: list[Built
 
 
 def test_a_sticky_key_keeps_to_one_version(served: Served, versions: list[Built]) -> None:
-    """A key decides for all texts of its calls, however often; other keys decide otherwise."""
+    """All texts of a key go to one version, in every call. Keys spread over both versions."""
     served.publish(versions[1])
     served.deployment.canary(0.5)
     with served.embedder() as embedder:
@@ -278,7 +276,7 @@ def test_a_sticky_key_keeps_to_one_version(served: Served, versions: list[Built]
 
 
 def test_a_candidate_that_fails_is_answered_for(served: Served, versions: list[Built]) -> None:
-    """A candidate that is gone from the server while clients still send to it costs no request."""
+    """No request fails when a candidate is unloaded while clients send to it."""
     served.publish(versions[1])
     served.deployment.canary(1.0)
     with served.embedder() as embedder:
@@ -291,8 +289,8 @@ def test_a_candidate_that_fails_is_answered_for(served: Served, versions: list[B
 def test_shadow_tells_drift_and_latency(
     served: Served, versions: list[Built], tmp_path: Path
 ) -> None:
-    """The candidate on the same texts, loaded and without a share: cosines as they are, latencies
-    of both, a record beside the version, and metrics that Prometheus reads.
+    """A comparison without a share of requests: correct cosines, latencies of both, a record in the
+    version folder, and metrics for Prometheus.
     """
     own = vectors_of(served, versions[1::-1])
     served.publish(versions[1])
@@ -305,7 +303,7 @@ def test_shadow_tells_drift_and_latency(
     assert (found.served, found.candidate) == (number(versions[0]), number(versions[1]))
     assert found.same_space and found.texts == len(TEXTS)
     assert 0 < found.candidate_ms["p50"] <= found.candidate_ms["p99"]
-    shadow.record(found, served.folder)
+    shadow.write_record(found, served.folder)
     kept = served.folder / MODEL / str(number(versions[1])) / shadow.FILE_NAME
     assert json.loads(kept.read_text())["cosine"] == found.cosine
     shadow.export([found], tmp_path / "shadow.prom")
@@ -314,7 +312,9 @@ def test_shadow_tells_drift_and_latency(
 
 
 def test_another_space_is_refused_until_it_is_wanted(served: Served, versions: list[Built]) -> None:
-    """It gets no share at all, and the name only with --change-space; rolling back needs nothing."""
+    """A candidate of another space gets no share, and is promoted only with --change-space. Rolling
+    back needs no flag.
+    """
     spec = dataclasses.replace(versions[1].spec, space="f" * 16)
     quality = {"fp32": versions[1].quality["fp32"] | {"space": spec.space}}
     moved = dataclasses.replace(versions[1], spec=spec, quality=quality)
@@ -334,7 +334,7 @@ def test_another_space_is_refused_until_it_is_wanted(served: Served, versions: l
 def test_a_candidate_that_does_not_load_leaves_nothing(
     served: Served, versions: list[Built], tmp_path: Path
 ) -> None:
-    """A damaged file: a plain error without a path, no candidate, and what was served is served."""
+    """A damaged file: a plain error without a path, no candidate, and the served version stays."""
     damaged = tmp_path / "model.onnx"
     damaged.write_bytes(versions[1].models["fp32"].read_bytes()[:5000])
     candidates.write(dataclasses.replace(versions[1], models={"fp32": damaged}), served.folder)
@@ -350,15 +350,15 @@ def test_a_candidate_that_does_not_load_leaves_nothing(
 
 
 class Killed(Control):
-    """Control of a deploy that is killed when it tells the server the last of `calls`."""
+    """Control of a deployment that is killed after `calls` calls."""
 
     calls = 0
 
-    def _told(self, method: str, *arguments: Any, **options: Any) -> Any:
+    def _call(self, method: str, *models: str, timeout_s: float, **flags: bool) -> Any:
         self.calls -= 1
         if self.calls < 0:
             raise KeyboardInterrupt
-        return super()._told(method, *arguments, **options)
+        return super()._call(method, *models, timeout_s=timeout_s, **flags)
 
 
 @pytest.mark.parametrize(
@@ -367,8 +367,8 @@ class Killed(Control):
 def test_a_killed_promotion_is_finished_or_undone(
     served: Served, versions: list[Built], calls: int, then: str
 ) -> None:
-    """Wherever it is killed, the server answers; the same command finishes it, and rollback undoes
-    it.
+    """A promotion killed at any step: the server answers, the same command finishes the promotion,
+    and rollback undoes it.
     """
     served.publish(versions[1])
     with Killed(served.server.grpc_address, key=KEY) as killed:
@@ -385,8 +385,8 @@ def test_a_killed_promotion_is_finished_or_undone(
 
 
 def test_refusals_are_plain(served: Served, versions: list[Built]) -> None:
-    """What cannot be deployed, and who cannot be told, is said; what was served is served on, also
-    by one of two servers.
+    """Refused deployments and unreachable servers raise plain errors. The served version stays, also
+    if only one of two servers fails.
     """
     with pytest.raises(DeployError, match="is served in this very version"):
         candidates.write(versions[0], served.folder)
@@ -406,9 +406,9 @@ def test_refusals_are_plain(served: Served, versions: list[Built]) -> None:
             Deployment(MODEL, served.folder, [nobody]).publish()
         served.deployment.publish()
         both = Deployment(MODEL, served.folder, [served.control, nobody])
-        for told in (lambda: both.canary(0.5), both.promote):
+        for change in (lambda: both.canary(0.5), both.promote):
             with pytest.raises(ServerUnreachable):
-                told()
+                change()
             with served.embedder() as embedder:
                 assert set(embedder.embed(TEXTS).versions) == {number(versions[0])}
             assert repository.served(served.folder / MODEL) == {number(versions[0])}
@@ -422,7 +422,7 @@ def test_refusals_are_plain(served: Served, versions: list[Built]) -> None:
 def test_a_server_starts_without_candidates_that_take_nothing(
     served: Served, versions: list[Built]
 ) -> None:
-    """What was only published may not even load; what has a share is loaded again."""
+    """A restarted server loads candidates with a share, and no other candidates."""
     served.publish(versions[1])
     assert configs.to_load(served.folder) == (MODEL,)
     served.deployment.canary(0.2)
@@ -432,14 +432,14 @@ def test_a_server_starts_without_candidates_that_take_nothing(
 
 @pytest.mark.usefixtures("sole_build")
 def test_the_commands(served: Served, versions: list[Built]) -> None:
-    """A deployment as an operator types it; one that cannot be is one line and exit code 1."""
+    """A deployment from the command line. A refused one prints one line and exits with 1."""
     candidates.write(versions[1], served.folder)
-    reach = ["--url", served.server.grpc_address]
-    reach += ["--control-key-file", str(served.folder.parent / "key")]
+    server_options = ["--url", served.server.grpc_address]
+    server_options += ["--control-key-file", str(served.folder.parent / "key")]
 
     def deploy(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "halimede", "deploy", *reach, *words],
+            [sys.executable, "-m", "halimede", "deploy", *server_options, *words],
             cwd=ROOT,
             capture_output=True,
             text=True,

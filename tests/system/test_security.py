@@ -1,4 +1,4 @@
-"""TLS, model control behind a key, and what a server's log holds."""
+"""TLS, the key of model control, and the contents of a server's log."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def authority() -> trustme.CA:
 
 @pytest.fixture(scope="module")
 def files(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Certificates of the authority, of a server on 127.0.0.1 and of a client; the control key."""
+    """Certificates of an authority, a server on 127.0.0.1 and a client; the control key."""
     folder = tmp_path_factory.mktemp("certificates")
     authority.cert_pem.write_to_path(folder / "ca.pem")
     for name, identity in (("server", "127.0.0.1"), ("client", "client.example")):
@@ -45,7 +45,7 @@ def files(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> di
 def secured(
     settings: Settings, files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[wheel.Server]:
-    """A server that speaks TLS with clients it knows, and gives model control for a key."""
+    """A server with TLS, client certificates and a key for model control."""
     options = free_options(
         models=(MODEL,),
         log_level="verbose",
@@ -101,7 +101,7 @@ def test_plain_grpc_is_refused(secured: wheel.Server) -> None:
 
 @pytest.mark.parametrize("url", ["localhost:8001", "http://localhost:8000"])
 def test_certificates_are_never_left_unused(files: dict[str, Path], url: str) -> None:
-    """Who gives some wants TLS: an address without it is refused, before anything is sent."""
+    """Certificates with an address without TLS: an error before anything is sent."""
     tls = {"ca_file": str(files["ca.pem"])}
     given = {"provider": "triton", "model_id": MODEL, "url": url, "tls": tls}
     with pytest.raises(InvalidInput, match="certificates are given.* write (grpc|http)s://local"):
@@ -145,7 +145,7 @@ def test_model_control_opens_with_the_key(secured: wheel.Server, files: dict[str
 
 
 def test_a_server_for_others_without_a_key_gives_model_control_to_nobody() -> None:
-    """Beyond loopback the APIs are closed by a key that is made at random, each time another."""
+    """Except on loopback, a new random key closes model control at each start."""
     closed = [a for a in wheel.Options(host="0.0.0.0").arguments() if "restricted" in a]
     assert len(closed) == 2
     assert closed != [a for a in wheel.Options(host="0.0.0.0").arguments() if "restricted" in a]
@@ -155,7 +155,7 @@ def test_a_server_for_others_without_a_key_gives_model_control_to_nobody() -> No
 def test_no_text_is_in_the_log_even_when_verbose(
     secured: wheel.Server, files: dict[str, Path]
 ) -> None:
-    """Not of a good request, of a bad one, or of one that nobody foresaw; nor is the key."""
+    """The log has no text of a valid, a refused or a malformed request, and not the key."""
     with Embedder(config=config(secured, files, *TLS)) as embedder:
         embedder.embed([SECRET_TEXT] * 3)
         with pytest.raises(HalimedeError):
@@ -174,7 +174,7 @@ def test_no_text_is_in_the_log_even_when_verbose(
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({"tls_cert": "server.pem"}, "both --tls-cert and --tls-key"),
         ({"tls_client_ca": "ca.pem"}, "needs --tls-cert"),
@@ -182,8 +182,8 @@ def test_no_text_is_in_the_log_even_when_verbose(
     ],
 )
 def test_half_a_setting_is_refused(
-    files: dict[str, Path], given: dict[str, str], told: str
+    files: dict[str, Path], given: dict[str, str], message: str
 ) -> None:
     fields = {name: files.get(file, Path(file)) for name, file in given.items()}
-    with pytest.raises(ServeError, match=told):
+    with pytest.raises(ServeError, match=message):
         wheel.Options(**fields)

@@ -1,4 +1,4 @@
-"""`halimede serve` as a user runs it: started, stopped, and told plainly what is wrong."""
+"""`halimede serve` as a user runs it: start, stop, and plain errors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_until(process: subprocess.Popen[str], mark: str) -> str:
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_serve_shows_a_sample_and_stops_every_child(sent: signal.Signals) -> None:
-    """It prints a vector's head, the endpoints and a curl; a signal ends it and all children."""
+    """It prints a vector, the addresses and a curl command. A signal ends it and its children."""
     options = free_options()
     process = start(options)
     printed = read_until(process, "Ctrl-C")
@@ -63,7 +63,7 @@ def test_serve_shows_a_sample_and_stops_every_child(sent: signal.Signals) -> Non
 
 
 def test_a_killed_launcher_takes_triton_with_it() -> None:
-    """SIGKILL of the launcher ends the server too: no port stays taken."""
+    """SIGKILL of the launcher ends the server, too."""
     process = start(free_options())
     read_until(process, "Ctrl-C")
     children = psutil.Process(process.pid).children(recursive=True)
@@ -73,7 +73,7 @@ def test_a_killed_launcher_takes_triton_with_it() -> None:
 
 
 def test_taken_port_is_named() -> None:
-    """A taken port gives one line with the port and the flag that changes it."""
+    """A taken port: one line names the port and the flag that changes it."""
     options = free_options()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", options.http_port))
@@ -88,7 +88,7 @@ def test_taken_port_is_named() -> None:
 
 
 def test_unknown_model_lists_the_served() -> None:
-    """A model that is not in the repository gives one line with those that are."""
+    """An unknown model: one line lists the models of the repository."""
     process = start(free_options(), "--models", "no-such-model")
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -97,7 +97,7 @@ def test_unknown_model_lists_the_served() -> None:
 
 
 def test_a_model_that_does_not_load_is_named(settings: Settings, tmp_path: Path) -> None:
-    """A damaged model.onnx gives one line with the model's name and what to do."""
+    """A damaged model.onnx: one line names the model and says what to do."""
     damaged = tmp_path / "repository"
     shutil.copytree(settings.repository, damaged)
     onnx = version_folder(damaged / f"{MODEL}-onnx") / "model.onnx"
@@ -112,18 +112,17 @@ def test_a_model_that_does_not_load_is_named(settings: Settings, tmp_path: Path)
 
 
 def test_missing_libpython_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a shared libpython the error names Debian's package for it."""
+    """Without a shared libpython, the error names its Debian package."""
     import sysconfig
 
-    # Python itself is asked for its library's name; a name that exists nowhere is the same to it
-    # as a Python that was built without one.
+    # A library name that does not exist is the same as a Python without a shared library.
     monkeypatch.setitem(sysconfig.get_config_vars(), "INSTSONAME", "libpython-none.so.1.0")
     with pytest.raises(ServeError, match="apt-get install libpython3"):
         wheel.libpython()
 
 
 def test_unbuilt_model_says_how(settings: Settings, tmp_path: Path) -> None:
-    """A repository with configs alone, as git has it, is told to be built."""
+    """A repository with configs only, as in git: the error says how to build it."""
     folder = tmp_path / MODEL
     folder.mkdir()
     shutil.copy(settings.repository / MODEL / "config.pbtxt", folder)
@@ -133,7 +132,7 @@ def test_unbuilt_model_says_how(settings: Settings, tmp_path: Path) -> None:
 
 
 def test_log_levels(settings: Settings) -> None:
-    """Each level turns on its own and the more severe; an unknown one is refused."""
+    """Each level enables itself and the more severe levels. An unknown level is an error."""
     assert "--log-info=false" in wheel.Options(log_level="warning").arguments()
     assert "--log-verbose=1" in wheel.Options(log_level="verbose").arguments()
     with pytest.raises(ServeError, match="use one of error, warning, info, verbose"):
@@ -141,7 +140,7 @@ def test_log_levels(settings: Settings) -> None:
 
 
 def test_loopback_by_default() -> None:
-    """Nothing listens beyond this machine unless it is asked for."""
+    """By default the server listens on loopback only."""
     arguments = wheel.Options().arguments()
     assert {a for a in arguments if "address" in a} == {
         "--http-address=127.0.0.1", "--grpc-address=127.0.0.1", "--metrics-address=127.0.0.1"
@@ -149,7 +148,9 @@ def test_loopback_by_default() -> None:
 
 
 def test_ready_means_fast(settings: Settings, tmp_path: Path) -> None:
-    """The first request after ready was warmed up: it is not far slower than the tenth."""
+    """Models are warm when the server is ready: the first request takes at most 10 times the CPU
+    time of the median.
+    """
     from halimede import Embedder
 
     options = free_options(models=(MODEL,))
@@ -165,6 +166,6 @@ def test_ready_means_fast(settings: Settings, tmp_path: Path) -> None:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds until now of a process and its children: what else runs does not count."""
+    """CPU seconds of a process and its children so far."""
     # Linux has a clock of each process (clock_getcpuclockid), finer than what /proc tells.
     return sum(time.clock_gettime((~process.pid << 3) | 2) for process in family(pid))

@@ -1,4 +1,4 @@
-"""NVIDIA's container as halimede_tools/serve/container.py asks an engine for it.
+"""NVIDIA's container as halimede_tools/serve/container.py requests it from a Docker engine.
 
 The engine here speaks Docker's wire protocol on a unix socket. Its "Triton" is a real HTTP server
 on the port that was published.
@@ -37,10 +37,10 @@ BACKENDS = "/opt/tritonserver/backends"
 
 
 class ReadyTriton(BaseHTTPRequestHandler):
-    """Says that it is ready, and nothing else."""
+    """Answers the readiness request only."""
 
     def do_GET(self) -> None:
-        """Answer yes."""
+        """Answer whether the server is ready."""
         self.send_response(200 if self.path == "/v2/health/ready" else 404)
         self.end_headers()
 
@@ -48,7 +48,7 @@ class ReadyTriton(BaseHTTPRequestHandler):
 
 
 class RefusalError(Exception):
-    """What the engine answers instead of a result."""
+    """An error answer of the engine."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -89,7 +89,7 @@ class FakeContainer:
 
 
 class Engine(socketserver.ThreadingUnixStreamServer):
-    """Docker's engine, as far as the SDK asks it here."""
+    """The part of Docker's engine that the SDK uses here."""
 
     daemon_threads = True
 
@@ -98,27 +98,27 @@ class Engine(socketserver.ThreadingUnixStreamServer):
         self.images = {container.IMAGE}
         self.runtimes = ["runc"]
         self.run: Callable[[FakeContainer], None] = FakeContainer.start_triton
-        """What a container does once started."""
+        """Runs when a container is started."""
         self.containers: dict[str, FakeContainer] = {}
-        """Those that are not removed."""
+        """Containers that are not removed."""
         self.payloads: list[dict[str, Any]] = []
         self.calls: list[str] = []
 
     def end(self, name: str) -> None:
-        """End a container, and remove it when it was created so."""
+        """End a container; remove it if it has auto-remove."""
         found = self.find(name)
         found.end()
         if found.payload["HostConfig"]["AutoRemove"]:
             self.containers.pop(name, None)
 
     def find(self, name: str) -> FakeContainer:
-        """Give a container that is not removed."""
+        """A container that is not removed."""
         if name not in self.containers:
             raise RefusalError(404, f"No such container: {name}")
         return self.containers[name]
 
     def create(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """Make a container of an image that is here."""
+        """Create a container of an image that the engine has."""
         self.payloads.append(payload)
         if payload["Image"] not in self.images:
             raise RefusalError(404, f"No such image: {payload['Image']}")
@@ -140,7 +140,7 @@ class Engine(socketserver.ThreadingUnixStreamServer):
         self.containers.pop(name, None)
 
     def inspect(self, name: str) -> dict[str, Any]:
-        """Tell what the SDK reads of a container."""
+        """The fields of a container that the SDK reads."""
         found = self.find(name)
         return {"Id": name, "Config": {"Tty": False}, "State": {"Status": found.status}}
 
@@ -219,7 +219,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
-        """Nothing: a unix socket has no client address to print."""
+        """Print nothing: a unix socket has no client address."""
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def options() -> Options:
 
 
 def created(engine: Engine, repository: Path, options: Options) -> dict[str, Any]:
-    """The create payload of one serve."""
+    """The create payload of one `serve`."""
     with container.serve(repository, PYTHON_BACKEND, options):
         pass
     (payload,) = engine.payloads
@@ -423,7 +423,7 @@ def test_model_does_not_load(engine: Engine, repository: Path, options: Options)
 
 
 def test_ends_while_serving(engine: Engine, repository: Path, options: Options) -> None:
-    """A container that ends by itself is seen as not running, and its last line is told; `serve`
+    """A container that ends by itself is not running, and its last log line is the reason. `serve`
     then starts another.
     """
     with container.serve(repository, PYTHON_BACKEND, options) as server:
@@ -431,7 +431,7 @@ def test_ends_while_serving(engine: Engine, repository: Path, options: Options) 
         engine.containers[name].output.put(b"out of memory\n")
         engine.end(name)
         wait_until(lambda: not server.is_running())
-        ended = server.how_it_ended()
+        ended = server.exit_reason()
     assert ended == "Triton's container ended; its last line: out of memory"
 
 
@@ -460,7 +460,7 @@ def test_image_missing(engine: Engine, repository: Path, options: Options) -> No
 
 
 def test_start_refused(engine: Engine, repository: Path, options: Options) -> None:
-    """What the engine refuses is one line in its own words; the created container is removed."""
+    """A refused start: one line with the engine's message; the created container is removed."""
 
     def refuse(_: FakeContainer) -> None:
         raise RefusalError(500, 'could not select device driver ""\nwith capabilities: [[gpu]]')
@@ -479,7 +479,7 @@ def test_start_refused(engine: Engine, repository: Path, options: Options) -> No
 def test_no_engine(
     repository: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no engine listens, the error is one line that says to start Docker."""
+    """Without an engine, the error is one line that says to start Docker."""
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
     with (
         pytest.raises(ServeError, match="Start Docker") as error,
@@ -500,7 +500,7 @@ def test_no_sdk(repository: Path, options: Options, monkeypatch: pytest.MonkeyPa
 
 
 def test_port_taken(engine: Engine, repository: Path, options: Options) -> None:
-    """A taken port is named before the engine is asked for anything."""
+    """A taken port raises an error before any request to the engine."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", options.http_port))
         taken.listen()

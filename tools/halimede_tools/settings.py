@@ -1,4 +1,4 @@
-"""Where the tools read and write, resolved once: flag > environment (`HALIMEDE_…`) > default."""
+"""Folders and limits of the tools: a flag, else the environment (`HALIMEDE_…`), else a default."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from halimede.config.environment import CHECKOUT, GIB
 from halimede.config.environment import Settings as ClientSettings
 
 PACKAGES = Path(halimede_ops.__file__).parents[1]
-"""The folder that our packages lie in: python_backend/ of a checkout, or site-packages."""
+"""Folder of our packages: python_backend/ of a checkout, or site-packages."""
 WHEEL_BACKENDS = PACKAGES / "halimede_backends"
-"""The backends, in an installed wheel."""
+"""Folder of the backends in an installed wheel."""
 
 ROOT = CHECKOUT or Path()
-"""Folder that reports are written under."""
+"""Root folder of the reports."""
 
 
 class Settings(ClientSettings):
-    """The client's settings, and what the tools need besides."""
+    """The client's settings, and those of the tools."""
 
     python_backend: Path = WHEEL_BACKENDS if WHEEL_BACKENDS.exists() else PACKAGES
-    """The backends that run inside Triton."""
+    """Folder of the backends that run inside Triton."""
     backends: Path | None = None
-    """A backend directory laid out beforehand, as a container image has it; None: at each start."""
+    """Prepared backend directory, as in a container image. None: prepare one at each start."""
     memory_limit_gib: float = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-    """Memory that building one model may take; the machine's own by default."""
+    """Memory limit of building one model; by default the machine's memory."""
 
     @property
     def memory_limit_bytes(self) -> int:
@@ -34,7 +34,7 @@ class Settings(ClientSettings):
         return int(self.memory_limit_gib * GIB)
 
     def run(self, grpc_port: int) -> Path:
-        """Folder of a running server: its backends and its log."""
+        """Folder for the backends and the log of a running server."""
         folder = self.home / "run" / str(grpc_port)
         folder.mkdir(parents=True, exist_ok=True)
         return folder

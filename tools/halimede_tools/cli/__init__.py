@@ -1,4 +1,4 @@
-"""The verbs of `halimede` that build, serve and measure; one file a verb."""
+"""The verbs of `halimede` that build, serve, deploy and measure; one file for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`halimede bench`: what is measured, each with a report."""
+"""`halimede bench`: benchmarks; each writes a report."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from halimede_tools.settings import Settings
 
 app = typer.Typer(invoke_without_command=True)
 EXTRA = "server,build"
-Rounds = Annotated[int, typer.Option(help="Measure each in turn, this often.")]
-Url = Annotated[str | None, typer.Option(help="A running server. [HALIMEDE_URL]")]
+Rounds = Annotated[int, typer.Option(help="Measure each in turn, this many times.")]
+Url = Annotated[str | None, typer.Option(help="Address of a running server. [HALIMEDE_URL]")]
 
 
 @app.callback()
@@ -29,7 +29,7 @@ def peers(
     ] = "",
     rounds: Rounds = 3,
     append: Annotated[
-        bool, typer.Option("--append", help="Keep the figures of the runs before.")
+        bool, typer.Option("--append", help="Keep the figures of earlier runs.")
     ] = False,
 ) -> None:
     """Measure every engine against its peers; write the report."""
@@ -75,7 +75,7 @@ def designs(
 def scaling(
     model: Model = DEFAULT_MODEL, precisions: Precisions = "fp32,int8", rounds: Rounds = 3
 ) -> None:
-    """Measure a server by its texts' length and its cores, and two together."""
+    """Measure a server by text length and cores, and two servers together."""
     with extra(EXTRA):
         from halimede_tools.bench.scaling import bench_scaling
 
@@ -84,12 +84,12 @@ def scaling(
 
 @app.command()
 def images(
-    folder: Annotated[Path, typer.Argument(help="The CLIP's own folder.")],
-    model: Annotated[str, typer.Option(help="Name it was built under.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of the original CLIP model.")],
+    model: Annotated[str, typer.Option(help="Name that the model was built under.")],
     precisions: Precisions = "fp32,int8",
     rounds: Rounds = 3,
 ) -> None:
-    """Measure a CLIP's images under load against transformers."""
+    """Measure image embeddings of a CLIP model under load against transformers."""
     with extra(EXTRA):
         from halimede_tools.bench.images import bench_images
 
@@ -98,7 +98,7 @@ def images(
 
 @app.command()
 def cache() -> None:
-    """Measure cache hits and hash embeddings against the rates they must reach."""
+    """Measure cache hits and hash embeddings against their required rates."""
     with extra("redis"):
         from halimede_tools.bench.cache import bench_cache
 

@@ -11,35 +11,40 @@ from halimede_ops.errors import InvalidInput
 from halimede_tools.cli.options import DEFAULT_MODEL, Precisions, extra, names
 from halimede_tools.settings import Settings
 
-Model = Annotated[str, typer.Argument(help="Name in the catalogue, or path of a model's folder.")]
+Model = Annotated[str, typer.Argument(help="Name in the catalogue, or path of a model folder.")]
 Name = Annotated[
-    str | None, typer.Option(help="Name to serve it under; default: the model's or folder's.")
+    str | None,
+    typer.Option(help="Name to serve it under; default: the name of the model or folder."),
 ]
-Accept = Annotated[str, typer.Option(help="Precisions to publish even if they miss their bar.")]
+Accept = Annotated[
+    str, typer.Option(help="Precisions to publish even if they fail their quality check.")
+]
 AcceptLicence = Annotated[
-    str | None, typer.Option(help="A restricted licence that you have read, by its name.")
+    str | None, typer.Option(help="Name of a restricted licence that you have read and accept.")
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that the folder carries.")
+    bool, typer.Option("--trust-remote-code", help="Run Python code from the model folder.")
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda or tensorrt: what the configs ask for.")]
-MaxTokens = Annotated[
-    int | None, typer.Option(help="Token limit to serve with; at most the model's.")
-]
+Device = Annotated[str, typer.Option(help="Device in the model configs: cpu, cuda or tensorrt.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Token limit of a text; at most the model's.")]
 Prompt = Annotated[
     list[str] | None, typer.Option(help="Prompt of an input type: 'query=search: '.")
 ]
 TokenEmbeddings = Annotated[
     bool, typer.Option("--token-embeddings", help="Also serve the last hidden state.")
 ]
-Calibration = Annotated[Path | None, typer.Option(help="Texts to calibrate INT8 on, one a line.")]
+Calibration = Annotated[
+    Path | None, typer.Option(help="File with texts to calibrate INT8 on, one per line.")
+]
 CalibrationImages = Annotated[
-    Path | None, typer.Option(help="Folder of pictures to calibrate INT8 of images on.")
+    Path | None, typer.Option(help="Folder of images to calibrate INT8 of an image model on.")
 ]
 Sts = Annotated[Path | None, typer.Option(help="STS file to score: score, sentence1, sentence2.")]
 Candidate = Annotated[
     bool,
-    typer.Option("--candidate", help="Beside the model of this name, for `halimede deploy`."),
+    typer.Option(
+        "--candidate", help="Build a candidate of the served model, for `halimede deploy`."
+    ),
 ]
 
 
@@ -59,7 +64,7 @@ def build(
     sts: Sts = None,
     candidate: Candidate = False,
 ) -> None:
-    """Build a model's folders in the repository; do only what is missing."""
+    """Build a model into the repository; skip steps that are done."""
     with extra("build"):
         from halimede_tools.build import plan
 
@@ -87,9 +92,9 @@ def _print(ensembles: list[str]) -> None:
     print("\n".join(ensembles), flush=True)
 
 
-def _prompts(given: list[str]) -> dict[str, str]:
+def _prompts(entries: list[str]) -> dict[str, str]:
     prompts = {}
-    for entry in given:
+    for entry in entries:
         input_type, equals, prompt = entry.partition("=")
         if not equals:
             raise InvalidInput("--prompt is not INPUT_TYPE=TEXT, such as 'query=search: '.")

@@ -1,4 +1,4 @@
-"""`halimede deploy`: a new version of a served model, without a request that fails."""
+"""`halimede deploy`: replace a served model by a new version without failed requests."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="A candidate (`build --candidate`) beside a served model, in its place, and back.",
+    help="Load, compare, promote or roll back a candidate (`halimede build --candidate`).",
 )
 Model = Annotated[str, typer.Argument(help="Name that the model is served under.")]
 
 
-class Reach(NamedTuple):
-    """How the servers are reached."""
+class ServerAccess(NamedTuple):
+    """Addresses of the servers, and the key of their model control."""
 
     options: Options
     key: str
-    """Of model control; empty: there is none."""
+    """Key of model control; empty: none."""
 
 
 @app.callback()
-def reach(
+def server_access(
     context: typer.Context,
     url: Annotated[
-        list[str] | None, typer.Option(help="A server of the repository; repeat it for several.")
+        list[str] | None, typer.Option(help="Server of the repository; repeat it for several.")
     ] = None,
     key_file: Annotated[
         Path | None,
-        typer.Option("--control-key-file", help="File with the key that model control asks for."),
+        typer.Option("--control-key-file", help="File with the key of model control."),
     ] = None,
     tls_ca: Annotated[Path | None, typer.Option(help="PEM certificates that sign servers.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate of this client.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM key of the certificate.")] = None,
 ) -> None:
-    """How the servers are reached; given before the verb."""
+    """Read the options of the servers. They come before the verb."""
     files = {"ca_file": tls_ca, "cert_file": tls_cert, "key_file": tls_key}
-    given = {"url": url or Settings().url, "tls": {k: v for k, v in files.items() if v}}
-    asked = {"provider": "triton", "model_id": "", **{k: v for k, v in given.items() if v}}
-    options = parse({"models": {"servers": asked}}).models["servers"]
-    context.obj = Reach(cast(Options, options), _key(key_file))
+    settings = {"url": url or Settings().url, "tls": {k: v for k, v in files.items() if v}}
+    provider = {"provider": "triton", "model_id": "", **{k: v for k, v in settings.items() if v}}
+    options = parse({"models": {"servers": provider}}).models["servers"]
+    context.obj = ServerAccess(cast(Options, options), _key(key_file))
 
 
 def _key(file: Path | None) -> str:
@@ -65,8 +65,8 @@ def _key(file: Path | None) -> str:
 
 @app.command()
 def publish(context: typer.Context, model: Model) -> None:
-    """Load the candidate beside the model: warm, and without a share of its requests."""
-    with _deploying(context, model) as deployment:
+    """Load and warm up the candidate, without a share of the requests."""
+    with _locked_deployment(context, model) as deployment:
         for name, version in deployment.publish().items():
             print(f"{name}: candidate {version} is loaded and warm; it answers nothing yet")
 
@@ -75,36 +75,40 @@ def publish(context: typer.Context, model: Model) -> None:
 def shadow_command(
     context: typer.Context,
     model: Model,
-    texts: Annotated[Path | None, typer.Option(help="Texts to compare on, one a line.")] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="File with texts to compare on, one per line.")
+    ] = None,
     metrics: Annotated[
         Path | None, typer.Option(help="Also write a .prom file for node_exporter.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the candidate with the model: cosines of their vectors, latencies of both."""
+    """Compare the candidate with the model: cosines of their vectors, and latencies."""
     from halimede_tools.build.samples import corpus
     from halimede_tools.deploy import shadow
 
-    sample = read_texts(None, texts) if texts else corpus.mixed_texts(shadow.TEXTS)
+    sample = read_texts(None, texts) if texts else corpus.mixed_texts(shadow.SAMPLE_TEXTS)
     if not sample:
         raise InvalidInput("--texts has no line; give one text a line.")
     with _deployment(context, model) as deployment:
-        found = [shadow.compare(name, context.obj.options, sample) for name in deployment.waiting()]
-        for one in found:
-            shadow.record(one, deployment.folder)
+        comparisons = [
+            shadow.compare(name, context.obj.options, sample) for name in deployment.pending()
+        ]
+        for comparison in comparisons:
+            shadow.write_record(comparison, deployment.folder)
     if metrics:
-        shadow.export(found, metrics)
-    print_rows(list(shadow.rows(found)), as_json, "nothing to compare")
+        shadow.export(comparisons, metrics)
+    print_rows(list(shadow.table_rows(comparisons)), as_json, "nothing to compare")
 
 
 @app.command()
 def canary(
     context: typer.Context,
     model: Model,
-    share: Annotated[float, typer.Option(help="Of the keys, from 0 to 1.")],
+    share: Annotated[float, typer.Option(help="Share of the requests, from 0 to 1.")],
 ) -> None:
-    """Have the candidate answer a share of what halimede's clients ask the model."""
-    with _deploying(context, model) as deployment:
+    """Route a share of the requests of halimede's clients to the candidate."""
+    with _locked_deployment(context, model) as deployment:
         for name, version in deployment.canary(share).items():
             print(
                 f"{name}: candidate {version} answers {share:.1%}; clients follow in {CHECK_S:g} s"
@@ -116,33 +120,36 @@ def promote(
     context: typer.Context,
     model: Model,
     change_space: Annotated[
-        bool, typer.Option("--change-space", help="Also where its vectors cannot be compared.")
+        bool,
+        typer.Option(
+            "--change-space", help="Promote even if old and new vectors cannot be compared."
+        ),
     ] = False,
 ) -> None:
-    """Serve the candidate under the model's name; the version before stays on disk."""
-    with _deploying(context, model) as deployment:
+    """Serve the candidate under the model's name; the previous version stays on disk."""
+    with _locked_deployment(context, model) as deployment:
         for name, version in deployment.promote(change_space).items():
             print(f"{name}: version {version} is served")
 
 
 @app.command()
 def rollback(context: typer.Context, model: Model) -> None:
-    """Take the candidate away; without one, serve the version before the promotion again."""
-    with _deploying(context, model) as deployment:
+    """Remove the candidate; without one, serve the previous version again."""
+    with _locked_deployment(context, model) as deployment:
         for name, version in deployment.roll_back().items():
             print(f"{name}: version {version} is served")
 
 
 @app.command()
 def status(context: typer.Context, model: Model, as_json: AsJson = False) -> None:
-    """Show what is served, what waits, and what was served before."""
+    """Show the served, candidate and previous versions."""
     with _deployment(context, model) as deployment:
         print_rows(list(deployment.status()), as_json, "nothing is served")
 
 
 @contextlib.contextmanager
-def _deploying(context: typer.Context, model: str) -> Iterator[Deployment]:
-    """The deployment of a model that nothing else builds or deploys meanwhile."""
+def _locked_deployment(context: typer.Context, model: str) -> Iterator[Deployment]:
+    """The deployment of a model, locked against other builds and deployments of it."""
     from halimede_tools.build.steps import exclusive
 
     with _deployment(context, model) as deployment:
@@ -152,7 +159,7 @@ def _deploying(context: typer.Context, model: str) -> Iterator[Deployment]:
 
 @contextlib.contextmanager
 def _deployment(context: typer.Context, model: str) -> Iterator[Deployment]:
-    # What reads vectors and models waits until it is needed: `tools` starts without.
+    # Imported here so that `halimede --help` starts fast.
     from halimede_tools.deploy.control import Control
     from halimede_tools.deploy.deployment import Deployment
 

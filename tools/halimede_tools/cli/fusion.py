@@ -20,9 +20,11 @@ def untrained(
     image: ImageModel,
     text: TextModel = DEFAULT_MODEL,
     name: Annotated[str, typer.Option(help="Name to serve it under.")] = "multimodal",
-    text_weight: Annotated[float, typer.Option(help="The texts' share of a similarity.")] = 0.5,
+    text_weight: Annotated[
+        float, typer.Option(help="Weight of the text in a similarity, from 0 to 1.")
+    ] = 0.5,
 ) -> None:
-    """Write an orthonormal projection: it keeps the weighted sum of both similarities."""
+    """Write an orthonormal projection, which keeps the weighted sum of both similarities."""
     with extra("build"):
         from halimede_tools.build.fusion import write_untrained
 
@@ -36,7 +38,7 @@ def fit(
     text: TextModel = DEFAULT_MODEL,
     name: Annotated[str, typer.Option(help="Name to serve it under.")] = "multimodal",
 ) -> None:
-    """Fit the projection to pairs, two views of one thing each; print how well it retrieves."""
+    """Fit the projection to pairs of views of one object; print its retrieval score."""
     with extra("build"):
         from halimede_tools.build.fusion import write_fitted
 

@@ -1,4 +1,4 @@
-"""Options that several verbs share, and the extras that a verb needs."""
+"""Options that several verbs share, and the check for extras."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from halimede.models import catalogue
 from halimede_ops.errors import MissingExtra
 
-Model = Annotated[str, typer.Option(help="A served model, by its name in FP32.")]
+Model = Annotated[str, typer.Option(help="Name of a served model, without a precision.")]
 Precisions = Annotated[str, typer.Option(help="Separated by commas.")]
 DEFAULT_MODEL = catalogue.DEFAULT
 
@@ -23,7 +23,7 @@ def names(listed: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Run what needs an extra of the package.
+    """Run code that needs an extra of the package.
 
     Raises:
         MissingExtra: a package of the extra is not installed.

@@ -16,7 +16,7 @@ GrpcPort = Annotated[int, typer.Option(help="0 to 65535.")]
 MetricsPort = Annotated[int, typer.Option()]
 LogLevel = Annotated[str, typer.Option(help="error, warning, info or verbose.")]
 Models = Annotated[
-    str, typer.Option(help="Names, separated by commas; all of the repository when empty.")
+    str, typer.Option(help="Names, separated by commas; empty: all models of the repository.")
 ]
 Runtime = Annotated[str, typer.Option(help="wheel: Triton from PyPI; docker: NVIDIA's container.")]
 TlsCert = Annotated[Path | None, typer.Option(help="PEM certificate: gRPC with TLS.")]
@@ -25,18 +25,19 @@ TlsClientCa = Annotated[
     Path | None,
     typer.Option(help="PEM certificates that sign clients; other clients are refused."),
 ]
-ControlKeyFile = Annotated[
-    Path | None, typer.Option(help="File with the key that model control asks for.")
-]
+ControlKeyFile = Annotated[Path | None, typer.Option(help="File with the key of model control.")]
 TraceUrl = Annotated[str, typer.Option(help="OpenTelemetry collector: http://HOST:4318/v1/traces.")]
 TraceEvery = Annotated[int, typer.Option(help="Trace one request in N.")]
 Exec = Annotated[
     bool,
-    typer.Option("--exec", help="Become Triton, for containers: build nothing, log to stdout."),
+    typer.Option(
+        "--exec",
+        help="Replace this process with Triton, for containers: build nothing, log to stdout.",
+    ),
 ]
 Steps = Annotated[bool, typer.Option("--steps", help="On the wheel: serve each ensemble's steps.")]
 ResponseCacheMb = Annotated[
-    int, typer.Option(min=0, help="Memory of each model for texts that come again; 0: none.")
+    int, typer.Option(min=0, help="Response cache of each model, in MB; 0: no cache.")
 ]
 
 
@@ -58,7 +59,7 @@ def serve(
     steps: Steps = False,
     response_cache_mb: ResponseCacheMb = 0,
 ) -> None:
-    """Serve the repository with Triton; build first what is missing."""
+    """Serve the repository with Triton; build missing models first."""
     with extra("server"):
         from halimede_tools.serve import supervise
         from halimede_tools.serve.options import Options
@@ -80,6 +81,6 @@ def serve(
         trace_every=trace_every,
     )
     if replace:
-        supervise.become(Settings(), options)
+        supervise.exec_server(Settings(), options)
     else:
         supervise.serve(Settings(), options, runtime)

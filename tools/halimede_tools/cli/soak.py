@@ -16,7 +16,7 @@ def soak(
     requests: Annotated[
         int, typer.Option(min=200, help="500,000 take 25 min on 2 cores.")
     ] = 500_000,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 32,
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 32,
 ) -> None:
     """Send mixed requests; check every answer, memory and drift; write the report."""
     with extra("server,build"):

@@ -13,9 +13,11 @@ from halimede_tools.settings import Settings
 def tune(
     model: Model = DEFAULT_MODEL,
     precisions: Precisions = "fp32,fp16,int8",
-    seconds: Annotated[float, typer.Option(help="To measure for, all precisions together.")] = 60.0,
+    seconds: Annotated[
+        float, typer.Option(help="Time to measure, for all precisions together.")
+    ] = 60.0,
 ) -> None:
-    """Find what runs a model fastest on this machine; write it into the model's configs."""
+    """Find the fastest settings of a model on this machine; write them into its configs."""
     with extra("server,build"):
         from halimede_tools.bench import tune
 

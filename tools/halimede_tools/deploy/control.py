@@ -1,4 +1,4 @@
-"""Model control of a running server: what is loaded, load, unload."""
+"""Model control of a running server: list, load and unload models."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from halimede_launch.start import CONTROL_HEADER
 from halimede_ops.errors import AccessDenied, DeployError, HalimedeError, ServerError
 
 LOAD_TIMEOUT_S = 600.0
-"""Longest wait for one model to be loaded and warm."""
+"""Longest time to load and warm up one model."""
 TIMEOUT_S = 30.0
 
 
 class Control:
-    """One server's model control, connected at the first call."""
+    """Model control of one server. The first call connects."""
 
     def __init__(self, url: str, tls: Tls | None = None, key: str = "") -> None:
-        """Nothing is sent yet; `key` is what the server wants for model control."""
+        """Send nothing yet. `key` is the server's key for model control; empty: none."""
         self._triton = Connection(url, tls or Tls())
         header = CONTROL_HEADER
         if self._triton.is_grpc:
@@ -31,7 +31,7 @@ class Control:
     def __enter__(self) -> Control:
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         loop.shared().wait(self._triton.close())
 
     @property
@@ -40,31 +40,31 @@ class Control:
         return self._triton.address
 
     def loaded(self) -> dict[str, set[int]]:
-        """Model → the versions of it that are ready.
+        """Model → its versions that are ready.
 
         Raises:
-            ServerUnreachable: nothing answers.
-            AccessDenied: the server wants a key, or another one.
+            ServerUnreachable: the server does not answer.
+            AccessDenied: the key is missing or wrong.
         """
         index = self._call(
             lambda client, limit: client.get_model_repository_index(headers=self._headers, **limit),
             TIMEOUT_S,
         )
         if self._triton.is_grpc:
-            told = [(one.name, one.version, one.state) for one in index.models]
+            rows = [(row.name, row.version, row.state) for row in index.models]
         else:
-            told = [(one["name"], one.get("version"), one.get("state")) for one in index]
+            rows = [(row["name"], row.get("version"), row.get("state")) for row in index]
         ready: dict[str, set[int]] = {}
-        for name, version, state in told:
+        for name, version, state in rows:
             if state == "READY":
                 ready.setdefault(name, set()).add(int(version))
         return ready
 
     def load(self, models: Iterable[str]) -> None:
-        """Load each model, or load it anew where it changed: it takes requests once it is warm.
+        """Load each model, or reload it if it changed. It gets requests once it is warm.
 
         Raises:
-            DeployError: one cannot be loaded; the server goes on with what it had.
+            DeployError: a model cannot be loaded; the server keeps what it had.
             HalimedeError: as `loaded`.
         """
         for model in models:
@@ -78,7 +78,7 @@ class Control:
                 ) from None
 
     def unload(self, models: Iterable[str]) -> None:
-        """Serve these ensembles and their steps no longer; what is under way is answered.
+        """Unload these ensembles and their steps. Open requests are answered.
 
         Raises:
             HalimedeError: as `loaded`.
@@ -97,6 +97,6 @@ class Control:
 
 
 def _reason(message: str) -> str:
-    """What Triton says at the end of its own words, in one line and without paths."""
+    """The last part of Triton's message, in one line and without paths."""
     last = message.strip().splitlines()[0].rsplit(": ", 1)[-1]
     return re.sub(r"/\S+", "…", last).rstrip(".;") + "."

@@ -1,8 +1,8 @@
-"""Deploy: another version of a served model, loaded beside it, then in its place, and back.
+"""Deploy a new version of a served model: load it as a candidate, promote it, or roll it back.
 
-The repository says how far a deployment is, so each step can be run again: a candidate that lies
-there waits, its config says its share, and an ensemble remembers the version before. Disk first,
-then the servers; a server that cannot load what it is told goes on with what it had.
+The repository holds the state of a deployment, so each step can be repeated: a candidate's folder,
+the share in its config, and the previous version of an ensemble. Each step changes the disk first,
+then the servers. A server that cannot load a model keeps what it had.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from halimede_tools.deploy.control import Control
 
 @dataclasses.dataclass(frozen=True)
 class Deployment:
-    """A model's ensembles, and the servers that serve them from one repository."""
+    """A model's ensembles, and the servers that share their repository."""
 
     model: str
-    """Name it is served under: all its precisions; or the name of one of them."""
+    """Name that the model is served under: all its precisions; or the name of one precision."""
     folder: Path
     """The repository."""
     servers: Sequence[Control]
-    forgiving: bool = False
-    """Whether a server that cannot be told is passed over: on disk it finds what to serve."""
+    ignore_errors: bool = False
+    """Whether to ignore a server's errors. Its next start reads the repository."""
 
     @property
     def built_as(self) -> str:
-        """Name of the model without a precision.
+        """Name of the model, without a precision.
 
         Raises:
             DeployError: the repository does not serve it.
@@ -42,199 +42,200 @@ class Deployment:
         [(name, version), *_] = self._served(self._names()).items()
         return spec.load(self.folder / name / str(version)).name
 
-    def waiting(self) -> dict[str, int]:
+    def pending(self) -> dict[str, int]:
         """Ensemble → version of its candidate.
 
         Raises:
-            DeployError: there is none.
+            DeployError: there is no candidate.
         """
-        waiting = candidates.versions(self._names(), self.folder)
-        if not waiting:
+        pending = candidates.versions(self._names(), self.folder)
+        if not pending:
             raise DeployError(
                 f"{self.model} has no candidate. Build one: halimede build MODEL "
                 f"--name {self.model} --candidate"
             )
-        return waiting
+        return pending
 
     def publish(self) -> dict[str, int]:
-        """Load the candidates; each is warm, and takes no share yet.
+        """Load and warm up the candidates, without a share of the requests; return their versions.
 
         Raises:
-            DeployError: there is none, or one does not load: it is removed.
-            HalimedeError: a server cannot be told; run it again.
+            DeployError: there is no candidate, or one does not load: all are removed.
+            HalimedeError: a server does not answer or refuses; run it again.
         """
-        waiting = self.waiting()
-        self._check_fusions(waiting)
+        pending = self.pending()
+        self._check_fusions(pending)
         try:
-            self._load([candidates.candidate_name(name) for name in waiting])
+            self._load([candidates.candidate_name(name) for name in pending])
         except DeployError:
-            self._remove(waiting)
+            self._remove(pending)
             raise
-        return waiting
+        return pending
 
     def canary(self, share: float) -> dict[str, int]:
-        """Give the candidates this share of the requests; clients follow within CHECK_S seconds.
+        """Route this share of the requests to the candidates; clients follow within CHECK_S s.
 
         Raises:
             InvalidInput: the share is not from 0 to 1.
-            SpaceChange: a candidate's vectors cannot be compared with those that are served.
+            SpaceChange: a candidate's vectors cannot be compared with the served ones.
             HalimedeError: as `publish`.
         """
         if not 0 <= share <= 1:
             raise InvalidInput(f"share is {share:g}; give a share of all requests, from 0 to 1.")
-        waiting = self.waiting()
-        self._check_fit(waiting)
-        self._check_mix(waiting)
-        before = {name: candidates.share(name, self.folder) for name in waiting}
+        pending = self.pending()
+        self._check_fit(pending)
+        self._check_mix(pending)
+        before = {name: candidates.share(name, self.folder) for name in pending}
         try:
-            self._give(waiting, dict.fromkeys(waiting, share))
+            self._set_shares(pending, dict.fromkeys(pending, share))
         except HalimedeError:
-            self._forgiving()._give(waiting, before)
+            self._ignoring_errors()._set_shares(pending, before)
             raise
-        return waiting
+        return pending
 
     def promote(self, change_space: bool = False) -> dict[str, int]:
-        """Serve the candidates under their models' names, and nothing beside them.
+        """Serve the candidates under their models' names, and remove the candidates' own names.
 
         Raises:
-            SpaceChange: that changes the space of a name, and `change_space` is not given.
-            DeployError: they cannot take the names, or do not load; what was served is served on.
+            SpaceChange: this changes the space of a name, and `change_space` is False.
+            DeployError: a candidate does not fit its name, or does not load; the served versions
+                stay.
             HalimedeError: as `publish`.
         """
-        waiting = self.waiting()
-        self._check_fusions(waiting)
-        self._check_fit(waiting)
-        self._check_space(waiting, change_space)
-        before = self._served(waiting)
-        repository.remember(waiting, self.folder)
+        pending = self.pending()
+        self._check_fusions(pending)
+        self._check_fit(pending)
+        self._check_space(pending, change_space)
+        before = self._served(pending)
+        repository.remember(pending, self.folder)
         try:
-            self._move(waiting)
+            self._serve_versions(pending)
         except HalimedeError:
-            self._forgiving()._move(before)
+            self._ignoring_errors()._serve_versions(before)
             raise
-        self._remove(waiting)
-        repository.prune(waiting, self.folder)
-        return waiting
+        self._remove(pending)
+        repository.prune(pending, self.folder)
+        return pending
 
     def roll_back(self) -> dict[str, int]:
-        """Take the candidates away; where there are none, or a promotion was begun, serve what was
-        served before it. The versions that are served then.
+        """Remove the candidates. If there are none, or a promotion has begun, serve the previous
+        versions. Return the versions that are then served.
 
         Raises:
-            DeployError: there is no candidate and no version before.
+            DeployError: there is no candidate and no previous version.
             HalimedeError: as `publish`.
         """
         names = self._names()
-        waiting = candidates.versions(names, self.folder)
+        pending = candidates.versions(names, self.folder)
         served = self._served(names)
         before = {name: repository.previous(self.folder / name) for name in names}
         back = {
             name: version
             for name, version in before.items()
             if version not in (None, served[name])
-            and (not waiting or waiting.get(name) == served[name])
+            and (not pending or pending.get(name) == served[name])
         }
-        if not waiting and not back:
-            raise DeployError(f"{self.model} has no candidate, and no version before this one.")
-        if waiting:
-            self._remove(waiting)
-        self._move({**served, **back})
+        if not pending and not back:
+            raise DeployError(
+                f"{self.model} has no candidate, and no version before the served one."
+            )
+        if pending:
+            self._remove(pending)
+        self._serve_versions({**served, **back})
         for name in back:
             repository.forget(self.folder / name)
         repository.prune(served, self.folder)
         return self._served(names)
 
     def status(self) -> Iterator[dict[str, Any]]:
-        """What the repository has served, waiting and from before, one row an ensemble; how many
-        servers have each ready.
+        """One row for each ensemble: its served, candidate and previous versions, and on how many
+        servers each is ready.
         """
         names = self._names()
-        waiting = candidates.versions(names, self.folder)
+        pending = candidates.versions(names, self.folder)
         loaded = [server.loaded() for server in self.servers]
         for name, version in self._served(names).items():
-            ready = sum(version in one.get(name, ()) for one in loaded)
+            ready = sum(version in models.get(name, ()) for models in loaded)
             row: dict[str, Any] = {"model": name, "version": version, "ready_on": ready}
-            if name in waiting:
-                beside = candidates.candidate_name(name)
-                ready = sum(waiting[name] in one.get(beside, ()) for one in loaded)
-                row |= {"candidate": waiting[name], "candidate_ready_on": ready}
+            if name in pending:
+                candidate = candidates.candidate_name(name)
+                ready = sum(pending[name] in models.get(candidate, ()) for models in loaded)
+                row |= {"candidate": pending[name], "candidate_ready_on": ready}
                 row["share"] = candidates.share(name, self.folder)
             yield row | {"before": repository.previous(self.folder / name) or ""}
 
     def _names(self) -> list[str]:
-        found = candidates.ensembles(self.model, self.folder)
-        if not found:
+        names = candidates.ensembles(self.model, self.folder)
+        if not names:
             raise DeployError(f"the repository serves nothing under the name {self.model!r}.")
-        return found
+        return names
 
     def _served(self, names: Iterable[str]) -> dict[str, int]:
         return {name: max(repository.served(self.folder / name)) for name in names}
 
-    def _other_space(self, waiting: Iterable[str]) -> list[str]:
-        """The ensembles whose candidates are of another space."""
+    def _other_space(self, pending: Iterable[str]) -> list[str]:
+        """The ensembles whose candidates have another space."""
         return [
-            name for name in waiting if len({*map(model_config.space, self._configs(name))}) > 1
+            name for name in pending if len({*map(model_config.space, self._configs(name))}) > 1
         ]
 
-    def _check_mix(self, waiting: Iterable[str]) -> None:
-        """A share of the requests needs what one result says of all its vectors to be the same."""
-        moved = self._other_space(waiting)
-        if moved:
+    def _check_mix(self, pending: Iterable[str]) -> None:
+        """Raise unless one result can have vectors of both versions."""
+        changed = self._other_space(pending)
+        if changed:
             raise SpaceChange(
-                f"the candidate of {moved[0]} is of another space: vectors of both in one index "
-                "could not be compared. Look at it in shadow, then promote it to all at once."
+                f"the candidate of {changed[0]} is of another space: one index must not have "
+                "vectors of both. Compare them with `shadow`, then promote it for all requests."
             )
-        for name in waiting:
+        for name in pending:
             texts = [path.read_text() for path in self._configs(name)]
             limits = {configs.parameter(text, "max_tokens") for text in texts}
             if len(limits) > 1:
                 raise DeployError(
-                    f"the candidate of {name} cuts texts at another length, and results tell one. "
-                    "Look at it in shadow, then promote it to all at once."
+                    f"the candidate of {name} truncates texts at another length, and a result "
+                    "states one. Compare them with `shadow`, then promote it for all requests."
                 )
 
-    def _check_space(self, waiting: Collection[str], change_space: bool) -> None:
-        moved = self._other_space(waiting)
-        if not moved:
+    def _check_space(self, pending: Collection[str], change_space: bool) -> None:
+        changed = self._other_space(pending)
+        if not changed:
             return
         if not change_space:
             raise SpaceChange(
-                f"the candidate of {moved[0]} is of another space: what was embedded before could "
-                "not be compared with what will be. Build it under another name; or, if every "
-                "index of it is to be embedded anew, pass --change-space."
+                f"the candidate of {changed[0]} is of another space: its vectors cannot be "
+                "compared with stored ones. Build it under another name; or re-embed every index "
+                "of the model, and pass --change-space."
             )
-        left = sorted(set(self._names()) - set(waiting))
-        if left:
+        unchanged = sorted(set(self._names()) - set(pending))
+        if unchanged:
             raise SpaceChange(
-                f"{', '.join(left)} would stay in the old space. Build a candidate of every "
+                f"{', '.join(unchanged)} would stay in the old space. Build a candidate of every "
                 "precision."
             )
 
-    def _check_fit(self, waiting: Iterable[str]) -> None:
-        for name in waiting:
+    def _check_fit(self, pending: Iterable[str]) -> None:
+        for name in pending:
             if not model_config.is_shaped_alike(*map(model_config.read, self._configs(name))):
                 raise DeployError(
-                    f"the candidate of {name} gives vectors of another length or other outputs. "
+                    f"the candidate of {name} has vectors of another length or other outputs. "
                     "Build it under another name."
                 )
 
-    def _check_fusions(self, waiting: Collection[str]) -> None:
+    def _check_fusions(self, pending: Collection[str]) -> None:
         for path in self.folder.glob(f"*/{configs.CONFIG}"):
-            for name in set(model_config.fused(model_config.read(path))) & set(waiting):
+            for name in set(model_config.fused(model_config.read(path))) & set(pending):
                 raise DeployError(
-                    f"{path.parent.name} is a fusion of {name} as it is now and would fail. Build "
-                    "under another name, and fit a fusion to it."
+                    f"{path.parent.name} is fitted to the served version of {name} and would fail. "
+                    "Build the model under another name, and fit a fusion to it."
                 )
 
     def _configs(self, name: str) -> tuple[Path, Path]:
-        """Of an ensemble and its candidate."""
-        paths = [
-            self.folder / one / configs.CONFIG for one in (name, candidates.candidate_name(name))
-        ]
-        return paths[0], paths[1]
+        """Config files of an ensemble and its candidate."""
+        candidate = candidates.candidate_name(name)
+        return self.folder / name / configs.CONFIG, self.folder / candidate / configs.CONFIG
 
-    def _move(self, versions: Mapping[str, int]) -> None:
-        """The three moves of `repository`, each told to every server."""
+    def _serve_versions(self, versions: Mapping[str, int]) -> None:
+        """Add, switch and release the versions on disk; reload the servers after each."""
         steps = {pin.model for pin in repository.steps(versions, self.folder)}
         repository.add(versions, self.folder)
         self._load(steps=steps)
@@ -243,29 +244,29 @@ class Deployment:
         repository.release(versions, self.folder)
         self._load(steps=steps)
 
-    def _give(self, waiting: Mapping[str, int], shares: Mapping[str, float]) -> None:
-        for name, version in waiting.items():
+    def _set_shares(self, pending: Mapping[str, int], shares: Mapping[str, float]) -> None:
+        for name, version in pending.items():
             candidates.set_share({name: version}, shares[name], self.folder)
-        self._load([candidates.candidate_name(name) for name in waiting])
+        self._load([candidates.candidate_name(name) for name in pending])
 
-    def _forgiving(self) -> Deployment:
-        return dataclasses.replace(self, forgiving=True)
+    def _ignoring_errors(self) -> Deployment:
+        return dataclasses.replace(self, ignore_errors=True)
 
     def _load(self, ensembles: Collection[str] = (), steps: Collection[str] = ()) -> None:
-        """Load ensembles, and those of the steps that a server has: it may serve each model from
-        one process.
+        """Load ensembles, and reload the steps that a server has loaded. It has none if it serves
+        each ensemble from one process.
         """
-        passed_over = (HalimedeError,) if self.forgiving else ()
+        ignored = (HalimedeError,) if self.ignore_errors else ()
         for server in self.servers:
-            with contextlib.suppress(*passed_over):
-                again = sorted(server.loaded().keys() & set(steps)) if steps else []
-                server.load([*ensembles, *again])
+            with contextlib.suppress(*ignored):
+                reloaded = sorted(server.loaded().keys() & set(steps)) if steps else []
+                server.load([*ensembles, *reloaded])
 
-    def _remove(self, waiting: Mapping[str, int]) -> None:
-        """Take candidates from the servers and from disk; clients ask the served model again."""
-        candidates.set_share(waiting, 0, self.folder)  # a server that starts now does not load them
-        beside = {candidates.candidate_name(name) for name in waiting}
+    def _remove(self, pending: Mapping[str, int]) -> None:
+        """Remove candidates from the servers and from disk. Clients return to the served model."""
+        candidates.set_share(pending, 0, self.folder)  # a server that starts now does not load them
+        ensembles = {candidates.candidate_name(name) for name in pending}
         for server in self.servers:
-            server.unload(sorted(server.loaded().keys() & beside))
-        candidates.remove(waiting, self.folder)
-        repository.prune(waiting, self.folder)
+            server.unload(sorted(server.loaded().keys() & ensembles))
+        candidates.remove(pending, self.folder)
+        repository.prune(pending, self.folder)

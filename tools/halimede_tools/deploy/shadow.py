@@ -1,6 +1,4 @@
-"""Shadow: a candidate on the texts that its model is asked, beside it: how far vectors move, and
-how long both take.
-"""
+"""Shadow: embed the same texts with a model and its candidate; compare vectors and latencies."""
 
 from __future__ import annotations
 
@@ -21,75 +19,89 @@ from halimede_tools.build import candidates
 
 FILE_NAME = "shadow.json"
 """The record, in the candidate's version folder under its model's name."""
-TEXTS = 300
-"""Built-in texts to compare on."""
-TIMED = 50
-"""Texts that are also sent alone, to both in turn, and timed."""
-COSINES = (1, 5, 50)
-LATENCIES = (50, 95, 99)
+SAMPLE_TEXTS = 300
+"""Number of built-in texts to compare on."""
+TIMED_TEXTS = 50
+"""Number of texts that are also sent alone, to both in turn, to measure latency."""
+COSINE_PERCENTILES = (1, 5, 50)
+LATENCY_PERCENTILES = (50, 95, 99)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shadow:
-    """What a comparison found."""
+    """Result of a comparison."""
 
     model: str
     served: int
-    """Version that is served."""
+    """Served version."""
     candidate: int
-    """Version that may follow it."""
+    """Version of the candidate."""
     texts: int
     same_space: bool
-    """Whether vectors of both may be compared: if not, the cosines say little."""
+    """Whether both embed into one space. If not, the cosines mean little."""
     cosine: Mapping[str, float]
-    """Of a text's two vectors: mean, min and percentiles, such as p1: one in a hundred is lower;
-    none where their lengths differ."""
+    """Cosine of a text's two vectors: mean, min and percentiles, such as p1. Empty if the vectors
+    differ in length."""
     served_ms: Mapping[str, float]
-    """Milliseconds of a text alone: mean and percentiles."""
+    """Latency of a text sent alone, in milliseconds: mean and percentiles."""
     candidate_ms: Mapping[str, float]
 
 
 def compare(name: str, server: Options, texts: Sequence[str]) -> Shadow:
-    """An ensemble and its candidate, both on this server, on these texts.
+    """Compare an ensemble and its candidate, both on this server, on these texts.
 
     Raises:
-        HalimedeError: one of them does not answer.
+        HalimedeError: one of the two does not answer.
     """
-    beside = candidates.candidate_name(name)
-    with _opened(name, server) as served, _opened(beside, server) as candidate:
-        now, then = served.embed(texts), candidate.embed(texts)
-        seconds = [(_timed(served, text), _timed(candidate, text)) for text in texts[:TIMED]]
-    alike = now.vectors.shape == then.vectors.shape
+    candidate_name = candidates.candidate_name(name)
+    with _embedder(name, server) as served, _embedder(candidate_name, server) as candidate:
+        served_result, candidate_result = served.embed(texts), candidate.embed(texts)
+        seconds = [
+            (_seconds(served, text), _seconds(candidate, text)) for text in texts[:TIMED_TEXTS]
+        ]
+    same_shape = served_result.vectors.shape == candidate_result.vectors.shape
     served_ms, candidate_ms = 1000 * np.array(seconds).T
     return Shadow(
         model=name,
-        served=int(now.versions[0]),
-        candidate=int(then.versions[0]),
+        served=int(served_result.versions[0]),
+        candidate=int(candidate_result.versions[0]),
         texts=len(texts),
-        same_space=now.space == then.space,
-        cosine=_cosines(vectors.cosine(now.vectors, then.vectors)) if alike else {},
-        served_ms=_figures(served_ms, LATENCIES, 2),
-        candidate_ms=_figures(candidate_ms, LATENCIES, 2),
+        same_space=served_result.space == candidate_result.space,
+        cosine=_cosines(vectors.cosine(served_result.vectors, candidate_result.vectors))
+        if same_shape
+        else {},
+        served_ms=_statistics(served_ms, LATENCY_PERCENTILES, 2),
+        candidate_ms=_statistics(candidate_ms, LATENCY_PERCENTILES, 2),
     )
 
 
-def record(found: Shadow, repository: Path) -> None:
-    """Write what was found beside the candidate's version."""
-    folder = repository / found.model / str(found.candidate)
-    (folder / FILE_NAME).write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
+def write_record(comparison: Shadow, repository: Path) -> None:
+    """Write a comparison into the candidate's version folder."""
+    folder = repository / comparison.model / str(comparison.candidate)
+    (folder / FILE_NAME).write_text(json.dumps(dataclasses.asdict(comparison), indent=2) + "\n")
 
 
-def rows(found: Iterable[Shadow]) -> Iterator[dict[str, Any]]:
-    """What was found as a table's rows: two an ensemble."""
-    for one in found:
-        yield {"model": one.model, "version": one.served, "role": "served", **_ms(one.served_ms)}
-        drift = {f"cosine {name}": value for name, value in one.cosine.items()}
-        role = {"model": "", "version": one.candidate, "role": "candidate"}
-        yield {**role, **_ms(one.candidate_ms), **drift, "same space": one.same_space}
+def table_rows(comparisons: Iterable[Shadow]) -> Iterator[dict[str, Any]]:
+    """Rows of a table: two for each comparison."""
+    for comparison in comparisons:
+        yield {
+            "model": comparison.model,
+            "version": comparison.served,
+            "role": "served",
+            **_latency_columns(comparison.served_ms),
+        }
+        drift = {f"cosine {name}": value for name, value in comparison.cosine.items()}
+        role = {"model": "", "version": comparison.candidate, "role": "candidate"}
+        yield {
+            **role,
+            **_latency_columns(comparison.candidate_ms),
+            **drift,
+            "same space": comparison.same_space,
+        }
 
 
-def export(found: Iterable[Shadow], path: Path) -> None:
-    """Write what was found as a text file of metrics, as node_exporter's collector reads them.
+def export(comparisons: Iterable[Shadow], path: Path) -> None:
+    """Write comparisons as a metrics file for node_exporter's textfile collector.
 
     Raises:
         MissingExtra: prometheus-client is not installed.
@@ -99,44 +111,47 @@ def export(found: Iterable[Shadow], path: Path) -> None:
     labels = ("model", "version", "statistic")
     cosine = prometheus.Gauge(
         "halimede_shadow_cosine",
-        "Cosine of a text's vector by the candidate to the one that is served.",
+        "Cosine of a text's vectors by the candidate and by the served version.",
         labels,
         registry=registry,
     )
     seconds = prometheus.Gauge(
-        "halimede_shadow_seconds", "Seconds that a text alone took.", labels, registry=registry
+        "halimede_shadow_seconds", "Seconds to embed one text.", labels, registry=registry
     )
-    for one in found:
-        for name, value in one.cosine.items():
-            cosine.labels(one.model, one.candidate, name).set(value)
-        for version, figures in ((one.served, one.served_ms), (one.candidate, one.candidate_ms)):
+    for comparison in comparisons:
+        for name, value in comparison.cosine.items():
+            cosine.labels(comparison.model, comparison.candidate, name).set(value)
+        for version, figures in (
+            (comparison.served, comparison.served_ms),
+            (comparison.candidate, comparison.candidate_ms),
+        ):
             for name, value in figures.items():
-                seconds.labels(one.model, version, name).set(value / 1000)
+                seconds.labels(comparison.model, version, name).set(value / 1000)
     prometheus.write_to_textfile(str(path), registry)
 
 
-def _opened(model: str, server: Options) -> Embedder:
-    """An embedder of this very model: it follows no canary."""
+def _embedder(model: str, server: Options) -> Embedder:
+    """An embedder of exactly this model: it does not follow a canary."""
     options = server.model_copy(update={"model_id": model, "follow_canary": False})
-    given = {"models": {model: options}, "default_model": model}
-    return Embedder(config=Config.model_validate(given))
+    config = {"models": {model: options}, "default_model": model}
+    return Embedder(config=Config.model_validate(config))
 
 
-def _timed(embedder: Embedder, text: str) -> float:
+def _seconds(embedder: Embedder, text: str) -> float:
     began = time.perf_counter()
     embedder.embed(text)
     return time.perf_counter() - began
 
 
 def _cosines(values: np.ndarray) -> dict[str, float]:
-    return {"min": round(float(values.min()), 6), **_figures(values, COSINES, 6)}
+    return {"min": round(float(values.min()), 6), **_statistics(values, COSINE_PERCENTILES, 6)}
 
 
-def _figures(values: np.ndarray, percentiles: Sequence[int], digits: int) -> dict[str, float]:
-    named = {f"p{one}": np.percentile(values, one) for one in percentiles}
+def _statistics(values: np.ndarray, percentiles: Sequence[int], digits: int) -> dict[str, float]:
+    named = {f"p{rank}": np.percentile(values, rank) for rank in percentiles}
     figures = {"mean": values.mean(), **named}
     return {name: round(float(value), digits) for name, value in figures.items()}
 
 
-def _ms(figures: Mapping[str, float]) -> dict[str, float]:
+def _latency_columns(figures: Mapping[str, float]) -> dict[str, float]:
     return {f"ms {name}": value for name, value in figures.items()}

@@ -16,85 +16,85 @@ from halimede_tools.serve import container_files, wheel
 from halimede_tools.serve.options import Options
 
 IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
-"""The same Triton release as the wheel's."""
+"""The Triton release that the wheel has, too."""
 MODELS = "/models"
 SHM_SIZE = "1g"
-"""For the tensors that Triton and its Python backends exchange; Docker's default is 64 MB."""
-EVERYWHERE = "0.0.0.0"  # noqa: S104 - from outside, the ports are reached where they are published
+"""Triton and its Python backends exchange tensors in it. Docker's default is 64 MB."""
+ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - Docker publishes the ports on the host's address
 LABELS = {"halimede": "triton"}
 READY_TIMEOUT_S = 600.0
-"""Installing the tokenizer, starting CUDA and loading every model."""
+"""Time to install the packages, start CUDA and load every model."""
 STOP_TIMEOUT_S = 20
-KEPT_LOG_BYTES = 64 * 1024
+LOG_TAIL_BYTES = 64 * 1024
 
 
 class Container:
-    """A container that is attached to and then started."""
+    """A started container, and the end of its log."""
 
     def __init__(self, container: Any) -> None:
         self._log = b""
-        # Attached before the start: a container that ends at once takes its log with it.
+        # Attach before the start: auto-remove deletes the log of a container that ends at once.
         output = container.attach(stdout=True, stderr=True, stream=True)
-        self._reader = threading.Thread(target=self._keep, args=(output,), daemon=True)
+        self._reader = threading.Thread(target=self._read_output, args=(output,), daemon=True)
         self._reader.start()
         container.start()
 
     def is_running(self) -> bool:
-        """Whether it still runs: its output ends with it."""
+        """Whether the container runs: its output ends with it."""
         return self._reader.is_alive()
 
     def has_lost_a_process(self) -> bool:
-        """Never: it is watched inside, and ends."""
+        """False: `halimede_launch` watches the processes and ends the container."""
         return False
 
     def kill(self) -> None:
-        """Nothing: leaving `serve` ends it."""
+        """Do nothing: leaving `serve` ends the container."""
 
-    def why_not_ready(self) -> str:
-        """One line: the model that did not load, or how far it came and its log's last line."""
+    def not_ready_reason(self) -> str:
+        """One line: the model that did not load, or the state and the log's last line."""
         state = f"was not ready within {READY_TIMEOUT_S:.0f} s" if self.is_running() else "ended"
-        return wheel.why_it_ended(self._text(), f"Triton's container {state}; its last line")
+        return wheel.failure_reason(self._log_text(), f"Triton's container {state}; its last line")
 
-    def how_it_ended(self) -> str:
-        """One line, once it no longer runs."""
-        return f"Triton's container ended; its last line: {wheel.last_line(self._text())}"
+    def exit_reason(self) -> str:
+        """One line on how the container ended, with the log's last line."""
+        return f"Triton's container ended; its last line: {wheel.last_line(self._log_text())}"
 
-    def _text(self) -> str:
+    def _log_text(self) -> str:
         return self._log.decode(errors="replace")
 
-    def _keep(self, output: Iterable[bytes]) -> None:
-        with contextlib.suppress(OSError):  # the engine went away: the output ends too
+    def _read_output(self, output: Iterable[bytes]) -> None:
+        with contextlib.suppress(OSError):  # the engine stopped: the output ends, too
             for chunk in output:
-                self._log = (self._log + chunk)[-KEPT_LOG_BYTES:]
+                self._log = (self._log + chunk)[-LOG_TAIL_BYTES:]
 
 
 @contextlib.contextmanager
 def serve(
     repository: Path, python_backend: Path, options: Options, image: str = IMAGE
 ) -> Iterator[Container]:
-    """A container that is ready; stopped and removed on leaving.
+    """Start a container, and wait until it is ready; stop and remove it on leaving.
 
     Raises:
-        ServeError: a port is taken, the SDK, the engine or the image is missing, a model does
+        ServeError: a port is taken; the SDK, the engine or the image is missing; or a model does
             not load.
     """
     wheel.check_ports(options)
     wheel.check_models(repository, options)
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(contextlib.closing(_engine()))
-        with _refusals_told(image):
+        with _docker_errors_translated(image):
             container = _create(engine, mounts(repository, python_backend), options, image)
             stack.callback(_remove, container)
             server = Container(container)
         address = f"{options.http_host}:{options.http_port}"
         if not wheel.is_ready_within(READY_TIMEOUT_S, server, address):
-            raise ServeError(server.why_not_ready())
+            raise ServeError(server.not_ready_reason())
         stack.callback(_stop, container)
         yield server
 
 
 def mounts(repository: Path, python_backend: Path) -> dict[str, Path]:
-    """Path in the container → path here, all read-only."""
+    """Path in the container → path on this machine. All are mounted read-only."""
     files = container_files.targets().items()
     return {
         MODELS: repository,
@@ -103,12 +103,12 @@ def mounts(repository: Path, python_backend: Path) -> dict[str, Path]:
 
 
 def command(options: Options) -> list[str]:
-    """What the container runs: add the packages our backends need, then start Triton."""
+    """The container's command: install the packages that our backends need, then start Triton."""
     packages = [
         f"{name}=={importlib.metadata.version(name)}" for name in container_files.REQUIREMENTS
     ]
-    # tokenizers' dependencies only download models; pip's notice of a new pip would hide why
-    # it failed.
+    # --no-deps: tokenizers' dependencies only download models. Without the version check, the last
+    # line of the log is the reason of a failure.
     install = ["python3", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     install += ["--no-deps", *packages]
     start = [
@@ -120,7 +120,7 @@ def command(options: Options) -> list[str]:
         "halimede_launch.start",
     ]
     start += ["tritonserver", f"--model-repository={MODELS}"]
-    start += options.arguments(inside=EVERYWHERE)
+    start += options.arguments(inside=ANY_ADDRESS)
     return ["bash", "-c", f"{shlex.join(install)} && exec {shlex.join(start)}"]
 
 
@@ -140,16 +140,16 @@ def _engine() -> Any:
         ) from None
 
 
-def _create(engine: Any, mounted: dict[str, Path], options: Options, image: str) -> Any:
+def _create(engine: Any, mounts: dict[str, Path], options: Options, image: str) -> Any:
     from docker import types
 
-    address = socket.gethostbyname(options.host)  # the engine takes no names
+    address = socket.gethostbyname(options.host)  # the engine accepts addresses only
     return engine.containers.create(
         image,
         command(options),
         mounts=[
             types.Mount(target, str(source.resolve()), type="bind", read_only=True)
-            for target, source in mounted.items()
+            for target, source in mounts.items()
         ],
         ports={f"{port}/tcp": (address, port) for port in options.ports().values()},
         environment=wheel.ENVIRONMENT,
@@ -161,7 +161,7 @@ def _create(engine: Any, mounted: dict[str, Path], options: Options, image: str)
 
 
 def _gpus(engine: Any) -> list[Any]:
-    """All GPUs where the engine can pass them on, else none."""
+    """A request for all GPUs if the engine has NVIDIA's runtime; else none."""
     from docker import types
 
     if "nvidia" not in (engine.info().get("Runtimes") or {}):
@@ -170,8 +170,8 @@ def _gpus(engine: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _refusals_told(image: str) -> Iterator[None]:
-    """What the engine refuses becomes a ServeError of one line."""
+def _docker_errors_translated(image: str) -> Iterator[None]:
+    """Raise the engine's errors as ServeErrors of one line."""
     from docker import errors
 
     try:
@@ -184,11 +184,11 @@ def _refusals_told(image: str) -> Iterator[None]:
 
 
 def _stop(container: Any) -> None:
-    with contextlib.suppress(OSError):  # it has ended and is removed, or the engine is gone
+    with contextlib.suppress(OSError):  # already removed, or the engine stopped
         container.stop(timeout=STOP_TIMEOUT_S)
 
 
 def _remove(container: Any) -> None:
-    """Kill what still runs and remove it."""
-    with contextlib.suppress(OSError):  # the engine's own auto-remove came first
+    """Kill and remove the container."""
+    with contextlib.suppress(OSError):  # auto-remove was first
         container.remove(force=True)

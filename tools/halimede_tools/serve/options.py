@@ -1,4 +1,4 @@
-"""Options of a server, and the arguments of tritonserver that they become."""
+"""Options of a server, and the arguments of tritonserver for them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from halimede_ops.errors import ServeError
 LOOPBACK = "127.0.0.1"
 LOCAL_HOSTS = (LOOPBACK, "localhost")
 CONNECTION_AGE_MS = 300_000
-"""Clients connect anew this often, and so find servers that were added behind a name."""
+"""Clients reconnect this often, and so find servers that were added to a DNS name."""
 CONNECTION_GRACE_MS = 60_000
-"""Time for the requests of an old connection to end."""
-KEPT_MESSAGES = 1
-"""Request messages that each of Triton's threads keeps for the next requests, at the size of the
-largest they ever had: with Triton's 8, some requests of 4 MB cost 100 MB for good."""
+"""Time that the requests of an old connection have to end."""
+POOLED_MESSAGES = 1
+"""Request messages that each of Triton's threads keeps for reuse. A message never shrinks: with
+Triton's default of 8, a few requests of 4 MB cost 100 MB until the server ends."""
 LOG_LEVELS = ("error", "warning", "info", "verbose")
 
 
 class Options(BaseModel):
-    """How a server is started."""
+    """Options of a server."""
 
     host: str = LOOPBACK
-    """Address to listen on; loopback unless asked otherwise."""
+    """Address to listen on; loopback by default."""
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
@@ -35,34 +35,34 @@ class Options(BaseModel):
     models: tuple[str, ...] = ()
     """Models to serve, without their composing models; empty: all of the repository."""
     steps: bool = False
-    """Whether the wheel serves each ensemble's steps, as NVIDIA's container does, instead of one
-    process that does what they do."""
+    """Whether the wheel serves each ensemble's steps as models of their own, as NVIDIA's container
+    does. By default one process runs all steps."""
     response_cache_mb: NonNegativeInt = 0
-    """Memory of each model for what was asked before; 0: none."""
+    """Size of each model's response cache, in MB; 0: no cache."""
     tls_cert: Path | None = None
-    """PEM certificate of the server: gRPC speaks TLS, and HTTP, which cannot, stays on loopback."""
+    """PEM certificate of the server: gRPC uses TLS. HTTP has no TLS and stays on loopback."""
     tls_key: Path | None = None
     """PEM key of the certificate."""
     tls_client_ca: Path | None = None
-    """PEM certificates that sign clients: without one of theirs, a client is refused."""
+    """PEM certificates that sign clients. Clients without a certificate are refused."""
     control_key_file: Path | None = None
-    """File with the key that CONTROL_APIS ask for. Without one they are open on loopback, and
-    closed to everybody elsewhere."""
+    """File with the key that model control requires. Without a file, model control is open on
+    loopback and closed on every other address."""
 
     trace_url: str = ""
-    """OpenTelemetry collector that is told of requests, such as http://127.0.0.1:4318/v1/traces."""
+    """OpenTelemetry collector for traces, such as http://127.0.0.1:4318/v1/traces."""
     trace_every: int = 100
-    """Of how many requests one is traced; one whose caller traces it always is."""
-    _own_key: str = PrivateAttr(default_factory=start.nobodys_key)
+    """Trace one request in N. A request whose caller traces it is always traced."""
+    _random_key: str = PrivateAttr(default_factory=start.nobodys_key)
 
     @model_validator(mode="after")
-    def _cache_has_its_process(self) -> Options:
+    def _check_response_cache(self) -> Options:
         if self.steps and self.response_cache_mb:
             raise ServeError("the steps have no response cache; leave out --steps or the cache.")
         return self
 
     @model_validator(mode="after")
-    def _tls_is_whole(self) -> Options:
+    def _check_tls(self) -> Options:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ServeError("TLS needs both --tls-cert and --tls-key.")
         if self.tls_client_ca is not None and self.tls_cert is None:
@@ -74,22 +74,22 @@ class Options(BaseModel):
 
     @property
     def http_host(self) -> str:
-        """Address that HTTP listens on."""
+        """Address that HTTP listens on: loopback if gRPC uses TLS."""
         return self.host if self.tls_cert is None else LOOPBACK
 
     def ports(self) -> dict[str, int]:
-        """Ports by their names."""
+        """Protocol → port."""
         return {"HTTP": self.http_port, "gRPC": self.grpc_port, "metrics": self.metrics_port}
 
     def arguments(self, inside: str | None = None) -> list[str]:
-        """The arguments of tritonserver; the same for the wheel's and for NVIDIA's container.
+        """The arguments of tritonserver, for the wheel and for NVIDIA's container.
 
-        `inside` is the address to listen on in a container whose ports are published on `host`.
+        `inside` is the address to listen on in a container. Its ports are published on `host`.
         """
-        loaded = self.models or ("*",)
+        models = self.models or ("*",)
         return [
             "--model-control-mode=explicit",
-            *[f"--load-model={model}" for model in loaded],
+            *[f"--load-model={model}" for model in models],
             "--disable-auto-complete-config",
             "--exit-on-error=true",
             "--strict-readiness=true",
@@ -97,7 +97,7 @@ class Options(BaseModel):
             f"--http-port={self.http_port}",
             f"--grpc-address={inside or self.host}",
             f"--grpc-port={self.grpc_port}",
-            f"--grpc-infer-allocation-pool-size={KEPT_MESSAGES}",
+            f"--grpc-infer-allocation-pool-size={POOLED_MESSAGES}",
             f"--grpc-max-connection-age={CONNECTION_AGE_MS}",
             f"--grpc-max-connection-age-grace={CONNECTION_GRACE_MS}",
             f"--metrics-address={inside or self.host}",
@@ -130,12 +130,12 @@ class Options(BaseModel):
 
     @property
     def control_key(self) -> str:
-        """The key that model control asks for; empty: none. Without a key file, elsewhere than on
-        loopback, it is known to this process alone.
+        """The key that model control requires; empty: none. Without a key file, it is random on
+        every address but loopback, so that only this process knows it.
         """
         if self.control_key_file is not None:
             return self.control_key_file.read_text().strip()
-        return "" if self.host in LOCAL_HOSTS else self._own_key
+        return "" if self.host in LOCAL_HOSTS else self._random_key
 
     def _restrictions(self) -> list[str]:
         return start.restrictions(self.control_key) if self.control_key else []

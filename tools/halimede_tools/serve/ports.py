@@ -1,4 +1,4 @@
-"""Ports that nobody has, for servers of one machine that are started soon."""
+"""Free ports for servers on this machine."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import random
 import socket
 
 PORTS = range(10_000, 32_000)
-"""Below those that Linux gives to connections, so that none is taken before its server is up."""
+"""Below the ephemeral ports of Linux: no connection takes one before its server listens."""
 
 
 def free_ports(count: int) -> list[int]:
-    """So many different ports of 127.0.0.1."""
-    # The system's randomness: hypothesis seeds Python's, for every process alike.
-    tried = random.SystemRandom().sample(PORTS, 10 * count)
-    return list(itertools.islice(filter(_is_free, tried), count))
+    """`count` different free ports of 127.0.0.1."""
+    # SystemRandom: hypothesis seeds `random` alike in every process.
+    candidates = random.SystemRandom().sample(PORTS, 10 * count)
+    return list(itertools.islice(filter(_is_free, candidates), count))
 
 
 def _is_free(port: int) -> bool:

@@ -1,8 +1,8 @@
 """Programs that are not Python packages: `python3 programs.py serve|test` installs them on Debian.
 
-As root on Debian or Ubuntu it installs what is missing and says so. Elsewhere it says what is
-missing and the command that brings it; the tests that need it are then skipped. A checkout runs it
-before it has an environment, so it imports the standard library alone.
+As root on Debian or Ubuntu it installs the missing programs. Elsewhere it prints the missing
+programs and the command that installs them; the tests that need them are then skipped. A checkout
+runs it before it has a virtual environment, so it imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEPENDENCIES_ONLY = ("--no-install-recommends",)
 
 
 def libpython() -> Path | None:
-    """The shared library of the running Python, which Triton's Python stub links; None: missing."""
+    """The shared library of the running Python, or None. Triton's Python stub links it."""
     name = str(sysconfig.get_config_var("INSTSONAME"))
     folders = [sysconfig.get_config_var("LIBDIR") or "/", *LIBRARIES]
     paths = [Path(folder) / name for folder in folders if ".so" in name]
@@ -46,23 +46,23 @@ PACKAGES: Mapping[str, tuple[str, Callable[[], bool]]] = {
     "promtool": ("prometheus", _is_on_path("promtool")),
     "faketime": ("faketime", FAKETIME.exists),
 }
-"""Program → the Debian package that has it, and whether it is here."""
-NEEDED = {"serve": ("venv", "libpython"), "test": tuple(PACKAGES)}
-"""What uses them → the programs."""
+"""Program → its Debian package, and a function that says whether it is installed."""
+PROGRAMS_BY_USE = {"serve": ("venv", "libpython"), "test": tuple(PACKAGES)}
+"""Use → the programs that it needs."""
 
 
-def is_missing(program: str) -> str:
-    """The command that installs a program; empty: it is here."""
-    package, is_here = PACKAGES[program]
-    return "" if is_here() else f"apt-get install {package}"
+def install_command(program: str) -> str:
+    """The command that installs a missing program; empty if it is installed."""
+    package, is_installed = PACKAGES[program]
+    return "" if is_installed() else f"apt-get install {package}"
 
 
 def install(use: str) -> int:
-    """Install what is missing for a use, or say how; the exit status.
+    """Install the programs that a use needs, or print how; return the exit status.
 
-    A missing program is an error for `serve`: nothing works without it.
+    A missing program is an error for `serve` only.
     """
-    missing = [name for name in NEEDED[use] if is_missing(name)]
+    missing = [name for name in PROGRAMS_BY_USE[use] if install_command(name)]
     if not missing:
         return 0
     packages = [PACKAGES[name][0] for name in missing]

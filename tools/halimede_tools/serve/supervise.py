@@ -1,4 +1,4 @@
-"""Serve: prepare what is missing, start Triton, show that it embeds, wait for the stop signal."""
+"""Serve: build missing models, start Triton, embed a sample, wait for the stop signal."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from halimede_repository import configs
 from halimede_tools.build.plan import PRECISIONS, build, build_request
 from halimede_tools.build.repository import served_name
 from halimede_tools.console import console
-from halimede_tools.serve import joining, wheel
+from halimede_tools.serve import background_builds, wheel
 from halimede_tools.serve.options import Options
 from halimede_tools.settings import Settings
 
 SAMPLE = "hello world"
-SHORT_S = 60.0
-SHORT_LIVES = 3
-"""A server that ends sooner than this after its start, so many times in a row, will again."""
+SHORT_LIFE_S = 60.0
+MAX_SHORT_LIVES = 3
+"""`serve` gives up after this many servers in a row that ended within SHORT_LIFE_S seconds."""
 
 
 def serve(settings: Settings, options: Options, runtime: str) -> None:
-    """Serve until SIGINT or SIGTERM; a server that ends by itself is started again.
+    """Serve until SIGINT or SIGTERM. Start a server that ends by itself again.
 
-    Of a model that is not built yet the first precision is built and served; the others are built
-    beside the server, and each joins it when it is checked.
+    If no precision of a model is built, build the first one and serve it. Build the others while
+    the server runs; each is loaded when its checks pass.
 
     Raises:
-        BuildError: a model that is missing could not be built.
-        ServeError: the server could not be started, or ended soon after.
+        BuildError: a missing model could not be built.
+        ServeError: the server could not be started, or ended soon after its start several times.
     """
     with _interrupted_by_sigterm():
         try:
             builds = _build_first(settings, options)
             log = settings.run(options.grpc_port) / "build.log"
-            with joining.building(builds, options, log) as joined:
-                _keep_running(settings, options, runtime, builds, joined)
+            with background_builds.running(builds, options, log) as published:
+                _keep_running(settings, options, runtime, builds, published)
         except KeyboardInterrupt:
             console.print("stopped")
 
@@ -50,44 +50,44 @@ def _keep_running(
     settings: Settings,
     options: Options,
     runtime: str,
-    builds: Sequence[joining.Build],
-    joined: Collection[str],
+    builds: Sequence[background_builds.Build],
+    published: Collection[str],
 ) -> NoReturn:
-    short = 0
-    while short < SHORT_LIVES:
+    short_lives = 0
+    while short_lives < MAX_SHORT_LIVES:
         began = time.monotonic()
-        pending = {name for build in builds for name in build.ensembles} - {*joined}
-        built = _without(pending, settings, options)
+        pending = {name for build in builds for name in build.ensembles} - {*published}
+        built = _excluding(pending, settings, options)
         with _runtime(runtime, settings, built) as server:
             show(built)
             if pending:
                 console.print(f"  Being built, joins when checked: {', '.join(sorted(pending))}")
-            ended = _ended(server)
-        short = short + 1 if time.monotonic() - began < SHORT_S else 0
+            ended = _wait_for_end(server)
+        short_lives = short_lives + 1 if time.monotonic() - began < SHORT_LIFE_S else 0
         console.print(f"{ended}; it is started again")
-    raise ServeError(f"{ended}; {short} times soon after its start")
+    raise ServeError(f"{ended}; {short_lives} times soon after its start")
 
 
-def become(settings: Settings, options: Options) -> NoReturn:
-    """Replace this process by Triton, as a container wants it; build nothing.
+def exec_server(settings: Settings, options: Options) -> NoReturn:
+    """Replace this process with Triton, as a container needs it; build nothing.
 
     Raises:
-        ServeError: as `wheel.become`.
+        ServeError: as `wheel.exec_server`.
     """
     backends = settings.backends or wheel.lay_out(
         settings.python_backend, settings.run(options.grpc_port) / "backends"
     )
-    wheel.become(settings.repository, backends, options)
+    wheel.exec_server(settings.repository, backends, options)
 
 
-def _ended(server: wheel.Running) -> str:
-    """How the server has ended, once it has; one that lost a process of its own is killed."""
+def _wait_for_end(server: wheel.Running) -> str:
+    """Wait until the server ends; return how. Kill a server that has lost a process."""
     while server.is_running():
         if server.has_lost_a_process():
             server.kill()
             return watch.TOLD
         time.sleep(watch.EVERY_S)
-    return server.how_it_ended()
+    return server.exit_reason()
 
 
 def _runtime(
@@ -105,12 +105,12 @@ def _runtime(
     raise ServeError(f"runtime {runtime!r} is unknown; use wheel or docker")
 
 
-def _build_first(settings: Settings, options: Options) -> list[joining.Build]:
-    """Build the first precision of each model of the catalogue that is asked for and has none yet;
-    the builds of its others. Without names the default model is asked for.
+def _build_first(settings: Settings, options: Options) -> list[background_builds.Build]:
+    """Build the first precision of each requested catalogue model that has none; return the builds
+    of the other precisions. If no model is named, the default model is requested.
     """
-    later = []
-    for model, precisions in _asked(options).items():
+    remaining = []
+    for model, precisions in _requested(options).items():
         missing = [
             precision
             for precision in precisions
@@ -119,31 +119,37 @@ def _build_first(settings: Settings, options: Options) -> list[joining.Build]:
         if missing == precisions:
             build(build_request(model, precisions=(missing.pop(0),)), settings)
         if missing:
-            later.append(joining.Build(model, tuple(missing)))
-    return later
+            remaining.append(background_builds.Build(model, tuple(missing)))
+    return remaining
 
 
-def _asked(options: Options) -> dict[str, list[str]]:
-    """Model of the catalogue → its precisions that are asked for."""
+def _requested(options: Options) -> dict[str, list[str]]:
+    """Model of the catalogue → its requested precisions."""
     if not options.models:
         return {catalogue.DEFAULT: list(PRECISIONS)}
-    asked = {
-        model.name: [one for one in PRECISIONS if served_name(model.name, one) in options.models]
+    requested = {
+        model.name: [
+            precision
+            for precision in PRECISIONS
+            if served_name(model.name, precision) in options.models
+        ]
         for model in catalogue.models()
     }
-    return {model: precisions for model, precisions in asked.items() if precisions}
+    return {model: precisions for model, precisions in requested.items() if precisions}
 
 
-def _without(pending: Collection[str], settings: Settings, options: Options) -> Options:
-    """The options that serve what is asked for and not pending."""
+def _excluding(pending: Collection[str], settings: Settings, options: Options) -> Options:
+    """The options without the pending ensembles."""
     if not pending:
         return options
-    asked = options.models or configs.to_load(settings.repository)
-    return options.model_copy(update={"models": tuple(n for n in asked if n not in pending)})
+    requested = options.models or configs.to_load(settings.repository)
+    return options.model_copy(
+        update={"models": tuple(name for name in requested if name not in pending)}
+    )
 
 
 def show(options: Options) -> None:
-    """Embed a sample and print what a user needs to go on."""
+    """Embed a sample; print its vector, the addresses and a curl command."""
     model = (options.models or (catalogue.DEFAULT,))[0]
     http = f"http://{options.http_host}:{options.http_port}"
     grpc = f"{options.host}:{options.grpc_port}"
@@ -167,7 +173,7 @@ def curl(http: str, model: str) -> str:
 
 @contextlib.contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does: unwind, and stop what was started."""
+    """Raise KeyboardInterrupt on SIGTERM, as on SIGINT."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

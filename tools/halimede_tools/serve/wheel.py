@@ -1,6 +1,6 @@
 """The wheel's Triton as a child process: prepare, start, wait until ready, stop.
 
-The wheel `nvidia-pytriton` carries the server, its Python backend and one stub a Python version.
+The wheel `nvidia-pytriton` has the server, its Python backend and a stub for each Python version.
 """
 
 from __future__ import annotations
@@ -30,46 +30,46 @@ from halimede_tools.settings import PACKAGES, Settings
 
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend makes its regions
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - Triton's Python backend creates its regions there
 DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 os.execv(sys.argv[1], sys.argv[1:])
 """
-"""Program that asks the kernel to end it with its launcher, then becomes its arguments. Not a
-preexec_fn: that runs Python between fork and exec, where gRPC's threads may crash it."""
+"""Program that asks the kernel to end it when its parent ends, then runs the command that it is
+given. A preexec_fn would run Python between fork and exec, where gRPC's threads can crash it."""
 ENVIRONMENT = {
     # The tokenizer's own threads would compete with the engine's for the same cores.
     "TOKENIZERS_PARALLELISM": "false",
-    # Blocks of this many bytes and more go back to the system when they are freed: glibc would
-    # raise the limit with each of them, keep them, and for each thread others.
+    # glibc returns freed blocks of this many bytes and more to the system. By default it raises the
+    # threshold, and each thread keeps its freed blocks.
     "MALLOC_MMAP_THRESHOLD_": "1048576",
 }
-"""Of the server and its backends, here and in a container."""
+"""Environment of the server and its backends, on this machine and in a container."""
 RESPONSE_CACHE_MB = "HALIMEDE_RESPONSE_CACHE_MB"
 """Environment variable that the backend `embedder` reads."""
-IMPORTED = ("halimede_engine", "halimede_ops", "halimede_repository")
-"""Packages of ours that the backends import."""
+IMPORTED_PACKAGES = ("halimede_engine", "halimede_ops", "halimede_repository")
+"""Our packages that the backends import."""
 
 
 class Running(Protocol):
     """A started server of any runtime."""
 
     def kill(self) -> None:
-        """End it at once."""
+        """End the server at once."""
         ...
 
     def is_running(self) -> bool:
-        """Whether it still runs."""
+        """Whether the server runs."""
         ...
 
     def has_lost_a_process(self) -> bool:
-        """Whether it goes on without one of its processes, which it does not tell."""
+        """Whether a process of the server has died while the server runs."""
         ...
 
-    def how_it_ended(self) -> str:
-        """One line, once it no longer runs."""
+    def exit_reason(self) -> str:
+        """One line on how the server ended."""
         ...
 
 
@@ -83,7 +83,7 @@ class Server:
         self.options = options
         self.log = log
         self.shared_memory = shared_memory
-        """Prefix of its regions in /dev/shm, removed when it stops."""
+        """Prefix of its regions in /dev/shm. `stop` removes them."""
         self._watch = watch.Watch(process.pid)
 
     @property
@@ -97,26 +97,26 @@ class Server:
         return f"{self.options.http_host}:{self.options.http_port}"
 
     def is_running(self) -> bool:
-        """Whether the process lives."""
+        """Whether the process runs."""
         return self.process.poll() is None
 
     def has_lost_a_process(self) -> bool:
-        """Whether a process of its Python backend has died: it then answers no request of that
-        model, and some never. To be asked again and again.
+        """Whether a process of its Python backend has died. Requests to that model then fail or
+        hang. Poll this regularly.
         """
         return self._watch.has_lost_one()
 
-    def how_it_ended(self) -> str:
-        """One line, once it no longer runs."""
+    def exit_reason(self) -> str:
+        """One line with the exit code and the log's path."""
         return f"Triton ended with code {self.process.returncode} (log: {self.log})"
 
     def kill(self) -> None:
-        """End the server and every child without a word to its callers."""
+        """Kill the server and every child; open requests fail."""
         self.process.kill()
         self.stop()
 
     def stop(self) -> None:
-        """Stop the server and every child; kill what has not ended in STOP_TIMEOUT_S."""
+        """Stop the server and every child; kill those that run after STOP_TIMEOUT_S seconds."""
         if self.process.poll() is None:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -130,48 +130,48 @@ class Server:
 
 @contextlib.contextmanager
 def serve(repository: Path, python_backend: Path, run: Path, options: Options) -> Iterator[Server]:
-    """A server that is ready; stopped on leaving.
+    """Start a server, and wait until it is ready; stop it on leaving.
 
     `run` is a folder for the backends and the log.
 
     Raises:
-        ServeError: a port is taken, the wheel or libpython is missing, a model does not load.
+        ServeError: a port is taken, the wheel or libpython is missing, or a model does not load.
     """
     check_ports(options)
     check_models(repository, options)
     server = _start(repository, python_backend, run, options)
     try:
         if not is_ready_within(READY_TIMEOUT_S, server, server.http_address):
-            raise ServeError(_why_not_ready(server))
+            raise ServeError(_not_ready_reason(server))
         yield server
     finally:
         server.stop()
 
 
-def become(repository: Path, backends: Path, options: Options) -> NoReturn:
-    """Replace this process by a server that logs to its output and ends with any of its processes,
-    as a container wants it.
+def exec_server(repository: Path, backends: Path, options: Options) -> NoReturn:
+    """Replace this process with a server, as a container needs it: it logs to its output, and ends
+    when any of its processes ends.
 
     Raises:
         ServeError: as `serve`.
     """
     check_ports(options)
     check_models(repository, options)
-    _forget_regions(options)
+    _remove_stale_regions(options)
     command = [sys.executable, watch.__file__, *_command(repository, backends, options)]
     os.execve(command[0], command, _environment(options))  # noqa: S606
 
 
 def _start(repository: Path, python_backend: Path, run: Path, options: Options) -> Server:
-    _forget_regions(options)
+    _remove_stale_regions(options)
     log = run / "triton.log"
     try:
         backends = lay_out(python_backend, run / "backends")
-        if log.exists():  # it may say why the server before this one ended
+        if log.exists():  # it may have the reason why the last server ended
             log.replace(run / "triton.before.log")
         log.touch()
     except OSError as error:
-        reason = re.search(r"\[Errno \d+\] ([^:]*)", str(error))  # shutil's own names each file
+        reason = re.search(r"\[Errno \d+\] ([^:]*)", str(error))  # shutil.Error lists every file
         raise ServeError(
             f"{run} cannot be written: {reason[1] if reason else error}. Free space there, or set "
             "HALIMEDE_HOME to another folder."
@@ -191,56 +191,56 @@ def _start(repository: Path, python_backend: Path, run: Path, options: Options) 
 
 def _command(repository: Path, backends: Path, options: Options) -> list[str]:
     wheel = _wheel()
-    whole = options.model_copy(update={"models": configs.to_load(repository, options.models)})
+    resolved = options.model_copy(update={"models": configs.to_load(repository, options.models)})
     return [
         str(wheel / "bin" / "tritonserver"),
         f"--model-repository={repository.resolve()}",
         f"--backend-directory={backends.resolve()}",
         f"--cache-directory={wheel / 'caches'}",
         f"--backend-config=python,shm-region-prefix-name={_shared_memory(options)}",
-        *whole.arguments(),
+        *resolved.arguments(),
         *([] if options.steps else [f"--model-config-name={configs.ONE_PROCESS}"]),
     ]
 
 
 def _shared_memory(options: Options) -> str:
-    """Prefix of the regions of a server that this process starts."""
+    """Prefix of the shared memory regions of a server that this process starts."""
     return f"halimede-{os.getpid()}-{options.grpc_port}-"
 
 
-def _forget_regions(options: Options) -> None:
-    """Remove what servers that were killed left in memory. Their port is free."""
+def _remove_stale_regions(options: Options) -> None:
+    """Remove the shared memory of killed servers that had this gRPC port."""
     for region in SHARED_MEMORY.glob(f"halimede-*-{options.grpc_port}-*"):
-        started_by = int(region.name.split("-")[1])
-        if started_by == os.getpid() or not Path(f"/proc/{started_by}").exists():
+        owner_pid = int(region.name.split("-")[1])
+        if owner_pid == os.getpid() or not Path(f"/proc/{owner_pid}").exists():
             region.unlink(missing_ok=True)
 
 
 def _wheel() -> Path:
-    found = importlib.util.find_spec("pytriton")
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
         raise ServeError("Triton is not installed. Run: pip install 'halimede[server]'")
-    return Path(found.submodule_search_locations[0]) / "tritonserver"
+    return Path(spec.submodule_search_locations[0]) / "tritonserver"
 
 
 def wheel_libraries() -> Path:
-    """The folder of the shared libraries that the wheel carries."""
+    """The folder of the wheel's shared libraries."""
     return _wheel().parent.parent / "nvidia_pytriton.libs"
 
 
 def lay_out(python_backend: Path, folder: Path) -> Path:
-    """`folder` as a backend directory with Triton's Python backend and ours side by side.
+    """Create `folder` as a backend directory with Triton's Python backend and ours; return it.
 
-    Copies: Triton refuses a link that leads out of its backend directory.
+    The files are copies: Triton refuses links that lead out of its backend directory.
 
     Raises:
-        ServeError: the wheel is missing, or has no stub for this Python.
+        ServeError: the wheel is missing, or has no stub for this Python version.
     """
     wheel = _wheel()
     shutil.rmtree(folder, ignore_errors=True)
     compiled = shutil.ignore_patterns("__pycache__")
     shutil.copytree(python_backend, folder, ignore=compiled)
-    for package in IMPORTED:
+    for package in IMPORTED_PACKAGES:
         if not (folder / package).exists():
             shutil.copytree(source_of(package, python_backend), folder / package, ignore=compiled)
     python = folder / "python"
@@ -256,8 +256,8 @@ def lay_out(python_backend: Path, folder: Path) -> Path:
 
 
 def source_of(name: str, python_backend: Path) -> Path:
-    """The folder of a backend, or of a package that backends import: in a checkout they lie side by
-    side, in an installed wheel the packages lie in site-packages.
+    """The folder of a backend, or of a package that backends import. A checkout has both in
+    python_backend/; an installed wheel has the packages in site-packages.
     """
     path = python_backend / name
     return path if path.exists() else PACKAGES / name
@@ -277,22 +277,22 @@ def _environment(options: Options) -> dict[str, str]:
 
 
 def libpython() -> Path:
-    """The shared library of the running Python, which Triton's stub links.
+    """The shared library of the running Python. Triton's Python stub links it.
 
     Raises:
-        ServeError: it is not there; the message names the package that has it.
+        ServeError: it is missing; the message names the package that has it.
     """
     path = programs.libpython()
     if path is None:
         raise ServeError(
             f"lib{programs.PYTHON}.so.1.0 was not found. On Debian and Ubuntu run: "
-            f"{programs.is_missing('libpython')}"
+            f"{programs.install_command('libpython')}"
         )
     return path
 
 
 def check_ports(options: Options) -> None:
-    """Nothing when every port is free on the host.
+    """Raise unless every port is free on the host.
 
     Raises:
         ServeError: one is taken.
@@ -310,10 +310,10 @@ def check_ports(options: Options) -> None:
 
 
 def check_models(repository: Path, options: Options) -> None:
-    """Nothing when the models asked for are in the repository and all of it is built.
+    """Raise unless the requested models are in the repository and built with their steps.
 
     Raises:
-        ServeError: one is not.
+        ServeError: one is missing or not built.
     """
     listed = {path.parent.name: path for path in repository.glob("*/config.pbtxt")}
     for model in options.models:
@@ -328,27 +328,27 @@ def check_models(repository: Path, options: Options) -> None:
 
 
 def is_ready_within(timeout_s: float, server: Running, http_address: str) -> bool:
-    """Whether the server's models are all ready in time; False at once when it ends."""
+    """Wait until all models are ready. False after `timeout_s`, or when the server ends."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and server.is_running():
         with contextlib.suppress(OSError, HTTPException):
-            # HTTP: over gRPC, TLS would ask for a client's certificate.
+            # HTTP: gRPC with TLS may require a client's certificate.
             with urlopen(f"http://{http_address}/v2/health/ready", timeout=1):
                 return True
         time.sleep(0.05)
     return False
 
 
-def _why_not_ready(server: Server) -> str:
+def _not_ready_reason(server: Server) -> str:
     if server.is_running():
         return f"Triton was not ready within {READY_TIMEOUT_S:.0f} s; see {server.log}"
     ended = f"Triton ended with code {server.process.returncode}"
-    reason = why_it_ended(server.log.read_text(errors="replace"), ended)
+    reason = failure_reason(server.log.read_text(errors="replace"), ended)
     return f"{reason} (log: {server.log})"
 
 
-def why_it_ended(log: str, ended: str) -> str:
-    """One line from the log of a server: the model that failed to load, else `ended`: last line."""
+def failure_reason(log: str, ended: str) -> str:
+    """One line: the model that failed to load by the log; else `ended` and the log's last line."""
     failed = re.search(r"failed to load '([^']+)'[^:]*: (.*)", log)
     if failed:
         reason = re.sub(r"^(\w+: )*", "", failed[2].split("\\n")[0]).strip()

@@ -1,4 +1,4 @@
-"""Models that are still being built while the server runs: each joins it when it is checked."""
+"""Builds that run while the server runs. Each ensemble is loaded when its checks pass."""
 
 from __future__ import annotations
 
@@ -19,38 +19,39 @@ from halimede_tools.serve.options import Options
 from halimede_tools.serve.wheel import DIE_WITH_PARENT
 
 NICENESS = 10
-"""Of the builds: requests go before them."""
-ENDS_IN_S = 10.0
+"""Niceness of the builds: requests have priority."""
+STOP_TIMEOUT_S = 10.0
 
 
 class Build(NamedTuple):
-    """A build of a model that goes on beside the server."""
+    """A build of some precisions of a model."""
 
     model: str
     precisions: tuple[str, ...]
 
     @property
     def ensembles(self) -> list[str]:
-        """Names that they are served under."""
+        """Names that the precisions are served under."""
         return [served_name(self.model, precision) for precision in self.precisions]
 
 
 @contextlib.contextmanager
-def building(builds: Sequence[Build], options: Options, log: Path) -> Iterator[Collection[str]]:
-    """Build each model in a process of its own, one after the other, and load each ensemble into
-    the running server when it is published; the names of those that have joined. What is under way
-    on leaving is ended: the next build goes on where it stopped.
+def running(builds: Sequence[Build], options: Options, log: Path) -> Iterator[Collection[str]]:
+    """Run the builds in a process each, one after the other; load each published ensemble into
+    the server. Yields the names of the ensembles that were published, a set that grows.
+
+    Leaving ends the current build. The next `halimede build` continues where it stopped.
     """
-    worker = _Builder(builds, options, log)
-    worker.start()
+    thread = _BuildThread(builds, options, log)
+    thread.start()
     try:
-        yield worker.joined
+        yield thread.published
     finally:
-        worker.stop()
+        thread.stop()
 
 
-class _Builder:
-    """Runs the builds, and tells the server of what they publish."""
+class _BuildThread:
+    """Runs the builds, and loads the ensembles that they publish into the server."""
 
     def __init__(self, builds: Sequence[Build], options: Options, log: Path) -> None:
         self._builds = builds
@@ -59,20 +60,20 @@ class _Builder:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False
-        self.joined: set[str] = set()
+        self.published: set[str] = set()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
         with self._log.open("w") as log:
             for build in self._builds:
-                process = self._started(build, log.fileno())
+                process = self._start_process(build, log.fileno())
                 if process is None:
                     return
                 assert process.stdout is not None
                 for line in process.stdout:
-                    self._join(line.strip())
+                    self._load(line.strip())
                 process.wait()
-                missing = [name for name in build.ensembles if name not in self.joined]
+                missing = [name for name in build.ensembles if name not in self.published]
                 if missing and not self._stopped:
                     console.print(
                         f"  [yellow]! not built: {', '.join(missing)} (log: {self._log}). "
@@ -80,24 +81,25 @@ class _Builder:
                     )
 
     def start(self) -> None:
-        """Begin the builds."""
+        """Start the builds."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End what is under way."""
+        """End the current build."""
         with self._lock:
             self._stopped = True
             if self._process is not None:
                 self._process.terminate()
-        self._thread.join(ENDS_IN_S)
+        self._thread.join(STOP_TIMEOUT_S)
 
-    def _started(self, build: Build, log: int) -> subprocess.Popen[str] | None:
-        words = ["build", build.model, "--precisions", ",".join(build.precisions)]
+    def _start_process(self, build: Build, log: int) -> subprocess.Popen[str] | None:
+        command = [sys.executable, "-m", "halimede", "build", build.model]
+        command += ["--precisions", ",".join(build.precisions)]
         with self._lock:
             if self._stopped:
                 return None
             self._process = subprocess.Popen(
-                [sys.executable, "-c", DIE_WITH_PARENT, sys.executable, "-m", "halimede", *words],
+                [sys.executable, "-c", DIE_WITH_PARENT, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -106,9 +108,9 @@ class _Builder:
             os.setpriority(os.PRIO_PROCESS, self._process.pid, NICENESS)
             return self._process
 
-    def _join(self, ensemble: str) -> None:
-        """Load an ensemble that was just published."""
-        self.joined.add(ensemble)
+    def _load(self, ensemble: str) -> None:
+        """Load a published ensemble into the server."""
+        self.published.add(ensemble)
         http = f"http://{self._options.http_host}:{self._options.http_port}"
         try:
             with Control(http, key=self._options.control_key) as control:
