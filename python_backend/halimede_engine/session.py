@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime
 
-from halimede_engine import batching
-from halimede_ops import memory
+from halimede_engine import batching, memory
 from halimede_ops.errors import InvalidModel
 from halimede_ops.spec import PIXELS, POOLED
 
@@ -356,7 +355,7 @@ def open_session(
         raise InvalidModel(f"{FILE_NAME} cannot be run by {', '.join(lost)}; see the server's log")
     _check_signature(session)
     # Compiling the model needed 70 MB more for the default model in INT8 with OpenVINO.
-    memory.give_back()
+    memory.trim()
     return Session(session, streams, max_tokens, micro_batch_tokens, pad_near, tell), missing
 
 

@@ -77,7 +77,7 @@ class _Opened(NamedTuple):
     served: ServedModel
     spec: Any
     reader: Any
-    """What reads its items: a TextTokenizer, or the Reader of its images; of pairs the Halves."""
+    """What reads its items: a TextTokenizer or an ImageReader; of pairs the Halves."""
     runs: _Runs | None
     """What runs them; None for pairs."""
     stamp: _Stamp
@@ -257,10 +257,10 @@ class Onnx:
 
         if kind == "image":
             optional("PIL", "images")
-            from halimede_ops import image
+            from halimede_engine.image_reader import ImageReader
 
             taken = facts.images()
-            reader = image.Reader(taken, self._threads)
+            reader = ImageReader(taken, self._threads)
             return reader, lambda pixels: session.pixel_rows(pixels, taken.positions)
         from halimede_ops import text
 
