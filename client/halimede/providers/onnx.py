@@ -66,7 +66,7 @@ def connect(options: Options) -> Onnx:
 class _Stamp(NamedTuple):
     """What the repository serves under a name at one moment."""
 
-    pinned: configs.Served
+    pinned: configs.Ensemble
     files: tuple[tuple[int, int], ...]
     """Time and size of the files that a build could replace in place."""
 
@@ -234,7 +234,7 @@ class Onnx:
         shared = self._options.streams is None and self._streams > 1
         return shared and size_bytes <= MOST_OPENED_TWICE_BYTES
 
-    def _halves(self, pinned: configs.Served) -> _Halves:
+    def _halves(self, pinned: configs.Ensemble) -> _Halves:
         """The fusion, with the two models that it was made for."""
         from halimede_ops import fusion
 
@@ -267,7 +267,7 @@ class Onnx:
         tokenizer = text.load(steps[f"{facts.name}-tokenizer"], facts)
         return tokenizer, lambda prompted: session.rows(tokenizer.encode_prompted(prompted))
 
-    def _served(self, kind: Kind, name: str, pinned: configs.Served, facts: Any) -> ServedModel:
+    def _served(self, kind: Kind, name: str, pinned: configs.Ensemble, facts: Any) -> ServedModel:
         quality = json.loads((pinned.folder / "quality.json").read_text())
         if quality["space"] != facts.space:
             raise errors.InvalidModel(

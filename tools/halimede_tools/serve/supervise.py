@@ -53,8 +53,8 @@ def _ended(server: wheel.Running) -> str:
     while server.is_running():
         if server.has_lost_a_process():
             server.kill()
-            return watch.TOLD
-        time.sleep(watch.EVERY_S)
+            return watch.CHILD_DIED
+        time.sleep(watch.POLL_INTERVAL_S)
     return server.how_it_ended()
 
 

@@ -172,7 +172,7 @@ class Options(BaseModel):
         elif self.host in LOCAL_HOSTS:
             return []
         else:
-            key = start.nobodys_key()
+            key = start.random_key()
         return start.restrictions(key)
 
 
@@ -219,7 +219,7 @@ class Server:
         self.log = log
         self.shared_memory = shared_memory
         """Prefix of its regions in /dev/shm, removed when it stops."""
-        self._watch = watch.Watch(process.pid)
+        self._watch = watch.ChildWatch(process.pid)
 
     @property
     def grpc_address(self) -> str:
@@ -239,7 +239,7 @@ class Server:
         """Whether a process of its Python backend has died: it then answers no request of that
         model, and some never. To be asked again and again.
         """
-        return self._watch.has_lost_one()
+        return self._watch.has_lost_child()
 
     def how_it_ended(self) -> str:
         """One line, once it no longer runs."""
@@ -326,7 +326,9 @@ def _start(repository: Path, python_backend: Path, run: Path, options: Options) 
 
 def _command(repository: Path, backends: Path, options: Options) -> list[str]:
     wheel = _wheel()
-    whole = options.model_copy(update={"models": configs.to_load(repository, options.models)})
+    whole = options.model_copy(
+        update={"models": configs.models_to_load(repository, options.models)}
+    )
     return [
         str(wheel / "bin" / "tritonserver"),
         f"--model-repository={repository.resolve()}",
