@@ -78,21 +78,21 @@ class _Opened(NamedTuple):
     spec: Any
     reader: Any
     """What reads its items: a TextTokenizer or an ImageReader; of pairs the Halves."""
-    runs: _Runs | None
-    """What runs them; None for pairs."""
+    engine: _Engine | None
+    """What embeds them; None for pairs."""
     stamp: _Stamp
 
 
-class _Runs:
-    """An opened model that runs what all callers ask, together; closed when nobody has it."""
+class _Engine:
+    """A SharedEngine that is closed when nobody has it any more."""
 
-    def __init__(self, batches: Any) -> None:
-        self._batches = batches
-        weakref.finalize(self, batches.close)
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        weakref.finalize(self, engine.close)
 
-    async def done(self, items: Sequence[Any]) -> Sequence[Any]:
-        """One `scheduler.Done` an item, in order; what running them raised is raised."""
-        waiting: Future[Sequence[Any]] = Future()
+    async def embed(self, inputs: Sequence[Any], dimensions: int | None) -> Any:
+        """The `Embeddings` of the inputs, in order; what running them raised is raised."""
+        waiting: Future[Any] = Future()
 
         def answer(outcome: Any) -> None:
             if not waiting.set_running_or_notify_cancel():
@@ -102,7 +102,7 @@ class _Runs:
             else:
                 waiting.set_result(outcome)
 
-        self._batches.submit(items, answer, waiting.cancelled)
+        self._engine.submit(inputs, dimensions, answer, waiting.cancelled)
         return await asyncio.wrap_future(waiting)
 
 
@@ -194,7 +194,7 @@ class Onnx:
         return opened
 
     def _read(self, kind: Kind, name: str, stamp: _Stamp) -> _Opened:
-        from halimede_engine import scheduler, session
+        from halimede_engine import engine, scheduler, session
         from halimede_ops import spec
 
         steps = stamp.pinned.steps
@@ -202,17 +202,21 @@ class Onnx:
         served = self._served(kind, name, stamp.pinned, facts)
         if kind == "pair":
             return _Opened(served, facts, self._halves(stamp.pinned), None, stamp)
-        reader, rows = self._reader(kind, facts, steps)
+        reader, make_rows = self._reader(kind, facts, steps)
         model = steps[f"{name}-onnx"] / session.FILE_NAME
         names = self._accelerators()
         accelerators = [session.Accelerator(name) for name in names]
         on_cpu = not {"cuda", "tensorrt"} & set(names)
-        is_near = on_cpu and served.precision in session.PADDED_NEAR
+        is_tight = on_cpu and served.precision in session.TIGHT_PADDING
 
         def open_session(streams: int) -> tuple[Any, list[str]]:
-            pad_near = is_near and streams == 1
             return session.open_session(
-                model, accelerators, self._threads, streams, facts.max_tokens, pad_near=pad_near
+                model,
+                accelerators,
+                self._threads,
+                streams,
+                facts.max_tokens,
+                tight_padding=is_tight and streams == 1,
             )
 
         opened, missing = open_session(self._streams)
@@ -223,12 +227,17 @@ class Onnx:
             )
         run = run_alone = opened.run_together
         if on_cpu and self._opens_twice(session.file_bytes(model)):
-            sessions = session.Sessions(opened, lambda: open_session(1)[0])
-            run, run_alone = sessions.run_together, sessions.run_alone
-        batches = scheduler.ContinuousBatches(
-            run, opened.plan, self._streams, rows, run_alone=run_alone, long_wait_runs=0
+            adaptive = session.AdaptiveSession(opened, lambda: open_session(1)[0])
+            run, run_alone = adaptive.run_together, adaptive.run_alone
+        shared = scheduler.Scheduler(
+            run,
+            opened.plan,
+            self._streams,
+            make_rows=make_rows,
+            run_alone=run_alone,
+            cancel_check_runs=0,
         )
-        return _Opened(served, facts, reader, _Runs(batches), stamp)
+        return _Opened(served, facts, reader, _Engine(engine.SharedEngine(shared, facts)), stamp)
 
     def _opens_twice(self, size_bytes: int) -> bool:
         shared = self._options.streams is None and self._streams > 1
@@ -253,19 +262,18 @@ class Onnx:
         self, kind: Kind, facts: Any, steps: Mapping[str, Path]
     ) -> tuple[Any, Callable[[Sequence[Any]], Sequence[Any]]]:
         """What reads items as they come, and what makes rows of what it read."""
-        from halimede_engine import session
+        from halimede_engine import engine
 
         if kind == "image":
             optional("PIL", "images")
             from halimede_engine.image_reader import ImageReader
 
-            taken = facts.images()
-            reader = ImageReader(taken, self._threads)
-            return reader, lambda pixels: session.pixel_rows(pixels, taken.positions)
+            reader = ImageReader(facts.images(), self._threads)
+            return reader, engine.image_rows(facts.images())
         from halimede_ops import text
 
         tokenizer = text.load(steps[f"{facts.name}-tokenizer"], facts)
-        return tokenizer, lambda prompted: session.rows(tokenizer.encode_prompted(prompted))
+        return tokenizer, engine.text_rows(tokenizer)
 
     def _served(self, kind: Kind, name: str, pinned: configs.Ensemble, facts: Any) -> ServedModel:
         quality = json.loads((pinned.folder / "quality.json").read_text())
@@ -319,18 +327,17 @@ async def _embed_texts(opened: _Opened, request: Request) -> Answer:
     texts = base.texts(request, opened.served.name)
     decoded = [text.decode(value, row, opened.spec) for row, value in enumerate(texts)]
     prompted = opened.reader.prompted(decoded, [request.input_type or None] * len(decoded))
-    done = await _run(opened, prompted)
-    totals = np.array([one.row.total for one in done], np.int32)
-    return Answer(_embeddings(opened, done, request), totals, opened.served)
+    embeddings = await _run(opened, prompted, request.dimensions)
+    return Answer(embeddings.vectors, embeddings.tokens, opened.served)
 
 
 async def _embed_images(opened: _Opened, request: Request) -> Answer:
     """Decode, resize, run, truncate, normalise: what Triton's three steps do."""
     pictures = await asyncio.to_thread(lambda: list(opened.reader.read(request.items)))
-    done = await _run(opened, [one.pixels for one in pictures])
+    embeddings = await _run(opened, [one.pixels for one in pictures], request.dimensions)
     facts = [(one.width, one.height, one.format.encode()) for one in pictures]
     return Answer(
-        _embeddings(opened, done, request),
+        embeddings.vectors,
         base.unknown_tokens(len(pictures)),
         opened.served,
         np.array(facts, IMAGE),
@@ -365,16 +372,11 @@ EMBED: Mapping[Kind, Callable[[_Opened, Request], Awaitable[Answer]]] = {
 }
 
 
-def _embeddings(opened: _Opened, done: Sequence[Any], request: Request) -> np.ndarray:
-    pooled = np.stack([one.result for one in done])
-    return vectors.embed(pooled, opened.spec, request.dimensions)
-
-
-async def _run(opened: _Opened, items: Sequence[Any]) -> Sequence[Any]:
-    assert opened.runs is not None
+async def _run(opened: _Opened, inputs: Sequence[Any], dimensions: int | None) -> Any:
+    assert opened.engine is not None
     try:
-        return await opened.runs.done(items)
-    except MemoryError:
+        return await opened.engine.embed(inputs, dimensions)
+    except (MemoryError, errors.InvalidDimensions):
         raise
     except Exception as error:  # onnxruntime raises its own, undocumented classes
         if any(word in str(error).lower() for word in CODE_OF_MEMORY):

@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from halimede_ops import image, text, vectors
-from halimede_engine import session
+from halimede_engine import engine, session
 from halimede_engine.session import file_bytes
+from halimede_ops import image, text, vectors
 from halimede_ops.spec import ModelSpec
-from halimede_tools.build import model_config
-from halimede_tools.build import describe
+from halimede_tools.build import describe, model_config
 from halimede_tools.build.describe import Reading
 
 
@@ -51,29 +50,24 @@ def reference(source: Path, texts: Sequence[str], reading: Reading) -> np.ndarra
     return np.asarray(model.encode(list(texts), batch_size=32, show_progress_bar=False))
 
 
-Rows = Callable[[Sequence[Any]], Sequence[session.Row | session.Pixels]]
+Rows = engine.MakeRows
 """What makes a model's rows of its inputs."""
 
 
 def text_rows(tokenizer_folder: Path, spec: ModelSpec) -> Rows:
     """What makes token rows of texts."""
     tokenizer = text.load(tokenizer_folder, spec)
-
-    def rows(texts: Sequence[str]) -> list[session.Row]:
-        return session.rows(tokenizer.encode(texts, [None] * len(texts)))
-
-    return rows
+    make_rows = engine.text_rows(tokenizer)
+    return lambda texts: make_rows(tokenizer.prompted(texts, [None] * len(texts)))
 
 
 def image_rows(_: Path, spec: ModelSpec) -> Rows:
     """What makes rows of encoded pictures."""
-    taken = spec.images()
-
-    def rows(files: Sequence[bytes]) -> list[session.Pixels]:
-        pixels = (image.prepare(file, taken, row).pixels for row, file in enumerate(files))
-        return session.pixel_rows(pixels, taken.positions)
-
-    return rows
+    images = spec.images()
+    make_rows = engine.image_rows(images)
+    return lambda files: make_rows(
+        [image.prepare(file, images, row).pixels for row, file in enumerate(files)]
+    )
 
 
 def image_reference(source: Path, files: Sequence[bytes], reading: Reading) -> np.ndarray:
@@ -111,21 +105,16 @@ TEXTS = Tower("texts", BARS, text_rows, reference)
 IMAGES = Tower("images", IMAGE_BARS, image_rows, image_reference)
 
 
-class Engine:
-    """An input's whole way in one process, as the served configs run it: rows, run, embed."""
+class Engine(engine.Engine):
+    """A model with the accelerators of the served configs, and one stream for each core."""
 
     def __init__(self, model: Path, rows: Rows, spec: ModelSpec) -> None:
         cores = len(os.sched_getaffinity(0))
         accelerators = [session.Accelerator(name) for name in model_config.CPU_ACCELERATORS]
-        self.spec = spec
-        self.rows = rows
-        self.session, _ = session.open_session(
+        opened, _ = session.open_session(
             model, accelerators, cores, streams=cores, max_tokens=spec.max_tokens
         )
-
-    def embed(self, inputs: Sequence[Any]) -> np.ndarray:
-        """Embeddings `[len(inputs), dims]` float32, in order."""
-        return vectors.embed(self.session.run(self.rows(inputs)), self.spec)
+        super().__init__(opened, rows, spec)
 
 
 def check(
