@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ class Metrics:
             "version": config.version_folder.name,
             "process": str(os.getpid()),
         }
-        self._pending: Counter[tuple[str, str]] = Counter()
+        self._pending: defaultdict[tuple[str, str], float] = defaultdict(float)
         """(Counter, error class) → amount that is not published yet."""
         self._run_rows: list[int] = []
         """Rows of each run that is not published yet."""
@@ -86,7 +86,7 @@ class Metrics:
         if texts:
             self._count(CACHED_TEXTS, texts)
 
-    def failed(self, error: HalimedeError) -> None:
+    def count_error(self, error: HalimedeError) -> None:
         """Count a request that was answered with `error`."""
         if isinstance(error, RequestCancelled):
             self._count(CANCELLED_REQUESTS, 1)
@@ -126,7 +126,7 @@ class Metrics:
 
     def _publish(self) -> None:
         with self._lock:
-            pending, self._pending = self._pending, Counter()
+            pending, self._pending = self._pending, defaultdict(float)
             run_rows, self._run_rows = self._run_rows, []
         for (name, error), amount in pending.items():
             self._counter(name, error).increment(amount)

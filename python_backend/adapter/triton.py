@@ -58,7 +58,7 @@ def answer(
     read: Callable[[Any], T],
     compute: Callable[[list[T]], Sequence[R | HalimedeError]],
     write: Callable[[R], list[Any]],
-    failed: Callable[[HalimedeError], None],
+    on_error: Callable[[HalimedeError], None],
 ) -> list[Any]:
     """Answer requests together: one InferenceResponse for each, in order.
 
@@ -67,7 +67,7 @@ def answer(
         read: reads one request; may raise HalimedeError.
         compute: takes the values that were read; gives a result or an error for each, in order.
         write: makes the output tensors of a result.
-        failed: called with each error.
+        on_error: called with each error.
     """
     read_results = [attempt(read, request) for request in requests]
     values = [value for value in read_results if not isinstance(value, HalimedeError)]
@@ -76,7 +76,7 @@ def answer(
         _respond(
             value if isinstance(value, HalimedeError) else next(computed),
             write,
-            failed,
+            on_error,
         )
         for value in read_results
     ]
@@ -87,20 +87,20 @@ async def answer_each(
     read: Callable[[Any], T],
     compute: Callable[[T], Awaitable[R]],
     write: Callable[[R], list[Any]],
-    failed: Callable[[HalimedeError], None],
+    on_error: Callable[[HalimedeError], None],
 ) -> list[Any]:
     """As `answer`, with a coroutine that computes one request; all run at the same time."""
 
     async def respond(request: Any) -> Any:
         value = attempt(read, request)
         if isinstance(value, HalimedeError):
-            return _respond(value, write, failed)
+            return _respond(value, write, on_error)
         try:
-            return _respond(await compute(value), write, failed)
+            return _respond(await compute(value), write, on_error)
         except HalimedeError as error:
-            return _respond(error, write, failed)
+            return _respond(error, write, on_error)
         except Exception as error:
-            return _respond(_internal(error), write, failed)
+            return _respond(_internal(error), write, on_error)
 
     return list(await asyncio.gather(*[respond(request) for request in requests]))
 
@@ -143,7 +143,7 @@ def answer_later(
     read: Callable[[Any], T],
     start: Callable[[T, Callable[[R | Exception], None], Callable[[], bool]], None],
     write: Callable[[R], list[Any]],
-    failed: Callable[[HalimedeError], None],
+    on_error: Callable[[HalimedeError], None],
 ) -> None:
     """Start requests; each is answered, from any thread, as soon as its result is there.
 
@@ -153,11 +153,11 @@ def answer_later(
         start: takes what was read, a function that it calls once with the result or an exception,
             and a function that returns whether the caller has cancelled the request.
         write: makes the output tensors of a result.
-        failed: called with each error.
+        on_error: called with each error.
     """
     for request in requests:
         sender = request.get_response_sender()
-        send = _sender(sender, write, failed)
+        send = _sender(sender, write, on_error)
         value = attempt(read, request)
         if isinstance(value, HalimedeError):
             send(value)
@@ -169,14 +169,14 @@ def answer_later(
 
 
 def _sender(
-    sender: Any, write: Callable[[R], list[Any]], failed: Callable[[HalimedeError], None]
+    sender: Any, write: Callable[[R], list[Any]], on_error: Callable[[HalimedeError], None]
 ) -> Callable[[R | Exception], None]:
     def send(result: R | Exception) -> None:
         if isinstance(result, Exception) and not isinstance(result, HalimedeError):
             result = _internal(result)
         try:
             sender.send(
-                _respond(result, write, failed),
+                _respond(result, write, on_error),
                 flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
             )
         except Exception as error:  # the following requests must still be answered
@@ -212,13 +212,13 @@ def attempt(function: Callable[[T], R], value: T) -> R | HalimedeError:
 def _respond(
     result: R | HalimedeError,
     write: Callable[[R], list[Any]],
-    failed: Callable[[HalimedeError], None],
+    on_error: Callable[[HalimedeError], None],
 ) -> Any:
     outputs = result if isinstance(result, HalimedeError) else attempt(write, result)
     if not isinstance(outputs, HalimedeError):
         return pb_utils.InferenceResponse(output_tensors=outputs)
     _drop_frames(outputs)
-    failed(outputs)
+    on_error(outputs)
     code = getattr(pb_utils.TritonError, outputs.code)
     # The message starts with the class: the client raises the same one.
     message = f"{type(outputs).__name__}: {outputs}"

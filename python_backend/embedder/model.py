@@ -70,7 +70,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Queue the texts of each request; it is answered when they have run."""
-        triton.answer_later(requests, self._read, self._embed, _write, self.metrics.failed)
+        triton.answer_later(requests, self._read, self._embed, _write, self.metrics.count_error)
         self.engine.gather()
 
     def finalize(self) -> None:

@@ -44,7 +44,7 @@ class TritonPythonModel:
     async def execute(self, requests: list[Any]) -> list[Any]:
         """Call both models for all requests at the same time, then fuse the vectors of each."""
         return await triton.answer_each(
-            requests, self._read, self._fuse, _write, self.metrics.failed
+            requests, self._read, self._fuse, _write, self.metrics.count_error
         )
 
     def finalize(self) -> None:

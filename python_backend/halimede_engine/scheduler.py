@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from halimede_engine import batching
 from halimede_ops.errors import RequestCancelled, ServerOverloaded
 
@@ -43,7 +45,7 @@ class Row(Protocol):
 
 MakeRows = Callable[[Sequence[Any]], Sequence[Row]]
 """Makes one row of each item, in order."""
-Run = Callable[[Sequence[Any]], Sequence[Any]]
+Run = Callable[[Sequence[Any]], Sequence[Any] | np.ndarray]
 """Runs one micro-batch: one output for each row, in order."""
 Plan = Callable[[Sequence[int], int], list[list[int]]]
 """Splits rows of these lengths into micro-batches of indices, for a number of free threads."""
@@ -62,7 +64,7 @@ Outcome = Sequence[ItemResult] | Exception
 """One result for each item of a request, in order, or the exception that the request ended with."""
 
 
-_Outputs = Sequence[Any] | Exception
+_Outputs = Sequence[Any] | np.ndarray | Exception
 """One output for each row of a micro-batch, in order, or the exception that running it raised."""
 
 

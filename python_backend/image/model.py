@@ -30,7 +30,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Prepare the images of all requests in parallel."""
-        return triton.answer(requests, _read, self._prepare, _write, self.metrics.failed)
+        return triton.answer(requests, _read, self._prepare, _write, self.metrics.count_error)
 
     def finalize(self) -> None:
         """Stop the threads."""

@@ -43,7 +43,9 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Queue the rows of each request; it is answered when they have run."""
-        triton.answer_later(requests, self.read, self.scheduler.submit, _write, self.metrics.failed)
+        triton.answer_later(
+            requests, self.read, self.scheduler.submit, _write, self.metrics.count_error
+        )
         self.scheduler.wait_for_room()
 
     def finalize(self) -> None:

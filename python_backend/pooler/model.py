@@ -40,7 +40,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Truncate and normalise the vectors of each request."""
-        return triton.answer(requests, self._read, self._embed, _write, self.metrics.failed)
+        return triton.answer(requests, self._read, self._embed, _write, self.metrics.count_error)
 
     def finalize(self) -> None:
         """Stop publishing metrics."""

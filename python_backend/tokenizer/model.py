@@ -39,7 +39,9 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Tokenize the texts of all requests in one call."""
-        return triton.answer(requests, self._read, self._tokenize, self._write, self.metrics.failed)
+        return triton.answer(
+            requests, self._read, self._tokenize, self._write, self.metrics.count_error
+        )
 
     def finalize(self) -> None:
         """Stop publishing metrics."""
