@@ -90,6 +90,8 @@ lint: develop  ## Linter, formatter and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@# NVIDIA's container has Python 3.10: these packages lie in it.
+	$(BIN)/mypy --python-version 3.10 $(addprefix --package ,halimede_engine halimede_launch halimede_ops halimede_repository)
 
 format: develop  ## Format the code
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,6 @@
-"""What every backend here needs of Triton: read requests, answer each, translate errors.
+"""Triton's Python API for the backends: read requests, answer each, translate errors.
 
-One bad request fails alone: reading it gives an error in its place, and the others of the
-same dynamic batch are answered.
+A bad request fails alone: the other requests of the same dynamic batch are answered.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from halimede_ops.errors import HalimedeError, InvalidDimensions, InvalidModel
 from halimede_ops.spec import ModelSpec
 
 NAMED_ERROR = re.compile(r"(?:^|', )([A-Z]\w+): (.*)", re.DOTALL)
-"""An error's class and message, behind the ensembles that Triton names."""
+"""Error class and message in a Triton error, after the names of ensembles that Triton prepends."""
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class ModelConfig:
-    """The config.pbtxt of the model that this process serves, and where its files are."""
+    """The config.pbtxt of the model that this process serves, and the folders of its files."""
 
     def __init__(self, args: Mapping[str, str]) -> None:
         self.fields: dict[str, Any] = json.loads(args["model_config"])
@@ -38,12 +37,16 @@ class ModelConfig:
         self.version_folder = folder / args["model_version"]
 
     def parameter(self, name: str, default: str = "") -> str:
-        """The string value of one of the config's `parameters`."""
+        """The string value of one of the config's parameters, or `default`."""
         return self.fields.get("parameters", {}).get(name, {}).get("string_value", default)
 
 
 def load(read: Callable[[], T]) -> T:
-    """What `read` gives; a model that cannot be read fails to load with one plain line."""
+    """Call `read` and return its result.
+
+    Raises:
+        TritonModelException: `read` raised InvalidModel. Triton logs its one-line message.
+    """
     try:
         return read()
     except InvalidModel as error:
@@ -55,13 +58,16 @@ def answer(
     read: Callable[[Any], T],
     compute: Callable[[list[T]], Sequence[R | HalimedeError]],
     write: Callable[[R], list[Any]],
-    failed: Callable[[HalimedeError], None],
+    on_error: Callable[[HalimedeError], None],
 ) -> list[Any]:
-    """One InferenceResponse a request: read each, compute all that read well, write each.
+    """Answer requests together: one InferenceResponse for each, in order.
 
-    `read` may raise HalimedeError for its request; `compute` gives a result or an error for
-    each value it got, in order; `write` turns a result into output tensors; `failed` hears of each
-    error.
+    Args:
+        requests: Triton's requests.
+        read: reads one request; may raise HalimedeError.
+        compute: takes the values that were read; gives a result or an error for each, in order.
+        write: makes the output tensors of a result.
+        on_error: called with each error.
     """
     read_results = [attempt(read, request) for request in requests]
     values = [value for value in read_results if not isinstance(value, HalimedeError)]
@@ -70,7 +76,7 @@ def answer(
         _respond(
             value if isinstance(value, HalimedeError) else next(computed),
             write,
-            failed,
+            on_error,
         )
         for value in read_results
     ]
@@ -81,42 +87,42 @@ async def answer_each(
     read: Callable[[Any], T],
     compute: Callable[[T], Awaitable[R]],
     write: Callable[[R], list[Any]],
-    failed: Callable[[HalimedeError], None],
+    on_error: Callable[[HalimedeError], None],
 ) -> list[Any]:
-    """One InferenceResponse a request, all computed at a time: `answer` for coroutines."""
+    """As `answer`, with a coroutine that computes one request; all run at the same time."""
 
-    async def one(request: Any) -> Any:
+    async def respond(request: Any) -> Any:
         value = attempt(read, request)
         if isinstance(value, HalimedeError):
-            return _respond(value, write, failed)
+            return _respond(value, write, on_error)
         try:
-            return _respond(await compute(value), write, failed)
+            return _respond(await compute(value), write, on_error)
         except HalimedeError as error:
-            return _respond(error, write, failed)
+            return _respond(error, write, on_error)
         except Exception as error:
-            return _respond(_internal(error), write, failed)
+            return _respond(_internal(error), write, on_error)
 
-    return list(await asyncio.gather(*[one(request) for request in requests]))
+    return list(await asyncio.gather(*[respond(request) for request in requests]))
 
 
-async def ask(model: str, version: int, inputs: list[Any], output: str) -> np.ndarray:
-    """One output of another model of this server, in exactly this version.
+async def infer(model: str, version: int, inputs: list[Any], output: str) -> np.ndarray:
+    """Call this version of another model on this server, and return one of its outputs.
 
     Raises:
-        HalimedeError: what the model answered.
-        ModelChanged: it has no such version any more.
+        HalimedeError: the model answered with an error.
+        ModelChanged: the server no longer serves this version.
     """
     request = pb_utils.InferenceRequest(
         model_name=model, model_version=version, requested_output_names=[output], inputs=inputs
     )
     response = await request.async_exec()
     if response.has_error():
-        raise _translated(response.error().message(), model)
+        raise _translate(response.error().message(), model)
     return np.asarray(pb_utils.get_output_tensor_by_name(response, output).as_numpy())
 
 
-def _translated(message: str, model: str) -> HalimedeError:
-    """The error that another model answered with, as it was before Triton wrapped it."""
+def _translate(message: str, model: str) -> HalimedeError:
+    """The error that another model raised, from the message that Triton made of it."""
     named = NAMED_ERROR.search(message)
     kind = getattr(errors, named[1], None) if named else None
     if named and isinstance(kind, type) and issubclass(kind, HalimedeError):
@@ -129,7 +135,7 @@ def _translated(message: str, model: str) -> HalimedeError:
             "make the fusion again."
         )
     pb_utils.Logger.log_error(f"{model} failed within a fusion")
-    return HalimedeError("internal error; the server's log names its place")
+    return HalimedeError("internal error in the server; see its log")
 
 
 def answer_later(
@@ -137,39 +143,43 @@ def answer_later(
     read: Callable[[Any], T],
     start: Callable[[T, Callable[[R | Exception], None], Callable[[], bool]], None],
     write: Callable[[R], list[Any]],
-    failed: Callable[[HalimedeError], None],
+    on_error: Callable[[HalimedeError], None],
 ) -> None:
-    """Read each request and start it; each is answered, from any thread, when its result comes.
+    """Start requests; each is answered, from any thread, as soon as its result is there.
 
-    `read` may raise HalimedeError for its request; `start` gets what was read, the function to
-    call once with the result or with what was raised, and one that says whether the caller has
-    cancelled the request; `failed` hears of each error.
+    Args:
+        requests: Triton's requests.
+        read: reads one request; may raise HalimedeError.
+        start: takes what was read, a function that it calls once with the result or an exception,
+            and a function that returns whether the caller has cancelled the request.
+        write: makes the output tensors of a result.
+        on_error: called with each error.
     """
     for request in requests:
         sender = request.get_response_sender()
-        send = _sending(sender, write, failed)
+        send = _sender(sender, write, on_error)
         value = attempt(read, request)
         if isinstance(value, HalimedeError):
             send(value)
         else:
             try:
                 start(value, send, sender.is_cancelled)
-            except Exception as error:  # before the request was queued: nobody else answers it
+            except Exception as error:  # the request is not queued: answer it here
                 send(error)
 
 
-def _sending(
-    sender: Any, write: Callable[[R], list[Any]], failed: Callable[[HalimedeError], None]
+def _sender(
+    sender: Any, write: Callable[[R], list[Any]], on_error: Callable[[HalimedeError], None]
 ) -> Callable[[R | Exception], None]:
     def send(result: R | Exception) -> None:
         if isinstance(result, Exception) and not isinstance(result, HalimedeError):
             result = _internal(result)
         try:
             sender.send(
-                _respond(result, write, failed),
+                _respond(result, write, on_error),
                 flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
             )
-        except Exception as error:  # the next requests are answered all the same
+        except Exception as error:  # the following requests must still be answered
             _internal(error)
 
     return send
@@ -187,8 +197,9 @@ def _compute_all(
 
 
 def attempt(function: Callable[[T], R], value: T) -> R | HalimedeError:
-    """What `function` gives for `value`, or the error it raised; one nobody foresaw goes to the log
-    and becomes a plain one.
+    """Return `function(value)`, or the error that it raised.
+
+    An unexpected exception is logged and becomes a plain HalimedeError.
     """
     try:
         return function(value)
@@ -201,34 +212,38 @@ def attempt(function: Callable[[T], R], value: T) -> R | HalimedeError:
 def _respond(
     result: R | HalimedeError,
     write: Callable[[R], list[Any]],
-    failed: Callable[[HalimedeError], None],
+    on_error: Callable[[HalimedeError], None],
 ) -> Any:
     outputs = result if isinstance(result, HalimedeError) else attempt(write, result)
     if not isinstance(outputs, HalimedeError):
         return pb_utils.InferenceResponse(output_tensors=outputs)
-    _free(outputs)
-    failed(outputs)
+    _drop_frames(outputs)
+    on_error(outputs)
     code = getattr(pb_utils.TritonError, outputs.code)
-    # The class goes first, so that the client raises the same one.
+    # The message starts with the class: the client raises the same one.
     message = f"{type(outputs).__name__}: {outputs}"
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 
-def _free(error: Exception) -> None:
-    """Let go of where an error was raised: those frames hold the request, all its texts and the
-    error itself, so that they would stay until Python next looks for such circles.
+def _drop_frames(error: Exception) -> None:
+    """Drop the stack frames of an error, which hold the request and all its texts.
+
+    The frames also hold the error. Without this, the cycle stays in memory until Python's next
+    garbage collection.
     """
     error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
 def _internal(error: Exception) -> HalimedeError:
-    """The error a caller sees for one nobody foresaw; its message could hold a user's text, so
-    the log gets its class and place alone and the caller neither.
+    """Log an unexpected exception and return the error that the caller gets instead.
+
+    The exception's message could hold a user's text. The log therefore gets its class, file and
+    line alone, and the caller gets none of them.
     """
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{Path(frame.filename).name}:{frame.lineno}"
-    pb_utils.Logger.log_error(f"{type(error).__name__} at {place}")
-    return HalimedeError("internal error; the server's log names its place")
+    line = f"{Path(frame.filename).name}:{frame.lineno}"
+    pb_utils.Logger.log_error(f"{type(error).__name__} at {line}")
+    return HalimedeError("internal error in the server; see its log")
 
 
 def warn(message: str) -> None:
@@ -237,37 +252,38 @@ def warn(message: str) -> None:
 
 
 class Texts(NamedTuple):
-    """What one request asks to be embedded."""
+    """The texts of one request."""
 
     texts: list[str]
     input_types: list[str | None]
+    """One for each text; None: the model's default."""
 
 
 def texts(request: Any, spec: ModelSpec) -> Texts:
-    """TEXT and INPUT_TYPE of a request.
+    """Read TEXT and INPUT_TYPE of a request.
 
     Raises:
-        InvalidText: a text is not valid UTF-8, or too large.
-        UnknownInputType: the model has no such prompt.
+        InvalidText: a text is not valid UTF-8 or is too large.
+        UnknownInputType: the model has no prompt for an input type.
     """
     values = tensor(request, "TEXT").reshape(-1)
-    found = [text.decode(value, row, spec) for row, value in enumerate(values)]
+    decoded = [text.decode(value, row, spec) for row, value in enumerate(values)]
     given = optional_tensor(request, "INPUT_TYPE")
     if given is None:
-        return Texts(found, [None] * len(found))
+        return Texts(decoded, [None] * len(decoded))
     input_types = [
         text.decode(value, row, spec) or None for row, value in enumerate(given.reshape(-1))
     ]
     for input_type in set(input_types):
-        spec.prompt(input_type)  # an unknown one fails this request alone
-    return Texts(found, input_types)
+        spec.prompt(input_type)  # raise here: an unknown one fails this request alone
+    return Texts(decoded, input_types)
 
 
 def dimensions(request: Any, spec: ModelSpec) -> int | None:
-    """DIMENSIONS of a request; None when it leaves them out.
+    """Read DIMENSIONS of a request; None if the request leaves it out.
 
     Raises:
-        InvalidDimensions: they differ between rows, or lie outside 1 … the model's dims.
+        InvalidDimensions: the values differ between rows, or are outside 1 … the model's dims.
     """
     given = optional_tensor(request, "DIMENSIONS")
     if given is None:
@@ -280,23 +296,23 @@ def dimensions(request: Any, spec: ModelSpec) -> int | None:
     return vectors.check_dimensions(int(values[0]), spec)
 
 
-def given(request: Any, *names: str) -> list[Any]:
-    """The named input tensors that a request has, to hand on as they are."""
-    found = (pb_utils.get_input_tensor_by_name(request, name) for name in names)
-    return [one for one in found if one is not None]
+def tensors(request: Any, *names: str) -> list[Any]:
+    """The named input tensors that a request has, as Triton's own objects."""
+    inputs = (pb_utils.get_input_tensor_by_name(request, name) for name in names)
+    return [tensor for tensor in inputs if tensor is not None]
 
 
 def tensor(request: Any, name: str) -> np.ndarray:
-    """The named input as an array of the request's own shape."""
+    """The named input as an array."""
     return pb_utils.get_input_tensor_by_name(request, name).as_numpy()
 
 
 def optional_tensor(request: Any, name: str) -> np.ndarray | None:
-    """The named input, or None when the request leaves it out."""
-    found = pb_utils.get_input_tensor_by_name(request, name)
-    return None if found is None else found.as_numpy()
+    """The named input as an array, or None if the request leaves it out."""
+    given = pb_utils.get_input_tensor_by_name(request, name)
+    return None if given is None else given.as_numpy()
 
 
 def output(name: str, array: np.ndarray) -> Any:
-    """An output tensor."""
+    """The array as an output tensor."""
     return pb_utils.Tensor(name, array)

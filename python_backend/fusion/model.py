@@ -1,8 +1,8 @@
-"""Triton backend `fusion`: TEXT and IMAGE, either alone or both, to one EMBEDDING.
+"""Triton backend `fusion`: TEXT, IMAGE or both to one EMBEDDING.
 
-It asks the two models that embed them, both at a time, and neither for what a request leaves out:
-an ensemble runs all of its steps for every request, and a vision tower for no image costs as much
-as for one.
+It calls the model that embeds texts and the model that embeds images, both at the same time, and
+skips the one whose input a request leaves out. An ensemble could not: it runs all its steps for
+every request, and a vision tower costs the same without an image.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from adapter import metrics, triton
 from halimede_ops import fusion, spec, vectors
 
 
-class Asked(NamedTuple):
+class FuseRequest(NamedTuple):
     """One request."""
 
     text: list[Any]
-    """The input tensors for the text model; none where the request has no text."""
+    """Input tensors of the text model; empty if the request has no text."""
     image: list[Any]
+    """Input tensors of the image model; empty if the request has no image."""
     dimensions: int | None
 
 
@@ -32,7 +33,7 @@ class TritonPythonModel:
     """One instance of a fusion."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read the projection, and which versions of the two models it was made for."""
+        """Read the projection and the versions of the two models that it was made for."""
         config = triton.ModelConfig(args)
         self.spec = triton.load(lambda: spec.load(config.version_folder))
         self.fusion = triton.load(lambda: fusion.load(config.version_folder))
@@ -41,33 +42,33 @@ class TritonPythonModel:
         self.metrics = metrics.Metrics(config)
 
     async def execute(self, requests: list[Any]) -> list[Any]:
-        """Ask both models for all requests at a time, then fuse each."""
+        """Call both models for all requests at the same time, then fuse the vectors of each."""
         return await triton.answer_each(
-            requests, self._read, self._fuse, _write, self.metrics.failed
+            requests, self._read, self._fuse, _write, self.metrics.count_error
         )
 
     def finalize(self) -> None:
-        """Publish no more figures."""
+        """Stop publishing metrics."""
         self.metrics.close()
 
-    def _read(self, request: Any) -> Asked:
-        text = triton.given(request, "TEXT")
-        return Asked(
-            text + triton.given(request, "INPUT_TYPE") if text else [],
-            triton.given(request, "IMAGE"),
+    def _read(self, request: Any) -> FuseRequest:
+        text = triton.tensors(request, "TEXT")
+        return FuseRequest(
+            text + triton.tensors(request, "INPUT_TYPE") if text else [],
+            triton.tensors(request, "IMAGE"),
             triton.dimensions(request, self.spec),
         )
 
-    async def _fuse(self, asked: Asked) -> np.ndarray:
+    async def _fuse(self, request: FuseRequest) -> np.ndarray:
         text, image = await asyncio.gather(
-            _embedded(self.fusion.text_model, self.text_version, asked.text),
-            _embedded(self.fusion.image_model, self.image_version, asked.image),
+            _embed(self.fusion.text_model, self.text_version, request.text),
+            _embed(self.fusion.image_model, self.image_version, request.image),
         )
-        return vectors.embed(vectors.fuse(text, image, self.fusion), self.spec, asked.dimensions)
+        return vectors.embed(vectors.fuse(text, image, self.fusion), self.spec, request.dimensions)
 
 
-async def _embedded(model: str, version: int, inputs: list[Any]) -> np.ndarray | None:
-    return await triton.ask(model, version, inputs, "EMBEDDING") if inputs else None
+async def _embed(model: str, version: int, inputs: list[Any]) -> np.ndarray | None:
+    return await triton.infer(model, version, inputs, "EMBEDDING") if inputs else None
 
 
 def _write(embeddings: np.ndarray) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Rows of different lengths as rectangles: pad, trim, and cut into micro-batches."""
+"""Rows of different lengths as rectangular arrays: pad, pack, and split into micro-batches."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 LENGTH_MULTIPLE = 16
-"""Most rows are padded to a multiple of this: OpenVINO prepares kernels per shape and keeps them,
-0.6 MB of the default model in FP32 and 3 to 4 in INT8, so few shapes."""
+"""Rows are padded to a multiple of this, which keeps the number of shapes small. OpenVINO compiles
+kernels for each shape and keeps them: 0.6 MB for the default model in FP32, 3 to 4 MB in INT8."""
 INTERACTIVE_ROWS = 8
-"""Rows of the largest request of the interactive lane; larger ones are bulk."""
+"""Rows of the largest interactive request; larger requests are bulk."""
 PACKED_TOKENS = 64
-"""Texts packed into one row fill it up to a multiple of this: attention costs by the row's length,
-and more texts find their place in longer rows."""
+"""Packed rows are padded to a multiple of this. Longer rows would hold more texts, but attention
+costs grow with the length of the row."""
 MICRO_BATCH_TOKENS = 512
-"""Most padded tokens in one run. Measured on 2 cores: 256 to 1024 are alike, 2048 is slower."""
+"""Maximum padded tokens of one micro-batch. Measured on 2 cores: 256 to 1024 perform alike, 2048 is
+slower."""
 UNSHARED_TOKENS = 128
-"""Padded tokens that are not worth two runs at the same time."""
+"""Fewer padded tokens than this are not divided between streams."""
 UNEVENNESS = 8192
-"""Tokens squared over this are what a micro-batch costs beyond its tokens."""
+"""A micro-batch of n tokens costs n² / UNEVENNESS more than n, which favours equal sizes."""
 RUN_TOKENS = 48
-"""What starting one run costs, in tokens. Measured with OpenVINO in INT8 on one core of a 2.8 GHz
-Xeon: a run costs 1.5 ms, 1 to 3 ms more when its shape is not the last one's, and 0.12 ms a token.
-Over random groups of 8 texts, 48 takes 14 % less CPU than 16 in INT8 and 11 % less in FP32."""
+"""Cost of starting one run, in tokens. Measured with OpenVINO in INT8 on one core of a 2.8 GHz
+Xeon: a run costs 1.5 ms, 1 to 3 ms more if its shape differs from the last one's, and 0.12 ms a
+token. Over random groups of 8 texts, 48 takes 14 % less CPU than 16 in INT8 and 11 % less in
+FP32."""
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], length: int) -> np.ndarray:
-    """Rows as one matrix `[len(rows), length]` int64, zeros on the right."""
+    """Pad rows of token ids with zeros on the right: `[len(rows), length]` int64."""
     matrix = np.zeros((len(rows), length), np.int64)
     for index, row in enumerate(rows):
         matrix[index, : len(row)] = row
@@ -37,7 +39,7 @@ def pad(rows: Sequence[Sequence[int] | np.ndarray], length: int) -> np.ndarray:
 
 
 def pad_heads(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows `[tokens, width]` as one array `[len(rows), tokens of the longest, width]` float32."""
+    """Pad rows `[tokens, width]` with zeros: `[len(rows), longest, width]` float32."""
     longest = max(len(row) for row in rows)
     padded = np.zeros((len(rows), longest, rows[0].shape[1]), np.float32)
     for index, row in enumerate(rows):
@@ -46,125 +48,129 @@ def pad_heads(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def mask(lengths: Sequence[int], length: int) -> np.ndarray:
-    """Attention mask `[len(lengths), length]` int64: 1 on each row's first tokens."""
+    """Attention mask `[len(lengths), length]` int64: 1 for the tokens of each row, then 0."""
     return (np.arange(length) < np.asarray(lengths)[:, None]).astype(np.int64)
 
 
 def used_lengths(mask: np.ndarray) -> np.ndarray:
-    """Each row's length up to its last 1: `[batch, tokens]` → `[batch]` int64; all masked: 0."""
+    """Length of each row up to its last 1: `[batch, tokens]` → `[batch]` int64; 0 without a 1."""
     reversed_mask = mask[:, ::-1] != 0
     return np.where(reversed_mask.any(axis=1), mask.shape[1] - reversed_mask.argmax(axis=1), 0)
 
 
 def bucket(length: int, buckets: Sequence[int]) -> int:
-    """Smallest of the ascending `buckets` that holds `length`; the last if none does."""
+    """The smallest of the ascending `buckets` that is at least `length`, else the last."""
     return next((size for size in buckets if size >= length), buckets[-1])
 
 
-def padded_length(tokens: int, most: int | None = None) -> int:
-    """`tokens` rounded up to a multiple of LENGTH_MULTIPLE, at least one; `most` is the limit."""
-    return _padded(tokens, LENGTH_MULTIPLE, most)
+def padded_length(tokens: int, max_length: int | None = None) -> int:
+    """Round `tokens` up to a positive multiple of LENGTH_MULTIPLE, limited to `max_length`."""
+    return _padded(tokens, LENGTH_MULTIPLE, max_length)
 
 
-def near_length(tokens: int, most: int | None = None) -> int:
-    """As `padded_length`, but an eighth or one token more at most: 40 lengths up to 256."""
+def tight_length(tokens: int, max_length: int | None = None) -> int:
+    """As `padded_length`, with at most an eighth or one token of padding; 40 lengths up to 256."""
     eighth = 1 << max(1, (tokens - 1).bit_length() - 4)
-    return _padded(tokens, min(eighth, LENGTH_MULTIPLE), most)
+    return _padded(tokens, min(eighth, LENGTH_MULTIPLE), max_length)
 
 
 def packed_length(tokens: int) -> int:
-    """As `padded_length`, for several rows of several texts: a multiple of PACKED_TOKENS, as nearly
-    all of them fill.
-    """
+    """Round `tokens` up to a positive multiple of PACKED_TOKENS: the length of packed rows."""
     return _rounded_up(max(1, tokens), PACKED_TOKENS)
 
 
 def pack(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of `lengths` by the row that each shares with others, fullest use of rows first.
+    """Pack texts into rows: for each row the indices of its texts in `lengths`.
 
-    A text goes to the row that it fills best; where none has room, a row as long as the text,
-    rounded up to PACKED_TOKENS, is begun. A text without tokens has a row to itself.
+    Best-fit decreasing: texts are placed from the longest to the shortest, each into the row that
+    it leaves with the least free tokens. If no row has room, a new row starts, as long as the text
+    rounded up to PACKED_TOKENS. A text without tokens gets a row of its own.
     """
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []
+    free_rows: list[tuple[int, int]] = []
     """Free tokens and index of each row, ascending."""
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         length = lengths[index]
-        place = bisect.bisect_left(room, (length, 0))
-        if length and place < len(room):
-            free, row = room.pop(place)
+        best = bisect.bisect_left(free_rows, (length, 0))
+        if length and best < len(free_rows):
+            free, row = free_rows.pop(best)
             rows[row].append(index)
         else:
             free, row = _rounded_up(length, PACKED_TOKENS), len(rows)
             rows.append([index])
-        bisect.insort(room, (free - length, row))
+        bisect.insort(free_rows, (free - length, row))
     return rows
 
 
 def plan_packed(
-    lengths: Sequence[int], streams: int = 1, most_tokens: int = MICRO_BATCH_TOKENS
+    lengths: Sequence[int], streams: int = 1, max_tokens: int = MICRO_BATCH_TOKENS
 ) -> list[list[int]]:
-    """As `plan`, for a model that takes several texts a row."""
+    """As `plan`, for a model that takes packed rows."""
     rows = pack(lengths)
-    sums = [sum(lengths[index] for index in row) for row in rows]
-    parts = plan(sums, streams, most_tokens, packed_length)
-    return [[index for row in part for index in rows[row]] for part in parts]
+    row_lengths = [sum(lengths[index] for index in row) for row in rows]
+    micro_batches = plan(row_lengths, streams, max_tokens, packed_length)
+    return [[index for row in part for index in rows[row]] for part in micro_batches]
 
 
 def plan(
     lengths: Sequence[int],
     streams: int = 1,
-    most_tokens: int = MICRO_BATCH_TOKENS,
-    together: Callable[[int], int] = padded_length,
+    max_tokens: int = MICRO_BATCH_TOKENS,
+    batch_length: Callable[[int], int] = padded_length,
 ) -> list[list[int]]:
-    """Indices of `lengths` in the micro-batches that cost least, longest rows first.
+    """Split rows into the cheapest micro-batches: indices of `lengths`, longest rows first.
 
-    A micro-batch costs RUN_TOKENS for the run, its padded tokens (`together` gives those of a row
-    for the longest's), and a little more the larger it is, so that those that run in `streams` at
-    the same time are alike. Rows are taken in order of length, and the cuts between micro-batches
-    are chosen by dynamic programming. With other `most_tokens` of a run, its other costs are in
-    proportion.
+    The rows are sorted by length; dynamic programming chooses where one micro-batch ends and the
+    next begins. A micro-batch costs RUN_TOKENS, its padded tokens, and a part that grows with its
+    square (UNEVENNESS), so that micro-batches that run at the same time are of similar size. If
+    `max_tokens` differs from MICRO_BATCH_TOKENS, the other costs scale with it.
+
+    Args:
+        lengths: tokens of each row.
+        streams: micro-batches that run at the same time.
+        max_tokens: maximum padded tokens of a micro-batch of several rows.
+        batch_length: padded length of every row in a micro-batch of several, given the longest.
     """
-    scale = most_tokens / MICRO_BATCH_TOKENS
+    scale = max_tokens / MICRO_BATCH_TOKENS
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     alone = [padded_length(lengths[index]) for index in order]
-    padded = [together(lengths[index]) for index in order]
-    most = _share(sum(alone), streams, most_tokens, UNSHARED_TOKENS * scale)
+    padded = [batch_length(lengths[index]) for index in order]
+    limit = _share(sum(alone), streams, max_tokens, UNSHARED_TOKENS * scale)
     cost = [0.0] * (len(order) + 1)
-    """Least cost of the first rows."""
+    """`cost[n]`: least cost of the first n rows."""
     start = [0] * (len(order) + 1)
-    """Where the last micro-batch of the first rows begins."""
+    """`start[n]`: first row of the last micro-batch among the first n rows."""
     for end in range(1, len(order) + 1):
         cost[end] = math.inf
         for first in range(end - 1, -1, -1):
             rows = end - first
             tokens = padded[first] * rows if rows > 1 else alone[first]
-            if tokens > most and rows > 1:
+            if tokens > limit and rows > 1:
                 break
-            price = cost[first] + RUN_TOKENS * scale + tokens + tokens**2 / (UNEVENNESS * scale)
-            if price < cost[end]:
-                cost[end] = price
+            total = cost[first] + RUN_TOKENS * scale + tokens + tokens**2 / (UNEVENNESS * scale)
+            if total < cost[end]:
+                cost[end] = total
                 start[end] = first
-    parts = []
+    micro_batches = []
     end = len(order)
     while end:
-        parts.append(order[start[end] : end])
+        micro_batches.append(order[start[end] : end])
         end = start[end]
-    return parts[::-1]
+    return micro_batches[::-1]
 
 
-def _share(tokens: int, streams: int, most_tokens: int, unshared_tokens: float) -> int:
-    """Most tokens of a micro-batch, such that every stream gets as many of them."""
+def _share(tokens: int, streams: int, max_tokens: int, unshared_tokens: float) -> int:
+    """Maximum tokens of a micro-batch that gives every stream the same share of `tokens`."""
     if tokens <= unshared_tokens:
         return tokens
-    rounds = -(-tokens // (most_tokens * streams))
+    rounds = -(-tokens // (max_tokens * streams))
     share = -(-tokens // (rounds * streams))
     return _rounded_up(share, PACKED_TOKENS)
 
 
-def _padded(tokens: int, multiple: int, most: int | None) -> int:
+def _padded(tokens: int, multiple: int, max_length: int | None) -> int:
     rounded = _rounded_up(max(1, tokens), multiple)
-    return rounded if most is None else max(tokens, min(rounded, most))
+    return rounded if max_length is None else max(tokens, min(rounded, max_length))
 
 
 def _rounded_up(tokens: int, multiple: int) -> int:

@@ -1,7 +1,7 @@
-"""What texts gave that were embedded lately, in bounded memory.
+"""A cache of text embeddings, in bounded memory.
 
-Triton's own response cache is no safe place: its key leaves out which outputs a request asks for,
-so one that asks for fewer takes the others from whoever asks after it.
+Triton's own response cache is not used: its key leaves out which outputs a request asks for. A
+request for one output would be cached without the others, and the next request would miss them.
 """
 
 from __future__ import annotations
@@ -19,53 +19,52 @@ ENTRY_BYTES = 400
 """Memory of an entry besides its vector."""
 
 
-class Embedded(NamedTuple):
-    """What one text gave."""
+class Entry(NamedTuple):
+    """The cached result of one text."""
 
-    row: np.ndarray
-    """Its pooled vector `[dims]` float32, neither truncated nor normalised."""
-    total: int
-    """Tokens of the whole text."""
+    vector: np.ndarray
+    """The pooled vector `[dims]` float32, neither truncated nor normalised."""
+    tokens: int
+    """Tokens of the whole text, including those beyond the model's limit."""
 
 
-class Recent:
-    """The texts that were asked for last, each with what it gave. Safe to call from several
-    threads.
+class ResponseCache:
+    """A least-recently-used cache of texts. Safe to call from several threads.
 
-    A text is known by a digest of all of it, prompt included, under a key of this process' own: it
-    is not kept, and none can be made to look like another.
+    The key of a text is a digest of the whole text, its prompt included. The digest uses a secret
+    of this process: the cache holds no text, and nobody can construct two texts with one key.
     """
 
     def __init__(self, size_bytes: int) -> None:
         self._size_bytes = size_bytes
-        self._key = secrets.token_bytes(32)
-        self._kept: OrderedDict[bytes, Embedded] = OrderedDict()
-        """The one asked for last is last."""
+        self._secret = secrets.token_bytes(32)
+        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+        """The most recently used entry is last."""
         self._lock = threading.Lock()
 
-    def find(self, texts: Iterable[str]) -> list[Embedded | None]:
-        """What each text gave, prompt included; None where it is not kept."""
+    def get(self, texts: Iterable[str]) -> list[Entry | None]:
+        """The entry of each text, prompt included; None for a text that is not cached."""
         if not self._size_bytes:
             return [None for _ in texts]
-        digests = [self._digest(text) for text in texts]
+        keys = [self._key(text) for text in texts]
         with self._lock:
-            found = [self._kept.get(digest) for digest in digests]
-            for digest, one in zip(digests, found, strict=True):
-                if one is not None:
-                    self._kept.move_to_end(digest)
-        return found
+            entries = [self._entries.get(key) for key in keys]
+            for key, entry in zip(keys, entries, strict=True):
+                if entry is not None:
+                    self._entries.move_to_end(key)
+        return entries
 
-    def keep(self, texts: Iterable[str], embedded: Sequence[Embedded]) -> None:
-        """Keep what each text gave, and let go of those asked for longest ago."""
-        if not self._size_bytes or not embedded:
+    def put(self, texts: Iterable[str], entries: Sequence[Entry]) -> None:
+        """Store the entry of each text, and evict the least recently used ones."""
+        if not self._size_bytes or not entries:
             return
         with self._lock:
-            for text, one in zip(texts, embedded, strict=True):
-                # A copy: the vector is a part of its whole run's.
-                self._kept[self._digest(text)] = one._replace(row=one.row.copy())
-            most = self._size_bytes // (ENTRY_BYTES + embedded[0].row.nbytes)
-            while len(self._kept) > most:
-                self._kept.popitem(last=False)
+            for text, entry in zip(texts, entries, strict=True):
+                # Copy: the vector is a view of the whole run's output.
+                self._entries[self._key(text)] = entry._replace(vector=entry.vector.copy())
+            max_entries = self._size_bytes // (ENTRY_BYTES + entries[0].vector.nbytes)
+            while len(self._entries) > max_entries:
+                self._entries.popitem(last=False)
 
-    def _digest(self, text: str) -> bytes:
-        return hashlib.blake2b(text.encode(), key=self._key, digest_size=16).digest()
+    def _key(self, text: str) -> bytes:
+        return hashlib.blake2b(text.encode(), key=self._secret, digest_size=16).digest()

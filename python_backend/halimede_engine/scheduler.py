@@ -1,4 +1,12 @@
-"""Items that arrive at any time, read and run in the cheapest micro-batches of those that wait."""
+"""Continuous batching: runs the rows of many requests together, in the cheapest micro-batches.
+
+            submit                  make_rows                plan, run              answer
+    request ──────> queued request ──────────> queued rows ──────────> micro-batch ──────> caller
+
+A request with more than INTERACTIVE_ROWS items is bulk, any other is interactive. Each of the two
+lanes has its own limits. `threads` threads serve both lanes; one more serves interactive requests
+while bulk runs.
+"""
 
 from __future__ import annotations
 
@@ -7,75 +15,87 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from halimede_engine import batching
 from halimede_ops.errors import RequestCancelled, ServerOverloaded
 
-WAITING_ROWS = 128
-"""Rows that a micro-batch is chosen from: enough for full ones, few enough to plan anew for each of
-them (0.2 ms). So many items of the interactive lane may wait before `wait_for_room` holds the
-caller back."""
+QUEUED_ROWS = 128
+"""Rows from which a micro-batch is chosen: enough to fill one, few enough to plan again for each
+(0.2 ms). `wait_for_room` blocks while more interactive items are queued."""
 
-WAITING_BULK = 256
-"""Items of bulk that may wait before `wait_for_room` holds back who brings them: a picture's row
-has 150 kB."""
+QUEUED_BULK_ROWS = 256
+"""`wait_for_room` blocks while more bulk items are queued: the row of an image has 150 kB."""
 
 GATHER_S = 0.001
-"""While every thread is busy, `gather` takes so long: what comes meanwhile is brought together,
-which costs less than one by one."""
+"""Maximum duration of `gather`: requests that are read together cost less than one by one."""
 
-LONG_WAIT_RUNS = 16
-"""Callers are asked whether they have gone only after so many runs, unless that costs nothing: a
-message to Triton takes time too."""
+CANCEL_CHECK_RUNS = 16
+"""Micro-batches that run before a request is checked for cancellation. The check is a message to
+Triton, which takes time too."""
 
 
 class Row(Protocol):
-    """What an item is read to."""
+    """An item in the form that the model runs."""
 
     @property
     def length(self) -> int:
-        """Tokens that running it costs."""
+        """Cost of running the row, in tokens."""
 
 
-Read = Callable[[Sequence[Any]], Sequence[Row]]
-"""What gives one row an item."""
-Run = Callable[[Sequence[Any]], Sequence[Any]]
-"""What gives one result a row."""
+MakeRows = Callable[[Sequence[Any]], Sequence[Row]]
+"""Makes one row of each item, in order."""
+Run = Callable[[Sequence[Any]], Sequence[Any] | np.ndarray]
+"""Runs one micro-batch: one output for each row, in order."""
 Plan = Callable[[Sequence[int], int], list[list[int]]]
-"""What gives the micro-batches, as indices, of rows of these lengths for so many free threads."""
+"""Splits rows of these lengths into micro-batches of indices, for a number of free threads."""
 
 
-class Done(NamedTuple):
-    """One item that was run."""
+class ItemResult(NamedTuple):
+    """The result of one item."""
 
     row: Any
-    """What it was read to."""
-    result: Any
-    """What running that gave."""
+    """The row that `make_rows` made of the item."""
+    output: Any
+    """What `run` returned for the row."""
 
 
-Outcome = Sequence[Done] | Exception
-"""One Done an item, in order, or what reading or running them raised."""
+Outcome = Sequence[ItemResult] | Exception
+"""One result for each item of a request, in order, or the exception that the request ended with."""
 
 
-_Results = Sequence[Any] | Exception
-"""One result a row of a micro-batch, in order, or what running it raised."""
+_Outputs = Sequence[Any] | np.ndarray | Exception
+"""One output for each row of a micro-batch, in order, or the exception that running it raised."""
 
 
-class Ran(NamedTuple):
-    """One micro-batch that was run."""
+class CompletedRun(NamedTuple):
+    """A micro-batch after its run."""
 
     rows: Sequence[Any]
-    waited_s: float
-    """From `submit` until it was taken, of all rows together."""
+    queued_s: float
+    """Seconds between `submit` and the run, added up over all rows."""
 
 
-class ContinuousBatches:
-    """Threads that read items, as many as have come, and run their rows, each taking a micro-batch
-    as soon as it is free.
+class Scheduler:
+    """Threads that turn queued requests into rows and run the rows in micro-batches.
 
-    A micro-batch has the row that waited longest, so none starves, and those that run best beside
-    it, whichever request they came with, so little is padded. Small requests do not wait for bulk:
-    while it is read or run, one more thread does that for them, and for them alone.
+    A thread that becomes free takes the micro-batch of the row that is queued longest, so no row
+    starves. The other rows of the micro-batch are those that cost least beside it, from any
+    request, so there is little padding. Interactive requests do not wait for bulk: while bulk is
+    read or run, one more thread serves interactive requests alone.
+
+    Args:
+        run: runs one micro-batch.
+        plan: splits the queued rows into micro-batches.
+        threads: maximum number of micro-batches that run at the same time, besides the one more for
+            interactive requests.
+        make_rows: makes one row of each item; by default the items are rows.
+        run_alone: runs a micro-batch while no other runs, and interactive requests beside bulk; by
+            default `run`.
+        on_run: called after each run, in the thread that ran it.
+        clock: time in seconds, for `CompletedRun.queued_s`; without it that is 0.
+        max_requests: maximum number of unanswered requests in each lane.
+        cancel_check_runs: micro-batches that run before a request is checked for cancellation.
     """
 
     def __init__(
@@ -83,64 +103,45 @@ class ContinuousBatches:
         run: Run,
         plan: Plan,
         threads: int,
-        read: Read = list,
-        tell: Callable[[Ran], None] = lambda ran: None,
-        clock: Callable[[], float] = lambda: 0.0,
+        *,
+        make_rows: MakeRows = list,
         run_alone: Run | None = None,
-        most_requests: int | None = None,
-        long_wait_runs: int = LONG_WAIT_RUNS,
+        on_run: Callable[[CompletedRun], None] = lambda completed: None,
+        clock: Callable[[], float] = lambda: 0.0,
+        max_requests: int | None = None,
+        cancel_check_runs: int = CANCEL_CHECK_RUNS,
     ) -> None:
-        """Threads that wait for items.
-
-        Args:
-            run: gives one result a row.
-            plan: gives the micro-batches that cost least.
-            threads: micro-batches that are run at the same time; one more while bulk is.
-            read: gives one row an item; without it, items are rows.
-            tell: hears of each micro-batch that was run, from the thread that ran it.
-            clock: seconds since any moment; without it, rows are said to have waited 0.
-            run_alone: runs a micro-batch while no other is, and small requests beside bulk; None:
-                `run`.
-            most_requests: small ones, and as many of bulk, that may be unanswered.
-            long_wait_runs: micro-batches until a request's caller is asked whether it has gone.
-        """
         self._run = run
         self._run_alone = run_alone or run
         self._plan = plan
         self._threads = threads
-        self._read = read
-        self._tell = tell
+        self._make_rows = make_rows
+        self._on_run = on_run
         self._clock = clock
-        self._most_requests = most_requests
-        self._long_wait_runs = long_wait_runs
-        self._unread: list[_Request] = []
-        """In order of arrival, as what follows."""
-        self._waiting: list[_Waiting] = []
-        self._planned: list[list[_Waiting]] = []
-        """Micro-batches of all that wait, the one whose turn it is first; or none."""
+        self._max_requests = max_requests
+        self._cancel_check_runs = cancel_check_runs
         self._lock = threading.Lock()
-        """Guards all that changes."""
-        self._work = threading.Condition(self._lock)
-        self._urgent = threading.Condition(self._lock)
-        self._room = threading.Condition(self._lock)
+        """Guards all attributes below, except `_answers`."""
+        self._work_queued = threading.Condition(self._lock)
+        self._urgent_queued = threading.Condition(self._lock)
+        self._room_changed = threading.Condition(self._lock)
+        self._requests: list[_Request] = []
+        """Requests without rows yet, in order of arrival."""
+        self._rows: list[_QueuedRow] = []
+        """Rows that wait to run, in order of arrival."""
+        self._planned: list[list[_QueuedRow]] = []
+        """The micro-batches of all `_rows`, in the order they run; empty: not planned yet."""
         self._closed = False
-        self._taken = 0
-        """Micro-batches until now."""
-        self._free = 0
-        """Threads that wait for work."""
+        self._runs_started = 0
+        self._idle_threads = 0
         self._unanswered = {True: 0, False: 0}
-        """Requests of bulk, and small ones."""
-        self._bulk_waiting = 0
-        """Rows of bulk among those that wait."""
-        self._bulk_running = 0
-        """Threads that read or run bulk now."""
-        self._done: SimpleQueue[tuple[list[_Waiting], _Results] | None] = SimpleQueue()
-        loops = [self._serve] * threads + [self._serve_small]
-        self._running = [threading.Thread(target=loop, daemon=True) for loop in loops]
-        # Under load another thread answers, so that those that run lose no time.
-        self._answering = threading.Thread(target=self._answer_all, daemon=True)
-        for thread in (*self._running, self._answering):
-            thread.start()
+        """Unanswered requests by `is_bulk`."""
+        self._bulk_rows = 0
+        """Bulk rows among `_rows`."""
+        self._bulk_threads = 0
+        """Threads that read or run bulk."""
+        self._answers: SimpleQueue[tuple[list[_QueuedRow], _Outputs] | None] = SimpleQueue()
+        self._start_threads()
 
     def submit(
         self,
@@ -148,217 +149,234 @@ class ContinuousBatches:
         answer: Callable[[Outcome], None],
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Queue the items of one request; `answer` gets its outcome, once, from another thread.
+        """Queue the items of one request.
 
-        Rows whose turn comes late are not run when `is_cancelled`: the outcome is
-        RequestCancelled.
+        `answer` is called once with the outcome, in another thread. If `is_cancelled` returns
+        True after a long wait, the rows do not run and the outcome is RequestCancelled.
 
         Raises:
-            ServerOverloaded: as many requests as may be are unanswered.
+            ServerOverloaded: `max_requests` requests of this lane are unanswered.
         """
-        request = _Request(items, answer, is_cancelled, self._taken, self._clock())
+        request = _Request(items, answer, is_cancelled, self._runs_started, self._clock())
         with self._lock:
-            if self._unanswered[request.is_bulk] == self._most_requests:
+            if self._unanswered[request.is_bulk] == self._max_requests:
                 raise ServerOverloaded(
-                    f"the queue is full: {self._most_requests:,} requests wait. Send again."
+                    f"the queue is full: {self._max_requests:,} requests wait. Send again."
                 )
             self._unanswered[request.is_bulk] += 1
-            self._unread.append(request)
+            self._requests.append(request)
             self._wake()
 
     def gather(self) -> None:
-        """While every thread is busy, return only when some more requests may have come."""
+        """Wait up to GATHER_S for more requests, if every thread is busy with interactive ones."""
         with self._lock:
-            if not self._free and not self._bulk_running:
-                self._room.wait(GATHER_S)
+            if not self._idle_threads and not self._bulk_threads:
+                self._room_changed.wait(GATHER_S)
 
     def wait_for_room(self) -> None:
-        """Return when no more items of either lane wait than may."""
+        """Block while either lane has more queued items than its limit."""
         with self._lock:
-            self._room.wait_for(self._has_room)
+            self._room_changed.wait_for(self._has_room)
 
     def close(self) -> None:
-        """Run and answer what waits, then end the threads, which do not keep a program from its
-        end.
+        """Run and answer all queued requests, then stop the threads.
+
+        The threads are daemons: a program may exit without calling this.
         """
         with self._lock:
             self._closed = True
-            self._work.notify_all()
-            self._urgent.notify()
-        for thread in self._running:
+            self._work_queued.notify_all()
+            self._urgent_queued.notify()
+        for thread in self._run_threads:
             thread.join()
-        self._done.put(None)
-        self._answering.join()
+        self._answers.put(None)
+        self._answer_thread.join()
+
+    def _start_threads(self) -> None:
+        loops = [self._serve] * self._threads + [self._serve_interactive]
+        self._run_threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
+        # Under load another thread answers, so that running threads lose no time.
+        self._answer_thread = threading.Thread(target=self._answer_queued, daemon=True)
+        for thread in (*self._run_threads, self._answer_thread):
+            thread.start()
 
     def _has_room(self) -> bool:
-        unread = sum(len(one.items) for one in self._unread)
-        bulk = sum(len(one.items) for one in self._unread if one.is_bulk)
+        unread = sum(len(request.items) for request in self._requests)
+        unread_bulk = sum(len(request.items) for request in self._requests if request.is_bulk)
         return (
-            bulk + self._bulk_waiting <= WAITING_BULK
-            and unread - bulk + self._small_waiting() <= WAITING_ROWS
+            unread_bulk + self._bulk_rows <= QUEUED_BULK_ROWS
+            and unread - unread_bulk + self._interactive_rows() <= QUEUED_ROWS
         )
 
-    def _small_waiting(self) -> int:
-        return len(self._waiting) - self._bulk_waiting
+    def _interactive_rows(self) -> int:
+        return len(self._rows) - self._bulk_rows
 
     def _is_urgent(self) -> bool:
-        """Whether small requests would wait for bulk."""
-        return self._bulk_running > 0 and (
-            self._small_waiting() > 0 or any(not one.is_bulk for one in self._unread)
+        """Whether interactive requests are queued behind bulk that is read or run."""
+        return self._bulk_threads > 0 and (
+            self._interactive_rows() > 0 or any(not request.is_bulk for request in self._requests)
         )
 
     def _wake(self) -> None:
-        """Wake a thread for what waits; it wakes the next for what it leaves."""
-        if self._waiting or self._unread:
-            self._work.notify()
+        """Wake one thread for the queued work; it wakes the next for what it leaves."""
+        if self._rows or self._requests:
+            self._work_queued.notify()
         if self._is_urgent():
-            self._urgent.notify()
+            self._urgent_queued.notify()
 
     def _serve(self) -> None:
-        while self._work_came():
-            self._read_all(self._next_unread())
-            self._run_part(self._next_part())
+        while self._wait_for_work():
+            self._queue_rows(self._next_requests())
+            self._run_micro_batch(self._next_micro_batch())
 
-    def _serve_small(self) -> None:
-        while self._urgent_came():
-            self._read_all(self._small_unread())
-            self._run_part(self._small_part())
+    def _serve_interactive(self) -> None:
+        while self._wait_for_urgent_work():
+            self._queue_rows(self._next_interactive_requests())
+            self._run_micro_batch(self._next_interactive_micro_batch())
 
-    def _work_came(self) -> bool:
-        """Wait for something to read or to run; False when closed and nothing is left."""
+    def _wait_for_work(self) -> bool:
+        """Block until something is queued; False if closed and nothing is left."""
         with self._lock:
-            self._free += 1
-            self._room.notify_all()
-            self._work.wait_for(lambda: self._waiting or self._unread or self._closed)
-            self._free -= 1
-            return bool(self._waiting or self._unread)
+            self._idle_threads += 1
+            self._room_changed.notify_all()
+            self._work_queued.wait_for(lambda: self._rows or self._requests or self._closed)
+            self._idle_threads -= 1
+            return bool(self._rows or self._requests)
 
-    def _urgent_came(self) -> bool:
-        """Wait until small requests would wait for bulk; False when closed."""
+    def _wait_for_urgent_work(self) -> bool:
+        """Block until `_is_urgent`; False if closed."""
         with self._lock:
-            self._urgent.wait_for(lambda: self._closed or self._is_urgent())
-            return not self._closed  # then the other threads run what waits
+            self._urgent_queued.wait_for(lambda: self._closed or self._is_urgent())
+            return not self._closed  # the other threads run what is queued
 
-    def _next_unread(self) -> list[_Request]:
-        """The requests to read next: every small one, or when its turn has come one of bulk."""
+    def _next_requests(self) -> list[_Request]:
+        """Dequeue the oldest request if it is bulk and rows are few, else all interactive ones."""
         with self._lock:
-            if self._unread and self._unread[0].is_bulk and len(self._waiting) < WAITING_ROWS:
-                self._bulk_running += 1
-                requests = [self._unread.pop(0)]
+            if self._requests and self._requests[0].is_bulk and len(self._rows) < QUEUED_ROWS:
+                self._bulk_threads += 1
+                requests = [self._requests.pop(0)]
             else:
-                requests = self._take_small()
+                requests = self._dequeue_interactive()
             self._wake()
             return requests
 
-    def _small_unread(self) -> list[_Request]:
+    def _next_interactive_requests(self) -> list[_Request]:
         with self._lock:
-            return self._take_small()
+            return self._dequeue_interactive()
 
-    def _take_small(self) -> list[_Request]:
-        small = [one for one in self._unread if not one.is_bulk][:WAITING_ROWS]
-        taken = set(small)
-        self._unread = [one for one in self._unread if one not in taken]
-        return small
+    def _dequeue_interactive(self) -> list[_Request]:
+        interactive = [request for request in self._requests if not request.is_bulk][:QUEUED_ROWS]
+        dequeued = set(interactive)
+        self._requests = [request for request in self._requests if request not in dequeued]
+        return interactive
 
-    def _read_all(self, requests: Sequence[_Request]) -> None:
-        """Read what these requests have; then their rows wait. No other thread is woken: this one
-        takes of them what it runs, and wakes the next for the rest.
+    def _queue_rows(self, requests: Sequence[_Request]) -> None:
+        """Make the rows of requests of one lane and queue them.
+
+        No thread is woken: this one takes its next micro-batch of these rows first, and wakes
+        another for the rest.
         """
         if not requests:
             return
         rows = self._rows_of(requests)
         with self._lock:
-            self._waiting += rows
+            self._rows += rows
             self._planned = []
-            self._bulk_waiting += sum(one.request.is_bulk for one in rows)
-            self._bulk_running -= requests[0].is_bulk
+            self._bulk_rows += sum(row.request.is_bulk for row in rows)
+            self._bulk_threads -= requests[0].is_bulk
 
-    def _rows_of(self, requests: Sequence[_Request]) -> list[_Waiting]:
-        """The rows of these requests, read together; one that cannot be read fails alone."""
+    def _rows_of(self, requests: Sequence[_Request]) -> list[_QueuedRow]:
+        """Make the rows of all requests in one call; a request with a bad item fails alone."""
         try:
-            rows = iter(self._read([item for one in requests for item in one.items]))
+            rows = iter(self._make_rows([item for request in requests for item in request.items]))
             return [
-                _Waiting(one, place, next(rows))
-                for one in requests
-                for place in range(len(one.items))
+                _QueuedRow(request, index, next(rows))
+                for request in requests
+                for index in range(len(request.items))
             ]
         except Exception as error:
             if len(requests) > 1:
-                return [row for one in requests for row in self._rows_of([one])]
+                return [row for request in requests for row in self._rows_of([request])]
             self._finish(requests[0], error)
             return []
 
-    def _next_part(self) -> _Part:
+    def _next_micro_batch(self) -> _MicroBatch:
         with self._lock:
-            part = self._cheapest(self._waiting[:WAITING_ROWS])
-            rest = self._waiting or self._unread or self._free < self._threads - 1
-            return _Part(part, self._run if rest else self._run_alone)
+            rows = self._dequeue_cheapest(self._rows[:QUEUED_ROWS])
+            others_run = self._idle_threads < self._threads - 1
+            is_alone = not (self._rows or self._requests or others_run)
+            return _MicroBatch(rows, self._run_alone if is_alone else self._run)
 
-    def _small_part(self) -> _Part:
+    def _next_interactive_micro_batch(self) -> _MicroBatch:
         with self._lock:
-            small = [one for one in self._waiting if not one.request.is_bulk]
+            interactive = [row for row in self._rows if not row.request.is_bulk]
             self._planned = []
-            return _Part(self._cheapest(small[:WAITING_ROWS]), self._run_alone)
+            return _MicroBatch(self._dequeue_cheapest(interactive[:QUEUED_ROWS]), self._run_alone)
 
-    def _cheapest(self, waiting: Sequence[_Waiting]) -> list[_Waiting]:
-        """The micro-batch with the first of these rows, and of the others what costs least beside
-        it, which then wait no more; empty without rows.
-        """
-        if not waiting:
+    def _dequeue_cheapest(self, candidates: Sequence[_QueuedRow]) -> list[_QueuedRow]:
+        """Dequeue the micro-batch with the first of these rows; empty if there are no rows."""
+        if not candidates:
             return []
         if not self._planned:
-            lengths = [one.row.length for one in waiting]
-            parts = sorted(self._plan(lengths, 1 + self._free), key=min)
-            self._planned = [[waiting[index] for index in part] for part in parts]
-        part, *others = self._planned
-        taken = set(map(id, part))
-        self._waiting = [one for one in self._waiting if id(one) not in taken]
-        # A plan of all that wait is good until more come.
-        self._planned = others if sum(map(len, others)) == len(self._waiting) else []
-        bulk = sum(one.request.is_bulk for one in part)
-        self._bulk_waiting -= bulk
-        self._bulk_running += bulk > 0
-        self._taken += 1
-        self._room.notify_all()
+            lengths = [queued.row.length for queued in candidates]
+            parts = sorted(self._plan(lengths, 1 + self._idle_threads), key=min)
+            self._planned = [[candidates[index] for index in part] for part in parts]
+        micro_batch, *others = self._planned
+        dequeued = set(map(id, micro_batch))
+        self._rows = [queued for queued in self._rows if id(queued) not in dequeued]
+        # A plan of all queued rows is valid until more arrive.
+        self._planned = others if sum(map(len, others)) == len(self._rows) else []
+        bulk_rows = sum(queued.request.is_bulk for queued in micro_batch)
+        self._bulk_rows -= bulk_rows
+        self._bulk_threads += bulk_rows > 0
+        self._runs_started += 1
+        self._room_changed.notify_all()
         self._wake()
-        return part
+        return micro_batch
 
-    def _run_part(self, part: _Part) -> None:
-        if not part.rows:
+    def _run_micro_batch(self, micro_batch: _MicroBatch) -> None:
+        if not micro_batch.rows:
             return
-        taken_at_s = self._clock()
-        gone = self._gone({waiting.request for waiting in part.rows})
-        wanted = [waiting for waiting in part.rows if waiting.request not in gone]
-        if gone:
-            dropped = [waiting for waiting in part.rows if waiting.request in gone]
-            self._give(dropped, RequestCancelled("the request was cancelled; it was not run."))
-        if wanted:
-            rows = [waiting.row for waiting in wanted]
-            self._give(wanted, _results(rows, part.run))
-            waited_s = sum(taken_at_s - waiting.request.came_at_s for waiting in wanted)
-            self._tell(Ran(rows, waited_s))
+        started_at_s = self._clock()
+        cancelled = self._cancelled({queued.request for queued in micro_batch.rows})
+        kept = [queued for queued in micro_batch.rows if queued.request not in cancelled]
+        if cancelled:
+            dropped = [queued for queued in micro_batch.rows if queued.request in cancelled]
+            self._deliver(dropped, RequestCancelled("the request was cancelled; it was not run."))
+        if kept:
+            rows = [queued.row for queued in kept]
+            self._deliver(kept, _outputs(rows, micro_batch.run))
+            queued_s = sum(started_at_s - queued.request.submitted_at_s for queued in kept)
+            self._on_run(CompletedRun(rows, queued_s))
         with self._lock:
-            self._bulk_running -= any(waiting.request.is_bulk for waiting in part.rows)
+            self._bulk_threads -= any(queued.request.is_bulk for queued in micro_batch.rows)
 
-    def _gone(self, requests: set[_Request]) -> set[_Request]:
-        """Those that waited long and whose callers have gone."""
-        early = self._taken - self._long_wait_runs
-        return {one for one in requests if one.since < early and one.is_cancelled()}
+    def _cancelled(self, requests: set[_Request]) -> set[_Request]:
+        """The requests that waited long and are cancelled."""
+        latest_start = self._runs_started - self._cancel_check_runs
+        return {
+            request
+            for request in requests
+            if request.runs_before < latest_start and request.is_cancelled()
+        }
 
-    def _give(self, part: list[_Waiting], results: _Results) -> None:
-        if self._waiting or self._unread:
-            self._done.put((part, results))
+    def _deliver(self, rows: list[_QueuedRow], outputs: _Outputs) -> None:
+        if self._rows or self._requests:
+            self._answers.put((rows, outputs))
         else:
-            self._answer(part, results)
+            self._answer(rows, outputs)
 
-    def _answer_all(self) -> None:
-        while done := self._done.get():
-            self._answer(*done)
+    def _answer_queued(self) -> None:
+        while delivered := self._answers.get():
+            self._answer(*delivered)
 
-    def _answer(self, part: list[_Waiting], results: _Results) -> None:
-        for number, (request, place, row) in enumerate(part):
-            done = results if isinstance(results, Exception) else Done(row, results[number])
-            if request.put(place, done):
+    def _answer(self, rows: list[_QueuedRow], outputs: _Outputs) -> None:
+        for number, (request, index, row) in enumerate(rows):
+            if isinstance(outputs, Exception):
+                is_complete = request.put(index, outputs)
+            else:
+                is_complete = request.put(index, ItemResult(row, outputs[number]))
+            if is_complete:
                 self._finish(request, request.outcome())
 
     def _finish(self, request: _Request, outcome: Outcome) -> None:
@@ -367,7 +385,7 @@ class ContinuousBatches:
         request.answer(outcome)
 
 
-def _results(rows: list[Any], run: Run) -> _Results:
+def _outputs(rows: list[Any], run: Run) -> _Outputs:
     try:
         return run(rows)
     except Exception as error:
@@ -375,53 +393,53 @@ def _results(rows: list[Any], run: Run) -> _Results:
 
 
 class _Request:
-    """Items that are answered together."""
+    """The items of one `submit`, answered together."""
 
     def __init__(
         self,
         items: Sequence[Any],
         answer: Callable[[Outcome], None],
         is_cancelled: Callable[[], bool],
-        since: int,
-        came_at_s: float,
+        runs_before: int,
+        submitted_at_s: float,
     ) -> None:
         self.items = items
         self.is_bulk = len(items) > batching.INTERACTIVE_ROWS
-        self.is_cancelled = is_cancelled
-        self.since = since
-        """Micro-batches before it came."""
-        self.came_at_s = came_at_s
         self.answer = answer
-        self._done: list[Any] = [None] * len(items)
+        self.is_cancelled = is_cancelled
+        self.runs_before = runs_before
+        """Micro-batches that started before the request arrived."""
+        self.submitted_at_s = submitted_at_s
+        self._results: list[Any] = [None] * len(items)
         self._error: Exception | None = None
         self._missing = len(items)
         self._lock = threading.Lock()
 
-    def put(self, place: int, done: Done | Exception) -> bool:
-        """Keep what the item at `place` gave; whether it was the last that was missing."""
-        if isinstance(done, Exception):
-            self._error = done
-        self._done[place] = done
+    def put(self, index: int, result: ItemResult | Exception) -> bool:
+        """Store the result of the item at `index`; return whether all items have one."""
+        if isinstance(result, Exception):
+            self._error = result
+        self._results[index] = result
         with self._lock:
             self._missing -= 1
             return not self._missing
 
     def outcome(self) -> Outcome:
-        """What every item gave, or what one raised."""
-        return self._error or self._done
+        """The results of all items, or the exception of one."""
+        return self._error or self._results
 
 
-class _Waiting(NamedTuple):
+class _QueuedRow(NamedTuple):
     """One row of a request."""
 
     request: _Request
-    place: int
-    """Of its item in the request."""
+    item_index: int
+    """Index of the row's item in the request."""
     row: Any
 
 
-class _Part(NamedTuple):
-    """A micro-batch and what runs it; there may be none."""
+class _MicroBatch(NamedTuple):
+    """Rows that run together, perhaps none, and the function that runs them."""
 
-    rows: list[_Waiting]
+    rows: list[_QueuedRow]
     run: Run

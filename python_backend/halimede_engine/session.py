@@ -1,4 +1,7 @@
-"""One ONNX model and how to run rows through it: texts' tokens of any lengths, or pictures."""
+"""An ONNX model opened by onnxruntime, and how rows run through it.
+
+A row is the tokens of a text, of any length, or the pixels of an image.
+"""
 
 from __future__ import annotations
 
@@ -14,34 +17,34 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime
 
-from halimede_engine import batching
-from halimede_ops import memory
+from halimede_engine import batching, memory
 from halimede_ops.errors import InvalidModel
 from halimede_ops.spec import PIXELS, POOLED
 
 FILE_NAME = "model.onnx"
 
 LONE_RUNS = 8
-"""Runs on end after which Sessions opens the session that gives each all threads: that takes time
-and memory, as much as the first one."""
+"""Consecutive lone runs after which AdaptiveSession opens a session that gives each run all
+threads: that takes as much time and memory as the first session."""
 
 FIRST_RUNS = 2
-"""Runs of a shape that no other new shape's run in the process may overlap. OpenVINO 2025.4 gave
-wrong vectors in about 1 of 70 processes whose streams both began with one shape at one moment, from
-then on: one stream for all runs of that shape, as if what it had prepared for it were broken."""
-_PREPARING = threading.Lock()
-"""Held by the first runs of a shape: some of what they prepare, such as oneDNN's compiled kernels,
-is the process's and not a session's."""
+"""Runs of a new shape that do not overlap with the first runs of any other shape. With OpenVINO
+2025.4, about 1 of 70 processes gave wrong vectors when two streams began with one shape at the same
+moment: from then on, one stream gave wrong vectors for every run of that shape."""
+_FIRST_RUN_LOCK = threading.Lock()
+"""Held during the first runs of a shape. It belongs to the process, not to a session: some of what
+these runs prepare, such as oneDNN's compiled kernels, is shared by all sessions."""
 
-PADDED_NEAR = ("fp32", "fp16")
-"""Precisions that answer a lone text sooner with `pad_near`: on a CPU their tokens cost more than a
-change of shape."""
+TIGHT_PADDING = ("fp32", "fp16")
+"""Precisions that answer a lone text sooner with `tight_padding`: on a CPU, a token of theirs costs
+more than a change of shape."""
 
-Tell = Callable[[int], None]
-"""What hears of a run's tokens, padding among them."""
+OnRun = Callable[[int], None]
+"""Called before each run with its number of tokens, padding included."""
 
 PACKED = "packed"
-"""Key of a model.onnx's metadata: its rows may have several texts, numbered by the mask."""
+"""Metadata key of a model.onnx that takes packed rows: several texts in one row, numbered by the
+attention mask."""
 
 OPENVINO = "OpenVINOExecutionProvider"
 OPENVINO_PROPERTIES = {
@@ -52,96 +55,102 @@ OPENVINO_PROPERTIES = {
 
 
 def data_of(path: Path) -> Path:
-    """Where a built model.onnx has its weights: a file that engines map where they would copy what
-    a protobuf holds, so the model opens sooner and needs less memory.
+    """The file that holds the weights of a built model.onnx.
+
+    Engines map this file, but copy weights that are inside the protobuf. With its own file a model
+    opens sooner and needs less memory.
     """
     return path.with_name(path.name + ".data")
 
 
 def files(path: Path) -> list[Path]:
-    """The file of a model.onnx's weights, where it has them beside it, then the model.onnx."""
+    """The files of a model.onnx: its weights, if they have a file of their own, then the graph."""
     data = data_of(path)
     return [data, path] if data.exists() else [path]
 
 
 def file_bytes(path: Path) -> int:
-    """Size of a model.onnx with its weights."""
+    """Size of a model.onnx and its weights, in bytes."""
     return sum(part.stat().st_size for part in files(path))
 
 
 class Accelerator(NamedTuple):
-    """An execution accelerator by its name in config.pbtxt, with its parameters: OpenVINO's are
-    properties of its CPU device.
-    """
+    """An execution accelerator, as config.pbtxt names it."""
 
     name: str
     parameters: Mapping[str, str] = {}
+    """Its parameters; for OpenVINO, properties of the CPU device."""
 
 
 class Row(NamedTuple):
-    """One tokenized text as it comes from a request."""
+    """One tokenized text."""
 
     ids: np.ndarray
     """Token ids `[tokens]` int64."""
     mask: np.ndarray
     """Attention mask `[tokens]` int64: 1 for a token, 0 for padding."""
     total: int = 0
-    """Tokens of the whole text, where it is known: more than those of the row were cut off."""
+    """Tokens of the whole text; more than `ids` has if the text was truncated. 0: unknown."""
 
     @property
     def length(self) -> int:
-        """Tokens, padding included."""
+        """Tokens of the row, padding included."""
         return len(self.ids)
 
 
-class Place(NamedTuple):
-    """Where a text lies in a model's inputs."""
-
-    row: int
-    start: int
-    """Its first token in the row."""
-    number: int
-    """Texts before it in the row."""
-
-
-class Layout(NamedTuple):
-    """How texts lie in a model's inputs."""
-
-    places: list[Place]
-    """Of each text."""
-    shape: tuple[int, int]
-    """Rows, and tokens of each."""
-
-
-class Inputs(NamedTuple):
-    """A model's inputs for one run."""
-
-    places: list[Place]
-    """Of each text or picture."""
-    feeds: dict[str, np.ndarray]
-    """By name."""
-    tokens: int
-    """That the run costs, padding among them; pictures are not padded."""
-
-
 class Pixels(NamedTuple):
-    """One picture as it comes from a request."""
+    """One image, as the vision tower takes it."""
 
     values: np.ndarray
     """`[3, height, width]` uint8."""
     length: int
-    """Positions that the model gives it: what it costs, in tokens of a text."""
+    """Positions of the vision tower: an image costs as much as a text of so many tokens."""
+
+    @property
+    def total(self) -> int:
+        """As `length`: an image is never truncated."""
+        return self.length
 
 
-def rows(texts: Iterable[tuple[Sequence[int], int]]) -> list[Row]:
-    """The rows of texts' token ids, none of them padding, each given with its text's total."""
+class TextPosition(NamedTuple):
+    """Where a text lies in the input arrays of a run."""
+
+    row: int
+    start: int
+    """Index of the text's first token in the row."""
+    number: int
+    """Number of texts before it in the same packed row."""
+
+
+class Layout(NamedTuple):
+    """Where all texts lie in the input arrays of a run."""
+
+    positions: list[TextPosition]
+    """One for each text, in order."""
+    shape: tuple[int, int]
+    """Shape of the input arrays: rows, and tokens of each row."""
+
+
+class Inputs(NamedTuple):
+    """The input arrays of a run."""
+
+    positions: list[TextPosition]
+    """One for each text or image, in order."""
+    feeds: dict[str, np.ndarray]
+    """Input name → array."""
+    tokens: int
+    """Tokens that the run costs, padding included. Images are not padded."""
+
+
+def token_rows(texts: Iterable[tuple[Sequence[int], int]]) -> list[Row]:
+    """Make a row of each text: its token ids without padding, and the tokens of the whole text."""
     arrays = [(np.array(ids, np.int64), total) for ids, total in texts]
     return [Row(ids, np.ones_like(ids), total) for ids, total in arrays]
 
 
-def pixel_rows(pictures: Iterable[np.ndarray], positions: int) -> list[Pixels]:
-    """The rows of pictures' pixels, for a model that gives each so many positions."""
-    return [Pixels(values, positions) for values in pictures]
+def pixel_rows(images: Iterable[np.ndarray], positions: int) -> list[Pixels]:
+    """Make a row of each image, `[3, height, width]` uint8, for a vision tower of `positions`."""
+    return [Pixels(values, positions) for values in images]
 
 
 class Session:
@@ -153,33 +162,32 @@ class Session:
         streams: int,
         max_tokens: int | None,
         micro_batch_tokens: int,
-        pad_near: bool,
-        tell: Tell,
+        tight_padding: bool,
+        on_run: OnRun,
     ) -> None:
         self._session = session
-        self._tell = tell
+        self._on_run = on_run
         self._max_tokens = max_tokens
         self._micro_batch_tokens = micro_batch_tokens
-        self._padded_length = batching.near_length if pad_near else batching.padded_length
-        """Of a row that runs alone."""
+        self._lone_length = batching.tight_length if tight_padding else batching.padded_length
+        """Padded length of a row that runs alone."""
         self._packed = PACKED in session.get_modelmeta().custom_metadata_map
         self.heads = [node.name for node in session.get_outputs() if node.name != POOLED]
-        """Names of the outputs with one row a token."""
+        """Names of the outputs with one row for each token."""
         self._streams = streams
         self._threads = ThreadPoolExecutor(streams) if streams > 1 else None
         self._runs: Counter[tuple[int, ...]] = Counter()
-        """Of each shape, up to FIRST_RUNS."""
+        """Shape → number of runs, up to FIRST_RUNS."""
 
     def plan(self, lengths: Sequence[int], streams: int) -> list[list[int]]:
-        """Indices of rows of these lengths in the micro-batches that cost least in `streams`."""
+        """Split rows of these lengths into the cheapest micro-batches, as lists of indices."""
         plan = batching.plan_packed if self._packed else batching.plan
         return plan(lengths, streams, self._micro_batch_tokens)
 
     def run(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
-        """Pooled vectors `[len(rows), dims]` float32, in the order of `rows`.
+        """Run rows in micro-batches: pooled vectors `[len(rows), dims]` float32, in order.
 
-        Rows run in micro-batches of like length, or several in one row of the model, so a row's
-        vector does not depend on what is asked beside it beyond the last bits of float32.
+        A row's vector does not depend on the other rows, beyond the last bits of float32.
         """
         parts = self.plan([row.length for row in rows], self._streams)
         run = map if self._threads is None else self._threads.map
@@ -190,124 +198,127 @@ class Session:
         return out
 
     def run_together(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
-        """Pooled vectors `[len(rows), dims]` float32 of one run."""
+        """Run rows as one micro-batch: pooled vectors `[len(rows), dims]` float32, in order."""
         inputs = self._inputs(rows)
         [pooled] = self._outputs([POOLED], inputs)
-        return np.asarray(_of_texts(pooled, inputs.places))
+        return np.asarray(_text_vectors(pooled, inputs.positions))
 
     def run_with_heads(self, rows: Sequence[Row | Pixels]) -> list[dict[str, np.ndarray]]:
-        """Every output of one run, by row: POOLED `[dims]` float32, and each of `heads`
-        `[tokens of the row, width]` float32.
+        """Run rows as one micro-batch: every output of each row, by name.
+
+        POOLED is `[dims]` float32; each of `heads` is `[tokens of the row, width]` float32.
         """
         inputs = self._inputs(rows)
-        places = inputs.places
         pooled, *heads = self._outputs([POOLED, *self.heads], inputs)
         named = list(zip(self.heads, heads, strict=True))
+        vectors = _text_vectors(pooled, inputs.positions)
         return [
             {POOLED: vector}
-            | {name: values[place.row, place.start :][: row.length] for name, values in named}
-            for row, place, vector in zip(rows, places, _of_texts(pooled, places), strict=True)
+            | {name: values[at.row, at.start :][: row.length] for name, values in named}
+            for row, at, vector in zip(rows, inputs.positions, vectors, strict=True)
         ]
 
     def _outputs(self, names: list[str], inputs: Inputs) -> list[np.ndarray]:
-        self._tell(inputs.tokens)
+        self._on_run(inputs.tokens)
         shape = next(iter(inputs.feeds.values())).shape
         if self._runs[shape] >= FIRST_RUNS:
             return list(self._session.run(names, inputs.feeds))
-        with _PREPARING:
+        with _FIRST_RUN_LOCK:
             outputs = list(self._session.run(names, inputs.feeds))
             self._runs[shape] += 1
         return outputs
 
     def _inputs(self, rows: Sequence[Row | Pixels]) -> Inputs:
-        """The inputs of rows that run together."""
-        pictures = [row.values for row in rows if isinstance(row, Pixels)]
-        if pictures:
+        """The input arrays of one micro-batch."""
+        images = [row.values for row in rows if isinstance(row, Pixels)]
+        if images:
             tokens = sum(row.length for row in rows)
-            return Inputs(_apart(len(rows)), {PIXELS: np.stack(pictures)}, tokens)
+            return Inputs(_one_text_per_row(len(rows)), {PIXELS: np.stack(images)}, tokens)
         texts = [row for row in rows if isinstance(row, Row)]
-        places, shape = self._layout(texts)
+        positions, shape = self._layout(texts)
         ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        for text, place in zip(texts, places, strict=True):
-            end = place.start + text.length
-            ids[place.row, place.start : end] = text.ids
-            mask[place.row, place.start : end] = text.mask * (place.number + 1)
-        return Inputs(places, {"input_ids": ids, "attention_mask": mask}, math.prod(shape))
+        for text, at in zip(texts, positions, strict=True):
+            end = at.start + text.length
+            ids[at.row, at.start : end] = text.ids
+            mask[at.row, at.start : end] = text.mask * (at.number + 1)
+        return Inputs(positions, {"input_ids": ids, "attention_mask": mask}, math.prod(shape))
 
     def _layout(self, texts: Sequence[Row]) -> Layout:
         if self._packed:
-            # What is masked as a whole has no number, so nothing may lie beside it.
-            places = _side_by_side([text.length if text.mask.any() else 0 for text in texts])
+            # A text that is masked as a whole has no number in the mask: it gets its own row.
+            positions = _packed_positions([text.length if text.mask.any() else 0 for text in texts])
         else:
-            places = _apart(len(texts))
-        longest = max(place.start + text.length for text, place in zip(texts, places, strict=True))
-        rows = max(place.row for place in places) + 1
+            positions = _one_text_per_row(len(texts))
+        longest = max(at.start + text.length for text, at in zip(texts, positions, strict=True))
+        rows = max(at.row for at in positions) + 1
         if self._packed and rows > 1:
-            return Layout(places, (rows, batching.packed_length(longest)))
-        # A text's positions begin anew where it begins, so a packed row may have more of them.
-        most = None if self._packed else self._max_tokens
-        padded_length = batching.padded_length if rows > 1 else self._padded_length
-        return Layout(places, (rows, padded_length(longest, most)))
+            return Layout(positions, (rows, batching.packed_length(longest)))
+        # In a packed row each text counts its positions from 0: the row may exceed `max_tokens`.
+        max_length = None if self._packed else self._max_tokens
+        padded_length = batching.padded_length if rows > 1 else self._lone_length
+        return Layout(positions, (rows, padded_length(longest, max_length)))
 
 
-class Sessions:
-    """A model's sessions: one whose streams share the threads, and for a program that runs little
-    at a time, once LONE_RUNS runs on end were alone, one that gives each run all of them. Safe to
-    call from several threads.
+class AdaptiveSession:
+    """A shared session, plus, after LONE_RUNS consecutive lone runs, one that gives each run all
+    threads. Safe to call from several threads.
     """
 
-    def __init__(self, shared: Session, open_alone: Callable[[], Session]) -> None:
+    def __init__(self, shared: Session, open_lone: Callable[[], Session]) -> None:
         self._shared = shared
-        self._open_alone = open_alone
-        self._alone: Session | None = None
+        self._open_lone = open_lone
+        self._lone: Session | None = None
         self._lock = threading.Lock()
-        """Guards what follows."""
-        self._lone = 0
-        """Runs on end that were alone."""
+        """Guards `_lone` and `_lone_runs`."""
+        self._lone_runs = 0
+        """Consecutive lone runs."""
 
     def run_together(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
-        """Pooled vectors `[len(rows), dims]` float32 of one run, which others may be beside."""
+        """Run a micro-batch beside which others may run: `[len(rows), dims]` float32."""
         with self._lock:
-            self._lone = 0
+            self._lone_runs = 0
         return self._shared.run_together(rows)
 
     def run_alone(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
-        """As `run_together`, of a run that most likely has no other beside it."""
+        """As `run_together`, for a micro-batch beside which no other is expected to run."""
         with self._lock:
-            self._lone += 1
-            if self._lone == LONE_RUNS and self._alone is None:
-                self._alone = self._open_alone()
-            chosen = self._alone or self._shared
-        return chosen.run_together(rows)
+            self._lone_runs += 1
+            if self._lone_runs == LONE_RUNS and self._lone is None:
+                self._lone = self._open_lone()
+            session = self._lone or self._shared
+        return session.run_together(rows)
 
 
-def _apart(count: int) -> list[Place]:
-    return [Place(row, 0, 0) for row in range(count)]
+def _one_text_per_row(count: int) -> list[TextPosition]:
+    return [TextPosition(row, 0, 0) for row in range(count)]
 
 
-def _side_by_side(lengths: Sequence[int]) -> list[Place]:
-    """The place of each text; texts of one row follow each other without a gap."""
-    places = _apart(len(lengths))
+def _packed_positions(lengths: Sequence[int]) -> list[TextPosition]:
+    """The position of each text in packed rows, where texts follow each other without a gap."""
+    positions = _one_text_per_row(len(lengths))
     for row, texts in enumerate(batching.pack(lengths)):
         start = 0
         for number, text in enumerate(texts):
-            places[text] = Place(row, start, number)
+            positions[text] = TextPosition(row, start, number)
             start += lengths[text]
-    return places
+    return positions
 
 
-def _of_texts(pooled: np.ndarray, places: Sequence[Place]) -> np.ndarray:
-    """Each text's vector of those that a run gave: as many of each row, for at least its texts."""
-    rows = max(place.row for place in places) + 1
-    each = len(pooled) // rows
-    return pooled[[place.row * each + place.number for place in places]]
+def _text_vectors(pooled: np.ndarray, positions: Sequence[TextPosition]) -> np.ndarray:
+    """The vector of each text: `[rows * n, dims]` → `[texts, dims]`.
+
+    A run gives the same number n of vectors for each row, at least as many as the row has texts.
+    """
+    rows = max(at.row for at in positions) + 1
+    vectors_per_row = len(pooled) // rows
+    return pooled[[at.row * vectors_per_row + at.number for at in positions]]
 
 
-def joined(rows: Sequence[Any]) -> dict[str, np.ndarray]:
-    """Outputs by name of rows that ran in any micro-batches: POOLED `[len(rows), dims]` float32,
-    and each head `[len(rows), tokens of the longest, width]`, zeros behind the others.
+def stack_outputs(rows: Sequence[Any]) -> dict[str, np.ndarray]:
+    """Stack the outputs of rows, which may come from several micro-batches, by name.
 
-    Each row is what `run_together` or `run_with_heads` gave for it.
+    Each row is what `run_together` or `run_with_heads` gave for it. POOLED becomes
+    `[len(rows), dims]` float32, a head `[len(rows), longest, width]` float32, zero-padded.
     """
     if not isinstance(rows[0], dict):
         return {POOLED: np.stack(rows)}
@@ -325,51 +336,57 @@ def open_session(
     max_tokens: int | None = None,
     micro_batch_tokens: int = batching.MICRO_BATCH_TOKENS,
     *,
-    pad_near: bool = False,
-    tell: Tell = lambda tokens: None,
+    tight_padding: bool = False,
+    on_run: OnRun = lambda tokens: None,
 ) -> tuple[Session, list[str]]:
-    """The session of a model.onnx, and the names of accelerators this onnxruntime lacks.
+    """Open a model.onnx; return its session and the accelerators that this onnxruntime lacks.
 
-    `threads` CPU threads are shared by `streams` micro-batches that run at the same time: more
-    streams give more texts a second, fewer give one text sooner. Rows are never padded beyond
-    `max_tokens`, for which the model has positions; a run has at most `micro_batch_tokens`, or one
-    row. `pad_near` pads a run of one row to `batching.near_length` instead of `padded_length`.
-    `tell` hears of the tokens of each run, padding among them. A missing accelerator falls back to
-    the CPU execution provider; the caller decides how to say so.
+    The CPU execution provider stands in for a missing accelerator; the caller reports it.
+
+    Args:
+        path: the model.onnx.
+        accelerators: execution accelerators, the preferred one first.
+        threads: CPU threads, shared by all streams.
+        streams: micro-batches that run at the same time. More streams give more texts a second,
+            fewer give a single text sooner.
+        max_tokens: positions of the model; rows are not padded beyond it.
+        micro_batch_tokens: maximum tokens of a run of more than one row.
+        tight_padding: whether a row that runs alone is padded to `batching.tight_length`.
+        on_run: called before each run with its number of tokens, padding included.
 
     Raises:
-        InvalidModel: the file is missing or onnxruntime cannot read it, or an accelerator's
-            name is unknown.
+        InvalidModel: the file is missing, onnxruntime cannot read it, or an accelerator's name is
+            unknown.
     """
     providers, missing = execution_providers(accelerators, threads, streams)
     options = session_options(providers)
     options.intra_op_num_threads = max(1, threads // streams)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # onnxruntime raises its own, undocumented classes
+    except Exception as error:  # onnxruntime raises undocumented classes of its own
         raise InvalidModel(
             f"{FILE_NAME} cannot be opened ({type(error).__name__}); build the model again"
         ) from error
-    # onnxruntime drops a provider that it cannot start and goes on with the next.
+    # onnxruntime drops a provider that fails to start, and tries the next.
     lost = [name for name, _ in providers if name not in session.get_providers()]
     if lost:
         raise InvalidModel(f"{FILE_NAME} cannot be run by {', '.join(lost)}; see the server's log")
     _check_signature(session)
-    # Compiling the model needed 70 MB more for the default model in INT8 with OpenVINO.
-    memory.give_back()
-    return Session(session, streams, max_tokens, micro_batch_tokens, pad_near, tell), missing
+    # Compiling the default model in INT8 with OpenVINO took 70 MB more than running it.
+    memory.trim()
+    return Session(session, streams, max_tokens, micro_batch_tokens, tight_padding, on_run), missing
 
 
 def session_options(
     providers: Sequence[tuple[str, Mapping[str, str]]],
 ) -> onnxruntime.SessionOptions:
-    """How onnxruntime opens a model for these execution providers, on any number of threads."""
+    """The options to open a model with these execution providers; the threads are not set."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Threads that spin between operators starve the other instance on the same cores.
+    # Threads that spin between operators starve the other instances on the same cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if providers[0][0] == OPENVINO:
-        # It optimises what it takes, as a rule the whole graph, itself.
+        # OpenVINO optimises the graph itself; as a rule it takes the whole graph.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
 
@@ -377,7 +394,7 @@ def session_options(
 def execution_providers(
     accelerators: Sequence[Accelerator], threads: int, streams: int
 ) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
-    """The execution providers for a config.pbtxt's accelerators, and the missing names."""
+    """The execution providers of accelerators, and the names of accelerators that are missing."""
     available = set(onnxruntime.get_available_providers())
     providers: list[tuple[str, dict[str, str]]] = []
     missing: list[str] = []
@@ -393,7 +410,7 @@ def execution_providers(
 def _provider(accelerator: Accelerator, threads: int, streams: int) -> tuple[str, dict[str, str]]:
     parameters = dict(accelerator.parameters)
     if accelerator.name == "openvino":
-        # ACCURACY keeps float32 float32 on CPUs where OpenVINO would choose bfloat16.
+        # Without ACCURACY, OpenVINO computes float32 models in bfloat16 on some CPUs.
         options = {
             "device_type": "CPU",
             "load_config": json.dumps({"CPU": OPENVINO_PROPERTIES | parameters}),
@@ -412,7 +429,7 @@ def _provider(accelerator: Accelerator, threads: int, streams: int) -> tuple[str
 
 
 def tensorrt_options(parameters: dict[str, str]) -> dict[str, str]:
-    """TensorRT options of onnxruntime from the keys that Triton's ONNX Runtime backend takes."""
+    """TensorRT options of onnxruntime, from the parameters of Triton's ONNX Runtime backend."""
     options = {key: value for key, value in parameters.items() if key.startswith("trt_")}
     if "max_workspace_size_bytes" in parameters:
         options["trt_max_workspace_size"] = parameters["max_workspace_size_bytes"]

@@ -1,1 +1,1 @@
-"""Start and watch Triton in NVIDIA's container."""
+"""Starts and watches Triton in NVIDIA's container."""

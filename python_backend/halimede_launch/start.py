@@ -1,8 +1,10 @@
-"""Start NVIDIA's Triton as the wheel's: `python3 -m halimede_launch.start tritonserver …`.
+"""Starts NVIDIA's Triton like the wheel's: `python3 -m halimede_launch.start tritonserver …`.
 
-Triton's own `--load-model=*` would load every candidate, its C++ backends read files whatever
-their sums, and a server that lost a process goes on. In NVIDIA's container lie this folder and
-`halimede_ops` alone, so this imports nothing but the standard library beside them.
+Triton alone would differ in three ways. `--load-model=*` would load every candidate. Its C++
+backends do not check checksums. A server that lost a process would run on.
+
+NVIDIA's container holds only this package, `halimede_repository` and `halimede_ops`: it imports the
+standard library and nothing else.
 """
 
 from __future__ import annotations
@@ -22,49 +24,49 @@ EVERYTHING = "*"
 CONTROL_KEY_FILE = "--control-key-file="
 CONTROL_CLOSED = "--control-closed"
 CONTROL_APIS = "model-repository,shared-memory,trace,logging"
-"""APIs that change the server or reach its memory. Inference, metadata and health stay open."""
+"""APIs that control the server or access its memory. Inference, metadata and health stay open."""
 CONTROL_HEADER = "halimede-control-key"
-"""Header of the key over HTTP; over gRPC `triton-grpc-protocol-` stands before it."""
+"""HTTP header of the control key. Over gRPC its name starts with `triton-grpc-protocol-`."""
 
 
 def start(command: Sequence[str]) -> int:
-    """Exit status of Triton's command, once it has ended.
+    """Run Triton's command until it ends, and return its exit status.
 
-    `--load-model=*` stands for the models that the wheel's Triton would load. Two arguments are
-    ours: with `--control-closed` nobody may control models, with `--control-key-file=…` who has
-    that key.
+    `--load-model=*` loads the models that the wheel's Triton would load. Two arguments are ours,
+    and are not passed on: `--control-closed` closes the control APIs, `--control-key-file=PATH`
+    opens them to clients that send the key in this file.
 
     Raises:
-        InvalidModel: a file of a model is not what was built.
-        ModelNotFound: a model is not in the repository, or not built.
+        InvalidModel: a file of a model differs from its checksum.
+        ModelNotFound: the repository does not have a model, or the model is not built.
     """
     [repository] = [Path(path) for path in _values(command, REPOSITORY)]
-    asked = tuple(name for name in _values(command, LOAD) if name != EVERYTHING)
-    models = configs.to_load(repository, asked)
+    requested = tuple(name for name in _values(command, LOAD) if name != EVERYTHING)
+    models = configs.models_to_load(repository, requested)
     for name in models:
         _check(repository, name)
-    ours = (LOAD, CONTROL_KEY_FILE, CONTROL_CLOSED)
-    rest = [argument for argument in command if not argument.startswith(ours)]
-    return watch.run([*rest, *_restrictions(command), *[f"{LOAD}{name}" for name in models]])
+    replaced = (LOAD, CONTROL_KEY_FILE, CONTROL_CLOSED)
+    kept = [argument for argument in command if not argument.startswith(replaced)]
+    return watch.run([*kept, *_restrictions(command), *[f"{LOAD}{name}" for name in models]])
 
 
 def restrictions(key: str) -> list[str]:
-    """Arguments of tritonserver: its control APIs want this key."""
+    """Arguments of tritonserver that restrict its control APIs to clients with this key."""
     return [
         f"--grpc-restricted-protocol={CONTROL_APIS}:{CONTROL_HEADER}={key}",
         f"--http-restricted-api={CONTROL_APIS}:{CONTROL_HEADER}={key}",
     ]
 
 
-def nobodys_key() -> str:
-    """A key that is told to nobody."""
+def random_key() -> str:
+    """A new random key. Restricting the APIs to a key that nobody knows closes them."""
     return secrets.token_hex(16)
 
 
 def _restrictions(command: Sequence[str]) -> list[str]:
     for path in _values(command, CONTROL_KEY_FILE):
         return restrictions(Path(path).read_text().strip())
-    return restrictions(nobodys_key()) if CONTROL_CLOSED in command else []
+    return restrictions(random_key()) if CONTROL_CLOSED in command else []
 
 
 def _check(repository: Path, name: str) -> None:

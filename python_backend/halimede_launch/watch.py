@@ -1,9 +1,9 @@
-"""A command that ends when one of its own processes has died: `python watch.py COMMAND…`.
+"""Runs a command and ends it when one of its child processes dies: `python watch.py COMMAND…`.
 
-Triton goes on when a process of its Python backend was killed, as the kernel does when memory runs
-out: it says that it is ready, fails what it is asked, and never answers what was under way. Here
-it is killed instead, for whoever started it to start it again. A container runs nothing else in
-Python, so this imports the standard library alone (10 MB).
+When a process of its Python backend is killed, for example by the kernel for lack of memory, Triton
+runs on: it reports that it is ready, fails new requests, and never answers those in progress. This
+module kills Triton instead, so that whatever started it starts it again. A container runs nothing
+else in Python: with the standard library alone this takes 10 MB.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-EVERY_S = 0.5
+POLL_INTERVAL_S = 0.5
 PROC = Path("/proc")
-TOLD = "a process of Triton's Python backend died; Triton is ended with it"
+CHILD_DIED = "a process of Triton's Python backend died; Triton is ended with it"
 
 
-class Watch:
-    """Looks after the child processes of one process."""
+class ChildWatch:
+    """Watches the child processes of one process."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._dead: set[int] = set()
 
-    def has_lost_one(self) -> bool:
-        """Whether a child has died and its parent has not noticed since the last look: a model
-        that is unloaded ends its processes too, and notices at once.
+    def has_lost_child(self) -> bool:
+        """Whether a child is dead now and was dead at the last call.
+
+        A parent that ends a child on purpose, as Triton does when it unloads a model, collects its
+        exit status at once: such a child is never seen twice.
         """
         before, self._dead = self._dead, {pid for pid in self._children() if _state(pid) == "Z"}
         return bool(before & self._dead)
@@ -39,31 +41,32 @@ class Watch:
 
 
 def _state(pid: int) -> str:
-    """A process's state as proc(5) has it, behind its name in brackets; empty: it is gone."""
+    """The state of a process: the field after its name in proc(5). Empty: the process is gone."""
     return _read(PROC / str(pid) / "stat").rpartition(") ")[2][:1]
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text(errors="replace")
-    except OSError:  # it ended meanwhile
+    except OSError:  # the process ended meanwhile
         return ""
 
 
 def run(command: Sequence[str]) -> int:
-    """Exit status of the command; it is killed when it has lost a process. SIGTERM and SIGINT are
-    passed on to it.
+    """Run a command and return its exit status; kill it when it loses a child process.
+
+    SIGTERM and SIGINT are forwarded to the command.
     """
     process = subprocess.Popen(command)
-    for passed in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(passed, lambda number, _: process.send_signal(number))
-    watch = Watch(process.pid)
+    for forwarded in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(forwarded, lambda number, _: process.send_signal(number))
+    watch = ChildWatch(process.pid)
     while True:
         try:
-            status = process.wait(EVERY_S)
+            status = process.wait(POLL_INTERVAL_S)
         except subprocess.TimeoutExpired:
-            if watch.has_lost_one():
-                print(TOLD, file=sys.stderr, flush=True)
+            if watch.has_lost_child():
+                print(CHILD_DIED, file=sys.stderr, flush=True)
                 process.kill()
         else:
             return status if status >= 0 else 128 - status

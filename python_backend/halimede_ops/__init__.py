@@ -1,5 +1,5 @@
 """The operations of an embedding model: arrays in, arrays out.
 
-The same functions run inside Triton (the folders beside this one) and inside a client's
-own process. Nothing here knows Triton, reads the environment, logs, or opens a connection.
+The same functions run inside Triton and in the client's own process. They are pure: they do not use
+Triton, threads, the environment, the clock, the network or logging. `load` functions read files.
 """

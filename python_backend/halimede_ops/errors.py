@@ -1,50 +1,56 @@
-"""Every error halimede raises, and what each means on Triton's wire.
+"""Every error that halimede raises, with its Triton error code and whether a retry can help.
 
-HalimedeError                  INTERNAL
-├── InvalidInput               INVALID_ARG   the caller must change the request
-│   ├── InvalidText            not UTF-8, not a string, too large
-│   ├── InvalidImage           of no known format, damaged, animated, empty
-│   ├── ImageTooLarge          more bytes or pixels than are taken
-│   ├── UrlRefused             not https, or of an address that is not public
-│   ├── FetchFailed            a url gave no image, or not in time
-│   ├── UnknownInputType       no such prompt
-│   ├── InvalidDimensions      outside 1 … the model's dims
-│   └── InvalidConfig          a configuration is not what it must be
-├── ModelNotFound              NOT_FOUND     no such model on this server
-├── ServerError                UNAVAILABLE   the same request may succeed later
-│   ├── ServerUnreachable      nothing answers at the address, or it died mid-request
-│   ├── ServerOverloaded       a queue is full, or a rate limit is reached
-│   ├── DeadlineExceeded       no answer within `timeout_s`
-│   ├── OutOfMemory            fewer texts at once may fit
-│   └── ModelChanged           another model now has this name
-├── UnsupportedInput           INVALID_ARG   a model embeds texts, not images, or the reverse
-├── RequestCancelled           CANCELLED     the caller went away before its turn came
-├── AccessDenied               INTERNAL      a provider refuses the key
-├── SpaceRefused               INTERNAL      no provider of the wanted space could answer
-├── MissingExtra               INTERNAL      an optional package is not installed
-├── InvalidModel               INVALID_ARG   a model folder or a file in it is not what it must be
-│   └── UntrustedCode          it carries Python code that nobody has accepted
-├── BuildError                 INTERNAL      a build step failed; the repository is as it was
-│   ├── DownloadError          no source gave the files
-│   │   └── ChecksumMismatch   the bytes are not the published ones
-│   ├── LicenceNotAccepted     the model's licence must be accepted by name first
-│   └── QualityError           a precision misses the bar of its own check
-├── ServeError                 INTERNAL      the server could not be started
-└── DeployError                INTERNAL      a version was not deployed; the one before serves on
-    └── SpaceChange            its vectors could not be compared with those before
+                               Triton code   retryable   raised when
+HalimedeError                  INTERNAL      no          (the root of the tree)
+├── InvalidInput               INVALID_ARG   no          the request must be changed
+│   ├── InvalidText            INVALID_ARG   no          a text is not UTF-8, or too large
+│   ├── InvalidImage           INVALID_ARG   no          unknown format, damaged, animated, empty
+│   ├── ImageTooLarge          INVALID_ARG   no          too many bytes or pixels
+│   ├── UrlRefused             INVALID_ARG   no          a URL is not https, or not public
+│   ├── FetchFailed            INVALID_ARG   yes         a URL gave no image, or not in time
+│   ├── UnknownInputType       INVALID_ARG   no          the model has no prompt of this name
+│   ├── InvalidDimensions      INVALID_ARG   no          outside 1 … the model's dims
+│   └── InvalidConfig          INVALID_ARG   no          an unknown key or an invalid value
+├── ModelNotFound              NOT_FOUND     no          the server has no such model
+├── ServerError                UNAVAILABLE   yes         the server could not answer now
+│   ├── ServerUnreachable      UNAVAILABLE   yes         no connection, or it broke
+│   ├── ServerOverloaded       UNAVAILABLE   yes         a queue is full, or a rate limit is reached
+│   ├── DeadlineExceeded       UNAVAILABLE   yes         no answer within `timeout_s`
+│   ├── OutOfMemory            UNAVAILABLE   yes         too many texts at once for the memory
+│   └── ModelChanged           UNAVAILABLE   yes         another model has this name now
+├── UnsupportedInput           INVALID_ARG   no          a model embeds no inputs of this kind
+├── RequestCancelled           CANCELLED     no          the caller cancelled before the run
+├── AccessDenied               INTERNAL      no          a provider refuses or requires a key
+├── SpaceRefused               INTERNAL      no          no provider of the required space is left
+├── MissingExtra               INTERNAL      no          an optional package is not installed
+├── InvalidModel               INVALID_ARG   no          a model's file is missing, damaged or wrong
+│   └── UntrustedCode          INVALID_ARG   no          a model carries Python code
+├── BuildError                 INTERNAL      no          a build step failed
+│   ├── DownloadError          INTERNAL      no          no source gave the model's files
+│   │   └── ChecksumMismatch   INTERNAL      no          a file differs from the published one
+│   ├── LicenceNotAccepted     INTERNAL      no          the licence must be accepted by name
+│   └── QualityError           INTERNAL      no          a precision misses its quality bar
+├── ServeError                 INTERNAL      no          the server could not be started
+└── DeployError                INTERNAL      no          a version was not deployed
+    └── SpaceChange            INTERNAL      no          a version has vectors of another space
 
-`code` is the name of a Triton error code; `retryable` says whether the same request can
-succeed on a second try. Messages name what was given and what to do; they never hold a
-user's text or a path of the server's.
+`code` is the name of a Triton error code: backends answer with it, and the client raises the same
+class again. `retryable` says whether the same request can succeed on a second try.
+
+A message says what was wrong, what was given and what to do. It never contains a user's text or a
+path of the server.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.10, which NVIDIA's container has, lacks it
 
 
 class HalimedeError(Exception):
-    """Root of the tree: catch this to catch everything halimede raises on purpose."""
+    """The root of the tree: catch it to catch every error that halimede raises on purpose."""
 
     code: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
@@ -53,7 +59,7 @@ class HalimedeError(Exception):
 
 
 class InvalidInput(HalimedeError, ValueError):
-    """The request itself is wrong: change it before sending it again.
+    """The request is invalid: change it before you send it again.
 
     With a `subject` the message begins with it and the index: `InvalidText("is not valid UTF-8.",
     subject="text", index=3)` reads "text 3 is not valid UTF-8."
@@ -76,37 +82,37 @@ class InvalidInput(HalimedeError, ValueError):
 
 
 class InvalidText(InvalidInput):
-    """A text is not valid UTF-8, not a string, or larger than the model accepts."""
+    """A text is not valid UTF-8, is not a string, or is larger than the model accepts."""
 
 
 class InvalidImage(InvalidInput):
-    """An image is of no format that is decoded, damaged, animated or empty."""
+    """An image has an unsupported format, or is damaged, animated or empty."""
 
 
 class ImageTooLarge(InvalidInput):
-    """An image has more bytes or pixels than the model takes."""
+    """An image has more bytes or pixels than the model accepts."""
 
 
 class UrlRefused(InvalidInput):
-    """A url is not fetched: not https, or it leads to an address that is not public."""
+    """A URL is not https, or it leads to an address that is not public."""
 
 
 class FetchFailed(InvalidInput):
-    """A url gave no image, or not in time; it may later."""
+    """A URL gave no image, or not in time. A later try may succeed."""
 
     retryable = True
 
 
 class UnknownInputType(InvalidInput):
-    """`input_type` names no prompt of the model."""
+    """The model has no prompt with the name `input_type`."""
 
 
 class InvalidDimensions(InvalidInput):
-    """`dimensions` lies outside 1 … the model's dims."""
+    """`dimensions` is outside 1 … the model's dims."""
 
 
 class InvalidConfig(InvalidInput):
-    """A configuration names an unknown key, or a value that cannot be."""
+    """A configuration has an unknown key or an invalid value."""
 
 
 class ModelNotFound(HalimedeError):
@@ -116,18 +122,18 @@ class ModelNotFound(HalimedeError):
 
 
 class ServerError(HalimedeError):
-    """The server could not answer now; the same request may succeed later."""
+    """The server could not answer now. The same request may succeed later."""
 
     code = "UNAVAILABLE"
     retryable = True
 
 
 class ServerUnreachable(ServerError):
-    """Nothing answers at the address, or the connection broke mid-request."""
+    """No server answers at the address, or the connection broke during a request."""
 
 
 class ServerOverloaded(ServerError):
-    """A queue on the server is full: back off, then send the request again."""
+    """A queue on the server is full, or a rate limit is reached. Wait, then send again."""
 
 
 class DeadlineExceeded(ServerError):
@@ -135,65 +141,65 @@ class DeadlineExceeded(ServerError):
 
 
 class OutOfMemory(ServerError):
-    """The engine had no memory for this many texts at once: send fewer."""
+    """The engine has not enough memory for this many texts at once. Send fewer."""
 
 
 class ModelChanged(ServerError):
-    """The model under this name is not the one it was: describe it again, then send again."""
+    """The name belongs to another model now. Describe the model again, then send again."""
 
 
 class UnsupportedInput(HalimedeError):
-    """A model embeds items of another kind, such as texts and not images."""
+    """The model does not embed inputs of this kind, for example images."""
 
     code = "INVALID_ARG"
 
 
 class RequestCancelled(HalimedeError):
-    """The caller cancelled the request before its turn came: it was not run."""
+    """The caller cancelled the request before it was run."""
 
     code = "CANCELLED"
 
 
 class AccessDenied(HalimedeError):
-    """A provider refuses the key, or wants one."""
+    """A provider refuses the key, or requires one."""
 
 
 class SpaceRefused(HalimedeError):
-    """The providers left give vectors of another space or too low a precision."""
+    """The remaining providers have another space, or too low a precision."""
 
 
 class MissingExtra(HalimedeError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed. The message names the extra that installs it."""
 
 
 class InvalidModel(HalimedeError):
-    """A model folder or one of its files is not what it must be."""
+    """A file of a model is missing, damaged or wrong."""
 
     code = "INVALID_ARG"
 
 
 class UntrustedCode(InvalidModel):
-    """A model folder carries Python code of its own and nobody has accepted to run it."""
+    """A model folder contains Python code, and the user has not agreed to run it."""
 
 
 class BuildError(HalimedeError):
-    """A build step failed; the repository is as it was before."""
+    """A build step failed. The repository is unchanged."""
 
 
 class DownloadError(BuildError):
-    """No source of the catalogue row gave the model's files."""
+    """None of the catalogue's sources for the model gave its files."""
 
 
 class ChecksumMismatch(DownloadError):
-    """A downloaded file is not the published one."""
+    """A downloaded file differs from the published one."""
 
 
 class LicenceNotAccepted(BuildError):
-    """The model's licence restricts its use: it must be accepted by name first."""
+    """The model's licence restricts its use. The user must accept it by name first."""
 
 
 class QualityError(BuildError):
-    """A built precision misses the bar of its own check."""
+    """A built precision misses its quality bar."""
 
 
 class ServeError(HalimedeError):
@@ -201,8 +207,8 @@ class ServeError(HalimedeError):
 
 
 class DeployError(HalimedeError):
-    """A version of a model could not be deployed; what was served is served on."""
+    """A version of a model could not be deployed. The version before is still served."""
 
 
 class SpaceChange(DeployError):
-    """A version gives vectors of another space, which nobody has accepted."""
+    """A version has vectors of another space, and the user has not accepted the change."""

@@ -1,7 +1,8 @@
-"""What a model gives for each token, as its users read it: sparse weights, vectors a token.
+"""Per-token outputs of a model: sparse weights, multi-vectors, token embeddings.
 
-Definitions are bge-m3's (FlagEmbedding): a sparse weight belongs to a token id, the largest where
-a text has the id more than once; the first token has no vector among the multi-vectors.
+The definitions are those of bge-m3 (FlagEmbedding). A sparse weight belongs to a token id: if a
+text has the id several times, the largest weight counts. The multi-vectors leave out the first
+token.
 """
 
 from __future__ import annotations
@@ -13,56 +14,64 @@ import numpy as np
 from halimede_ops.spec import MULTI_VECTOR, SPARSE, TOKEN_EMBEDDINGS, ModelSpec
 
 NO_TOKEN = -1
-"""Id that fills a row of sparse ids up to the longest."""
+"""Id that pads shorter rows of sparse ids."""
 
 
 def outputs(
     rows: Mapping[str, np.ndarray], ids: np.ndarray, mask: np.ndarray, spec: ModelSpec
 ) -> dict[str, np.ndarray]:
-    """A model's further outputs as its users get them: name → array, one row a text.
+    """Make the outputs that clients get of the model's heads: name → array, one row for each text.
 
-    `rows` holds each head of the model, `[batch, tokens, width]` float32; `ids` and `mask` are
-    `[batch, tokens]` int64.
+    Args:
+        rows: head → `[batch, tokens, width]` float32, as the model gives it.
+        ids: token ids `[batch, tokens]` int64.
+        mask: attention mask `[batch, tokens]` int64.
+        spec: the model's spec, for its special tokens.
+
+    Returns:
+        SPARSE_IDS and SPARSE_WEIGHTS as in `sparse`; MULTI_VECTORS and TOKEN_EMBEDDINGS as in
+        `per_token`; each only if `rows` has its head.
     """
-    found: dict[str, np.ndarray] = {}
+    named: dict[str, np.ndarray] = {}
     if SPARSE in rows:
         weights = rows[SPARSE][:, :, 0]
-        found["SPARSE_IDS"], found["SPARSE_WEIGHTS"] = sparse(ids, weights, mask, spec.special_ids)
+        named["SPARSE_IDS"], named["SPARSE_WEIGHTS"] = sparse(ids, weights, mask, spec.special_ids)
     if MULTI_VECTOR in rows:
-        found["MULTI_VECTORS"] = per_token(rows[MULTI_VECTOR], mask, first=1)
+        named["MULTI_VECTORS"] = per_token(rows[MULTI_VECTOR], mask, first=1)
     if TOKEN_EMBEDDINGS in rows:
-        found["TOKEN_EMBEDDINGS"] = per_token(rows[TOKEN_EMBEDDINGS], mask)
-    return found
+        named["TOKEN_EMBEDDINGS"] = per_token(rows[TOKEN_EMBEDDINGS], mask)
+    return named
 
 
 def sparse(
     ids: np.ndarray, weights: np.ndarray, mask: np.ndarray, special_ids: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and their weights: `[batch, most]` int32, ascending, and `[batch, most]` float32.
+    """Token ids `[batch, longest]` int32, ascending, and their weights `[batch, longest]` float32.
 
-    `ids` and `mask` are `[batch, tokens]` int64, `weights` `[batch, tokens]` float32. Special
-    tokens and weights of 0 are left out; shorter rows end in NO_TOKEN with weight 0.
+    `ids` and `mask` are `[batch, tokens]` int64, `weights` is `[batch, tokens]` float32. Special
+    tokens and weights of 0 are left out. Shorter rows are padded with NO_TOKEN and weight 0.
     """
     counted = (mask != 0) & (weights > 0) & ~np.isin(ids, special_ids)
     rows = [_largest(ids[row, counted[row]], weights[row, counted[row]]) for row in range(len(ids))]
-    most = max((len(found) for found, _ in rows), default=0)
-    out_ids = np.full((len(rows), most), NO_TOKEN, np.int32)
-    out_weights = np.zeros((len(rows), most), np.float32)
-    for row, (found, largest) in enumerate(rows):
-        out_ids[row, : len(found)] = found
-        out_weights[row, : len(found)] = largest
+    longest = max((len(unique) for unique, _ in rows), default=0)
+    out_ids = np.full((len(rows), longest), NO_TOKEN, np.int32)
+    out_weights = np.zeros((len(rows), longest), np.float32)
+    for row, (unique, largest) in enumerate(rows):
+        out_ids[row, : len(unique)] = unique
+        out_weights[row, : len(unique)] = largest
     return out_ids, out_weights
 
 
 def _largest(ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    found, where = np.unique(ids, return_inverse=True)
-    largest = np.zeros(len(found), np.float32)
-    np.maximum.at(largest, where, weights)
-    return found, largest
+    """The unique ids, ascending, and the largest weight of each."""
+    unique, inverse = np.unique(ids, return_inverse=True)
+    largest = np.zeros(len(unique), np.float32)
+    np.maximum.at(largest, inverse, weights)
+    return unique, largest
 
 
 def per_token(vectors: np.ndarray, mask: np.ndarray, first: int = 0) -> np.ndarray:
-    """Vectors of the tokens from `first` on, zeros where a row has no token.
+    """The vectors of the tokens from index `first` on; zeros for padding.
 
     `vectors` `[batch, tokens, width]` float32, `mask` `[batch, tokens]` int64 →
     `[batch, tokens - first, width]` float32.

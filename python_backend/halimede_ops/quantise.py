@@ -1,14 +1,15 @@
-"""Embeddings in the output types of sentence-transformers, and how alike they are in each.
+"""Embeddings in the output types of sentence-transformers, and their similarity in each type.
 
-| output type | components | made of a float `x` |
+| output type | components | from a float `x` |
 |---|---|---|
-| float32, float16 | dims | rounded to the type |
-| uint8 | dims | `floor((x − low) / step)`, step = (high − low) / 255, cut to 0 … 255 |
+| float32, float16 | dims | `x`, rounded |
+| uint8 | dims | `floor((x − low) / step)`, step = (high − low) / 255, clipped to 0 … 255 |
 | int8 | dims | uint8 − 128 |
-| ubinary | dims / 8, rounded up | bit 1 where x > 0, first component in the highest bit |
+| ubinary | dims / 8, rounded up | bit 1 if x > 0; the first component is the highest bit |
 | binary | dims / 8, rounded up | ubinary − 128 |
 
-Equal to `sentence_transformers.util.quantization.quantize_embeddings`; float16 is ours.
+The results equal `sentence_transformers.util.quantization.quantize_embeddings`, which has no
+float16.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ DTYPES: dict[OutputType, type] = {
 def quantise(
     vectors: np.ndarray, output_type: OutputType, ranges: np.ndarray | None = None
 ) -> np.ndarray:
-    """Embeddings `[batch, dims]` float in an output type: `[batch, components]`, table above.
+    """Convert embeddings to an output type: `[batch, dims]` → `[batch, components]`, table above.
 
     Args:
-        vectors: embeddings of a float dtype, finite.
+        vectors: embeddings `[batch, dims]` of a float dtype, finite.
         output_type: one of OUTPUT_TYPES.
-        ranges: `[2, dims]`, low and high of each component over many embeddings
-            (`measure_ranges`), for int8 and uint8. None takes those of `vectors` themselves, as
-            sentence-transformers does: a text's vector then depends on its neighbours, and
-            vectors of two calls must not be compared.
+        ranges: `[2, dims]`, lowest and highest value of each component over many embeddings
+            (`measure_ranges`), for int8 and uint8. None measures `vectors` themselves, as
+            sentence-transformers does. The vector of a text then depends on the other texts of
+            the call, and vectors of two calls must not be compared.
 
     Raises:
-        InvalidInput: unknown output type, vectors that are no float matrix, or ranges of another
-            shape.
+        InvalidInput: the output type is unknown, `vectors` is no float matrix, or `ranges` has
+            another shape.
     """
     _check_type(output_type)
     _check_floats(vectors)
@@ -60,10 +61,10 @@ def quantise(
 
 
 def measure_ranges(vectors: np.ndarray) -> np.ndarray:
-    """Low and high of each component, `[2, dims]`, of `[batch, dims]` float calibration vectors.
+    """Lowest and highest value of each component: `[batch, dims]` float → `[2, dims]`.
 
     Raises:
-        InvalidInput: no vectors, or no float matrix.
+        InvalidInput: there are no vectors, or `vectors` is no float matrix.
     """
     _check_floats(vectors)
     if not len(vectors):
@@ -74,21 +75,22 @@ def measure_ranges(vectors: np.ndarray) -> np.ndarray:
 def similarity(
     a: np.ndarray, b: np.ndarray, output_type: OutputType, ranges: np.ndarray | None = None
 ) -> np.ndarray:
-    """Similarity of each row of `a` with each row of `b`, -1 … 1: `[n, m]` float32.
+    """Similarity of each row of `a` to each row of `b`, -1 … 1: `[n, m]` float32.
 
-    float32, float16: cosine. int8, uint8: cosine of the middles of the buckets, in the units of
-    the floats when `ranges` is given and of the buckets else. binary, ubinary:
-    1 − 2 · Hamming distance / bits, which is the cosine of the signs; when dims is no multiple
-    of 8, the bits that fill the last byte count as equal.
+    - float32, float16: cosine.
+    - int8, uint8: cosine of the middles of the buckets. With `ranges`, the middles are in the units
+      of the floats, else in the units of the buckets.
+    - binary, ubinary: 1 − 2 · Hamming distance / bits, which is the cosine of the signs. If dims is
+      no multiple of 8, the bits that fill the last byte count as equal.
 
     Args:
         a: `[n, components]` of the output type's dtype.
         b: `[m, components]` of the output type's dtype.
         output_type: one of OUTPUT_TYPES.
-        ranges: `[2, dims]` that int8 and uint8 were quantised with.
+        ranges: `[2, dims]` that int8 or uint8 vectors were quantised with.
 
     Raises:
-        InvalidInput: unknown output type, other dtypes, or widths that differ.
+        InvalidInput: the output type is unknown, or dtypes or numbers of components differ.
     """
     _check_type(output_type)
     for matrix in (a, b):
@@ -101,7 +103,7 @@ def similarity(
 
 
 def _unit(vectors: np.ndarray, output_type: OutputType, ranges: np.ndarray | None) -> np.ndarray:
-    """Float32 vectors of norm 1 whose scalar product is the similarity."""
+    """Float32 vectors of norm 1 whose scalar product is the similarity: `[batch, width]`."""
     if output_type in ("binary", "ubinary"):
         return normalise(_signs(vectors))
     if output_type in ("int8", "uint8"):
@@ -120,7 +122,7 @@ def _to_buckets(
 
 
 def _buckets(ranges: np.ndarray, dims: int) -> tuple[np.ndarray, np.ndarray]:
-    """Low end and width of each component's 256 buckets; width 1 where low equals high."""
+    """Lowest value and width of each component's 256 buckets; width 1 if all values are equal."""
     if np.shape(ranges) != (2, dims):
         raise InvalidInput(f"ranges are {np.shape(ranges)}; {dims} components need (2, {dims}).")
     step = (ranges[1] - ranges[0]) / 255
@@ -128,7 +130,7 @@ def _buckets(ranges: np.ndarray, dims: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _middles(vectors: np.ndarray, ranges: np.ndarray | None) -> np.ndarray:
-    """The float in the middle of each bucket; without ranges buckets are 1 wide around zero."""
+    """The float in the middle of each bucket. Without ranges, buckets are 1 wide around 0."""
     buckets = vectors.astype(np.float32) + (128 if vectors.dtype == np.int8 else 0)
     if ranges is None:
         return buckets - np.float32(127.5)
@@ -143,14 +145,14 @@ def _signs(packed: np.ndarray) -> np.ndarray:
 
 
 def _shifted(values: np.ndarray) -> np.ndarray:
-    """Unsigned bytes − 128 as signed ones, and back: the highest bit flipped."""
+    """Convert unsigned bytes to signed ones, and back, by 128: flips the highest bit."""
     other = np.int8 if values.dtype == np.uint8 else np.uint8
     return (values.view(np.uint8) ^ np.uint8(128)).view(other)
 
 
 def _check_type(output_type: str) -> None:
     if output_type not in OUTPUT_TYPES:
-        raise InvalidInput(f"no such output type; take one of {', '.join(OUTPUT_TYPES)}.")
+        raise InvalidInput(f"no such output type; use one of {', '.join(OUTPUT_TYPES)}.")
 
 
 def _check_floats(vectors: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""What a served model is: read from the `spec.json` its build wrote."""
+"""The facts of a served model, from the `spec.json` that its build wrote."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from halimede_ops.errors import InvalidModel, UnknownInputType
 
 FILE_NAME = "spec.json"
 POOLED = "sentence_embedding"
-"""Output of every model.onnx the build writes: pooled vectors `[batch, dims]` float32."""
+"""Output of every model.onnx: pooled vectors `[batch, dims]` float32."""
 PIXELS = "pixels"
 """Input of a vision tower's model.onnx: `[batch, 3, height, width]` uint8."""
 SPARSE = "sparse_weights"
-"""Head of some models: one weight a token, `[batch, tokens, 1]` float32, none below 0."""
+"""Head of some models: a weight of each token, `[batch, tokens, 1]` float32, never negative."""
 MULTI_VECTOR = "multi_vectors"
-"""Head of some models: one vector a token, `[batch, tokens, width]` float32."""
+"""Head of some models: a vector of each token, `[batch, tokens, width]` float32."""
 TOKEN_EMBEDDINGS = "token_embeddings"  # noqa: S105
-"""The last hidden state, `[batch, tokens, width]` float32, for models that are asked for it."""
+"""Head of models built with it: the last hidden state, `[batch, tokens, width]` float32."""
 
 
 MAX_IMAGE_BYTES = 10 * 1024 * 1024
@@ -29,71 +29,73 @@ MAX_IMAGE_PIXELS = 64_000_000
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """What a model's vision tower takes: of its `preprocessor_config.json`."""
+    """The preprocessing of a vision tower, from the model's `preprocessor_config.json`."""
 
     height: int
-    """Of the pixels given to the model: what is cropped from the middle of the resized picture."""
+    """Height of the model's input in pixels: the middle of the resized image is cropped to it."""
     width: int
+    """Width of the model's input in pixels."""
     resize: tuple[int, ...]
-    """The shortest edge after resizing, or height and width; empty: not resized."""
+    """Shortest edge after resizing, or height and width, in pixels; empty: no resizing."""
     resample: int
-    """Filter for resizing, by Pillow's number."""
+    """Pillow's number of the resizing filter."""
     scale: float
-    """Pixels 0 … 255 are multiplied by this, `mean` is subtracted, then divided by `std`: all
-    within the model's graph, so that a picture travels as bytes."""
+    """The model's graph computes `(pixel * scale - mean) / std` of pixels 0 … 255. Images are sent
+    to the model as bytes."""
     mean: tuple[float, ...]
-    """Of red, green and blue."""
+    """Mean of red, green and blue."""
     std: tuple[float, ...]
+    """Standard deviation of red, green and blue."""
     positions: int
-    """Positions of the vision tower, one a patch and one for the class: a picture costs as much as
-    a text of so many tokens."""
+    """Positions of the vision tower: one for each patch and one for the class. An image costs as
+    much as a text of so many tokens."""
     max_image_bytes: int = MAX_IMAGE_BYTES
-    """Largest encoded picture accepted."""
+    """Maximum size of an encoded image, in bytes."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
-    """Most pixels of a picture, as it is and as it is resized. Pillow takes 4 bytes for each, twice
-    while a picture is turned or converted."""
+    """Maximum pixels of an image, before and after resizing. Pillow uses 4 bytes for each pixel,
+    and twice that while it rotates or converts an image."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """The facts of one model that tokenizing and pooling need; equal for all its precisions."""
+    """The facts of a model that tokenizing and pooling need. All its precisions share them."""
 
     name: str
-    """Name it is served under, without a precision suffix."""
+    """Served name, without the suffix of a precision."""
     space: str
-    """Fingerprint of weights, tokenizer, pooling, head, prompts and dims, 16 hex digits.
-    Vectors of two models may be compared only when their spaces are equal."""
+    """Fingerprint of weights, tokenizer, pooling, head, prompts and dims: 16 hexadecimal digits.
+    Vectors of two models can be compared only if their spaces are equal."""
     dims: int
-    """Length of a full vector."""
+    """Dimensions of a full vector."""
     max_tokens: int
-    """Longest input in tokens, special tokens included; what lies beyond is cut off."""
+    """Token limit, special tokens included. Longer texts are truncated."""
     normalised: bool
-    """Whether vectors have L2 norm 1 (before and after truncation to fewer dimensions)."""
+    """Whether vectors have L2 norm 1, also after truncation to fewer dimensions."""
     prompts: Mapping[str, str]
-    """Input type → text put in front. `query` and `document` are always present."""
+    """Input type → text to prepend. `query` and `document` are always present."""
     default_input_type: str | None = None
-    """Input type of a request that names none; None: nothing is put in front."""
+    """Input type of a request that names none; None: nothing is prepended."""
     heads: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Further outputs of the model, one row a token: name (SPARSE, …) → width of a row."""
+    """Further outputs with one row for each token: name (SPARSE, …) → width of a row."""
     special_ids: tuple[int, ...] = ()
-    """Ids of the tokens that begin, end, pad or replace text: they have no sparse weight."""
+    """Ids of special tokens (start, end, padding, mask). They have no sparse weight."""
     matryoshka: tuple[int, ...] = ()
-    """Dimensions that the model was trained to be cut to; any other is accepted too."""
+    """Dimensions that the model was trained to be truncated to. Others are accepted too."""
     layer_norm_before_cut: bool = False
-    """Whether vectors are layer-normalised before they are cut to fewer dimensions."""
+    """Whether vectors are layer-normalised before they are truncated."""
     length_buckets: tuple[int, ...] = (16, 32, 64, 128, 256)
-    """Token lengths that rows are padded to for a backend that computes its padding; ascending,
-    the last is `max_tokens`."""
+    """Lengths in tokens that rows are padded to for a backend that computes padding. Ascending; the
+    last is `max_tokens`."""
     max_text_bytes: int = 4 * 1024 * 1024
-    """Largest text accepted, in bytes of UTF-8."""
+    """Maximum size of a text, in bytes of UTF-8."""
     image: ImageSpec | None = None
-    """What its images must be; None: it takes texts alone."""
+    """The preprocessing of images; None: the model takes texts alone."""
 
     def prompt(self, input_type: str | None) -> str:
-        """Text to put in front of an input of this type.
+        """The text to prepend to an input of this type.
 
         Raises:
-            UnknownInputType: the model has no such prompt.
+            UnknownInputType: the model has no prompt for this input type.
         """
         name = input_type or self.default_input_type
         if name is None:
@@ -102,23 +104,23 @@ class ModelSpec:
             return self.prompts[name]
         except KeyError:
             known = ", ".join(sorted(self.prompts))
-            # The value given is the caller's own text: it is not repeated.
+            # The message must not repeat `input_type`: it could be a user's text.
             raise UnknownInputType(
                 f"the input type given is not one of {self.name}'s: {known}. Omit it for none."
             ) from None
 
     def images(self) -> ImageSpec:
-        """What its images must be.
+        """The preprocessing of the model's images.
 
         Raises:
-            InvalidModel: it takes texts alone.
+            InvalidModel: the model takes texts alone.
         """
         if self.image is None:
             raise InvalidModel(f"{self.name} takes no images.")
         return self.image
 
     def to_json(self) -> str:
-        """The text of `spec.json`: indented, keys in field order, ends with a newline."""
+        """The content of `spec.json`: indented, keys in the order of the fields."""
         fields = dataclasses.asdict(self)
         if self.image is None:
             del fields["image"]
@@ -126,10 +128,10 @@ class ModelSpec:
 
 
 def load(folder: Path) -> ModelSpec:
-    """ModelSpec from `spec.json` in a version folder of the repository.
+    """Read `spec.json` from a version folder of the repository.
 
     Raises:
-        InvalidModel: the file is missing, not JSON, or not a spec.
+        InvalidModel: the file is missing, is not JSON, or is no spec.
     """
     try:
         fields: dict[str, Any] = json.loads((folder / FILE_NAME).read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""Texts to token ids: put the prompt in front, tokenize, truncate."""
+"""Texts to token ids: prepend the prompt, tokenize, truncate."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Tokens(NamedTuple):
     """One tokenized text."""
 
     ids: list[int]
-    """Token ids, special tokens included, at most the model's `max_tokens`."""
+    """At most `max_tokens` token ids, special tokens included."""
     total: int
-    """Tokens the whole text has, special tokens included; above `max_tokens` it was truncated."""
+    """Tokens of the whole text, special tokens included; above `max_tokens` it was truncated."""
 
 
 class TextTokenizer:
-    """A model's tokenizer with its prompts and token limit."""
+    """A model's tokenizer, with its prompts and its token limit."""
 
     def __init__(self, tokenizer: Tokenizer, spec: ModelSpec) -> None:
         tokenizer.no_padding()
@@ -34,18 +34,18 @@ class TextTokenizer:
         self.spec = spec
 
     def encode(self, texts: Sequence[str], input_types: Sequence[str | None]) -> list[Tokens]:
-        """One Tokens a text, in order; as sentence-transformers tokenizes the same text.
+        """Prepend each text's prompt and tokenize it, as sentence-transformers does; in order.
 
         Raises:
-            UnknownInputType: an input type is not one of the model's.
+            UnknownInputType: the model has no prompt for an input type.
         """
         return self.encode_prompted(self.prompted(texts, input_types))
 
     def prompted(self, texts: Sequence[str], input_types: Sequence[str | None]) -> list[str]:
-        """Each text behind the prompt of its input type.
+        """Prepend to each text the prompt of its input type.
 
         Raises:
-            UnknownInputType: an input type is not one of the model's.
+            UnknownInputType: the model has no prompt for an input type.
         """
         return [
             self.spec.prompt(input_type) + text
@@ -53,20 +53,21 @@ class TextTokenizer:
         ]
 
     def encode_prompted(self, prompted: Sequence[str]) -> list[Tokens]:
-        """One Tokens a text that has its prompt, in order."""
+        """Tokenize texts that have their prompts already; in order."""
         return [self._tokens(encoding) for encoding in self._tokenizer.encode_batch_fast(prompted)]
 
     def _tokens(self, encoding) -> Tokens:  # type: ignore[no-untyped-def]
         ids = encoding.ids
-        beyond = encoding.overflowing
-        return Tokens(ids, len(ids) + sum(len(part.ids) - self._special_tokens for part in beyond))
+        # Every overflowing part has special tokens of its own.
+        overflowing = sum(len(part.ids) - self._special_tokens for part in encoding.overflowing)
+        return Tokens(ids, len(ids) + overflowing)
 
 
 def load(folder: Path, spec: ModelSpec) -> TextTokenizer:
-    """TextTokenizer from `tokenizer.json` in a version folder of the repository.
+    """Read `tokenizer.json` from a version folder of the repository.
 
     Raises:
-        InvalidModel: the file is missing or not a tokenizer.
+        InvalidModel: the file is missing or is no tokenizer.
     """
     try:
         return TextTokenizer(Tokenizer.from_file(str(folder / FILE_NAME)), spec)
@@ -75,10 +76,10 @@ def load(folder: Path, spec: ModelSpec) -> TextTokenizer:
 
 
 def decode(value: bytes | str, row: int, spec: ModelSpec) -> str:
-    """The text of one BYTES element.
+    """Decode one BYTES element; `row` is its number in error messages.
 
     Raises:
-        InvalidText: it is not valid UTF-8 or larger than `spec.max_text_bytes`.
+        InvalidText: the text is not valid UTF-8, or is larger than `spec.max_text_bytes`.
     """
     if len(value) > spec.max_text_bytes:
         raise InvalidText(

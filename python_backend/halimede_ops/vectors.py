@@ -1,4 +1,4 @@
-"""Pooled vectors to embeddings: truncate, normalise; texts' and images' to one: fuse."""
+"""Pooled vectors to embeddings: truncate, normalise, fuse."""
 
 from __future__ import annotations
 
@@ -22,23 +22,26 @@ class _Model(Protocol):
 
 
 def embed(pooled: np.ndarray, spec: ModelSpec, dimensions: int | None = None) -> np.ndarray:
-    """Embeddings `[batch, dimensions]` float32 from pooled vectors `[batch, spec.dims]` float32.
+    """Truncate and normalise pooled vectors, as the model's spec says.
+
+    Pooled vectors `[batch, spec.dims]` float32 → embeddings `[batch, dimensions]` float32. None
+    keeps all dimensions.
 
     Raises:
-        InvalidDimensions: `dimensions` lies outside 1 … `spec.dims`.
+        InvalidDimensions: `dimensions` is outside 1 … `spec.dims`.
     """
-    wanted = check_dimensions(dimensions, spec)
-    if spec.layer_norm_before_cut and wanted < spec.dims:
+    dims = check_dimensions(dimensions, spec)
+    if spec.layer_norm_before_cut and dims < spec.dims:
         pooled = layer_norm(pooled)
-    cut = truncate(pooled, wanted)
-    return normalise(cut) if spec.normalised else cut
+    truncated = truncate(pooled, dims)
+    return normalise(truncated) if spec.normalised else truncated
 
 
 def check_dimensions(dimensions: int | None, spec: _Model) -> int:
-    """`dimensions`, or the model's dims for None.
+    """Return `dimensions`, or the model's dims if it is None.
 
     Raises:
-        InvalidDimensions: it lies outside 1 … `spec.dims`.
+        InvalidDimensions: `dimensions` is outside 1 … `spec.dims`.
     """
     if dimensions is None:
         return spec.dims
@@ -51,31 +54,38 @@ def check_dimensions(dimensions: int | None, spec: _Model) -> int:
 
 
 def truncate(vectors: np.ndarray, dimensions: int) -> np.ndarray:
-    """The first `dimensions` components of each vector: `[batch, dim]` → `[batch, dimensions]`."""
+    """Keep the first components of each vector: `[batch, dims]` → `[batch, dimensions]`."""
     return vectors[:, :dimensions]
 
 
 def normalise(vectors: np.ndarray) -> np.ndarray:
-    """Vectors of L2 norm 1, `[batch, dim]` float32; a zero vector stays zero, never NaN."""
+    """Scale vectors to L2 norm 1: `[batch, dims]` float32. A zero vector stays zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(norms, np.float32(1e-12))
 
 
 def layer_norm(vectors: np.ndarray) -> np.ndarray:
-    """Vectors of mean 0 and variance 1, `[batch, dim]` float32; as PyTorch's, without weights."""
+    """Scale vectors to mean 0 and variance 1: `[batch, dims]` float32.
+
+    This is PyTorch's `layer_norm` without weights.
+    """
     centred = vectors - vectors.mean(axis=1, keepdims=True)
     return centred / np.sqrt(np.square(centred).mean(axis=1, keepdims=True) + np.float32(1e-5))
 
 
 def fuse(text: np.ndarray | None, image: np.ndarray | None, fusion: Fusion) -> np.ndarray:
-    """Fused vectors `[batch, fusion.dims]` float32 of text vectors `[batch, text dims]` and image
-    vectors `[batch, image dims]` float32; either may be None.
+    """Fuse text vectors and image vectors: `[batch, fusion.dims]` float32.
 
-    Each vector is normalised, centred and weighted, both are put side by side, what is missing
-    counting nothing, and projected. Late fusion: the models know nothing of each other.
+    Each vector is normalised and centred, then projected; the sum of the projections is the fused
+    vector. This is late fusion: the two models run independently.
+
+    Args:
+        text: text vectors `[batch, text dims]` float32, or None.
+        image: image vectors `[batch, image dims]` float32, or None.
+        fusion: the projection.
 
     Raises:
-        InvalidInput: both are None.
+        InvalidInput: `text` and `image` are both None.
     """
     parts = [
         (normalise(vectors) - mean) @ projection
@@ -91,7 +101,7 @@ def fuse(text: np.ndarray | None, image: np.ndarray | None, fusion: Fusion) -> n
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of each row of `a` with the same row of `b`: two `[n, dim]` → `[n]` float64."""
+    """Cosine similarity of the rows of `a` and `b`, pair by pair: `[n, dims]` → `[n]` float64."""
     a64, b64 = np.asarray(a, np.float64), np.asarray(b, np.float64)
     norms = np.linalg.norm(a64, axis=1) * np.linalg.norm(b64, axis=1)
     return np.einsum("nd,nd->n", a64, b64) / np.maximum(norms, 1e-24)

@@ -1,4 +1,4 @@
-"""Triton backend `image`: IMAGE, an encoded picture, to pixels, WIDTH, HEIGHT and FORMAT."""
+"""Triton backend `image`: encoded images (IMAGE) to PIXELS, WIDTH, HEIGHT and FORMAT."""
 
 from __future__ import annotations
 
@@ -12,47 +12,49 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
 from adapter import metrics, triton
-from halimede_ops import image, spec
+from halimede_engine.image_reader import ImageReader
+from halimede_ops import spec
 from halimede_ops.errors import HalimedeError
+from halimede_ops.image import PreparedImage
 
 
 class TritonPythonModel:
     """One instance of an image model."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read what the model's vision tower takes, and start the threads."""
+        """Read the preprocessing of the model's vision tower and start the threads."""
         config = triton.ModelConfig(args)
-        taken = triton.load(lambda: spec.load(config.version_folder).images())
-        self.reader = image.Reader(taken, threads=len(os.sched_getaffinity(0)))
+        image_spec = triton.load(lambda: spec.load(config.version_folder).images())
+        self.reader = ImageReader(image_spec, threads=len(os.sched_getaffinity(0)))
         self.metrics = metrics.Metrics(config)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Prepare the pictures of all requests together."""
-        return triton.answer(requests, _read, self._prepare, _write, self.metrics.failed)
+        """Prepare the images of all requests in parallel."""
+        return triton.answer(requests, _read, self._prepare, _write, self.metrics.count_error)
 
     def finalize(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self.reader.close()
         self.metrics.close()
 
-    def _prepare(self, requests: list[list[bytes]]) -> list[list[image.Picture] | HalimedeError]:
-        begun = [self.reader.read(request) for request in requests]
-        return [triton.attempt(list, pictures) for pictures in begun]
+    def _prepare(self, requests: list[list[bytes]]) -> list[list[PreparedImage] | HalimedeError]:
+        started = [self.reader.read(request) for request in requests]
+        return [triton.attempt(list, images) for images in started]
 
 
 def _read(request: Any) -> list[bytes]:
     return list(triton.tensor(request, "IMAGE").reshape(-1))
 
 
-def _write(pictures: list[image.Picture]) -> list[Any]:
+def _write(images: list[PreparedImage]) -> list[Any]:
     return [
-        triton.output(spec.PIXELS, np.stack([picture.pixels for picture in pictures])),
-        triton.output("WIDTH", _column([picture.width for picture in pictures], np.int32)),
-        triton.output("HEIGHT", _column([picture.height for picture in pictures], np.int32)),
-        triton.output("FORMAT", _column([picture.format.encode() for picture in pictures], object)),
+        triton.output(spec.PIXELS, np.stack([image.pixels for image in images])),
+        triton.output("WIDTH", _column([image.width for image in images], np.int32)),
+        triton.output("HEIGHT", _column([image.height for image in images], np.int32)),
+        triton.output("FORMAT", _column([image.format.encode() for image in images], object)),
     ]
 
 
 def _column(values: Sequence[Any], dtype: Any) -> np.ndarray:
-    """`[len(values), 1]`."""
+    """The values as a column, `[len(values), 1]`."""
     return np.array(values, dtype).reshape(-1, 1)

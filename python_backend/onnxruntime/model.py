@@ -1,21 +1,22 @@
-"""Triton backend `onnxruntime`, in Python: stands in for the C++ one where Triton has none.
+"""Triton backend `onnxruntime` in Python, for installations that lack the C++ one.
 
 It reads the same config.pbtxt: `optimization.execution_accelerators`, `instance_group` and the
-parameter `intra_op_thread_count`. Batching is continuous: the rows of all requests wait together,
-padding is trimmed, and whenever a stream is free it runs rows of like length.
+parameter `intra_op_thread_count`. It batches continuously: it removes padding, queues the rows of
+all requests together, and runs rows of similar length whenever a stream is free.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent))
-from adapter import engine, metrics, triton
+from adapter import metrics, scheduler, triton
 from halimede_engine import batching, session
-from halimede_engine.scheduler import Done
+from halimede_engine.scheduler import ItemResult
 from halimede_ops import spec
 from halimede_ops.errors import InvalidInput
 from halimede_repository import checksums
@@ -25,7 +26,7 @@ class TritonPythonModel:
     """One instance of an ONNX model."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the model with the accelerators that its config asks for."""
+        """Open the model with the accelerators in its config."""
         config = triton.ModelConfig(args)
         path = config.version_folder / (
             config.fields.get("default_model_filename") or session.FILE_NAME
@@ -35,17 +36,21 @@ class TritonPythonModel:
         if [entry["name"] for entry in config.fields["input"]] == [spec.PIXELS]:
             positions = int(config.parameter("max_tokens"))
             self.read = partial(_read_pixels, positions=positions)
-        self.metrics = metrics.Metrics(config, *metrics.OF_RUNS)
-        self.batches = engine.open_batches(config, path, args["model_instance_kind"], self.metrics)
+        self.metrics = metrics.Metrics(config, *metrics.RUN_COUNTERS)
+        self.scheduler = scheduler.open_scheduler(
+            config, path, args["model_instance_kind"], self.metrics
+        )
 
     def execute(self, requests: list[Any]) -> None:
-        """Queue the rows of all requests; each request is answered when its rows have run."""
-        triton.answer_later(requests, self.read, self.batches.submit, _write, self.metrics.failed)
-        self.batches.wait_for_room()
+        """Queue the rows of each request; it is answered when they have run."""
+        triton.answer_later(
+            requests, self.read, self.scheduler.submit, _write, self.metrics.count_error
+        )
+        self.scheduler.wait_for_room()
 
     def finalize(self) -> None:
-        """Answer what waits."""
-        self.batches.close()
+        """Answer all queued requests."""
+        self.scheduler.close()
         self.metrics.close()
 
 
@@ -59,7 +64,7 @@ def _read(request: Any) -> list[session.Row]:
         )
     lengths = batching.used_lengths(mask)
     return [
-        # Copied: the arrays are Triton's memory, and end with `execute`.
+        # Copy: the arrays are Triton's memory, valid until `execute` returns.
         session.Row(ids[row, :length].copy(), mask[row, :length].copy())
         for row, length in enumerate(lengths)
     ]
@@ -69,7 +74,6 @@ def _read_pixels(request: Any, positions: int) -> list[session.Pixels]:
     return session.pixel_rows(triton.tensor(request, spec.PIXELS).copy(), positions)
 
 
-def _write(done: list[Done]) -> list[Any]:
-    """The outputs of one request from those of its rows."""
-    outputs = session.joined([one.result for one in done])
+def _write(results: Sequence[ItemResult]) -> list[Any]:
+    outputs = session.stack_outputs([result.output for result in results])
     return [triton.output(name, values) for name, values in outputs.items()]

@@ -1,8 +1,8 @@
-"""Triton backend `pooler`: pooled vectors and DIMENSIONS to the embeddings asked for, and a
-model's rows a token to the outputs of its further heads.
+"""Triton backend `pooler`: pooled vectors and DIMENSIONS to EMBEDDING, and the per-token outputs of
+a model's heads to the outputs that clients get.
 
-Pooling itself (mean, cls, …) is part of model.onnx: the hidden states of every token leave the
-engine only for models that are built to give them.
+Pooling itself (mean, cls, …) is part of model.onnx. The hidden states of all tokens are an output
+of the engine only for models that are built with that output.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from halimede_ops import heads, spec, vectors
 from halimede_ops.errors import HalimedeError
 
 
-class Pooled(NamedTuple):
+class PoolRequest(NamedTuple):
     """One request."""
 
     vectors: np.ndarray
+    """Pooled vectors `[batch, dims]` float32."""
     dimensions: int | None
     heads: dict[str, np.ndarray]
-    """Head → its output."""
+    """Output name → array: see `halimede_ops.heads.outputs`."""
 
 
 class TritonPythonModel:
@@ -38,16 +39,16 @@ class TritonPythonModel:
         self.metrics = metrics.Metrics(config)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Truncate and normalise each request's vectors."""
-        return triton.answer(requests, self._read, self._embed, _write, self.metrics.failed)
+        """Truncate and normalise the vectors of each request."""
+        return triton.answer(requests, self._read, self._embed, _write, self.metrics.count_error)
 
     def finalize(self) -> None:
-        """Publish no more figures."""
+        """Stop publishing metrics."""
         self.metrics.close()
 
-    def _read(self, request: Any) -> Pooled:
+    def _read(self, request: Any) -> PoolRequest:
         pooled = triton.tensor(request, spec.POOLED)
-        return Pooled(pooled, triton.dimensions(request, self.spec), self._heads(request))
+        return PoolRequest(pooled, triton.dimensions(request, self.spec), self._heads(request))
 
     def _heads(self, request: Any) -> dict[str, np.ndarray]:
         if not self.spec.heads:
@@ -57,7 +58,7 @@ class TritonPythonModel:
         ids, mask = (triton.tensor(request, name) for name in ("input_ids", "attention_mask"))
         return heads.outputs(rows, ids[:, :tokens], mask[:, :tokens], self.spec)
 
-    def _embed(self, requests: list[Pooled]) -> list[dict[str, np.ndarray] | HalimedeError]:
+    def _embed(self, requests: list[PoolRequest]) -> list[dict[str, np.ndarray] | HalimedeError]:
         return [
             {
                 "EMBEDDING": vectors.embed(request.vectors, self.spec, request.dimensions),

@@ -1,4 +1,4 @@
-"""Triton backend `tokenizer`: TEXT and INPUT_TYPE to token ids, mask and token counts."""
+"""Triton backend `tokenizer`: TEXT and INPUT_TYPE to token ids, attention mask and TOKENS."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from halimede_ops.errors import HalimedeError
 from halimede_repository import checksums
 
 PADDING_IS_FREE = (Path(__file__).parent.parent / "onnxruntime" / "model.py").exists()
-"""Whether our own `onnxruntime` backend stands beside this one. It trims padding, and Triton
-batches equal shapes only, so there every row gets the same length. Triton's C++ backend
-computes its padding: there rows get the nearest of the model's length buckets."""
+"""Whether our own `onnxruntime` backend is installed beside this one. It removes padding, but
+Triton batches only requests of equal shape: all rows are padded to one length. Triton's C++ backend
+computes padding: rows are padded to the model's length buckets."""
 FREE_TOKENS = 512
-"""Where padding is free, rows up to this length are all padded to it."""
+"""Length to which all shorter rows are padded where padding is free."""
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A text takes 50 µs; waking more threads for a few of them takes the cores from the model.
+# One text takes 50 µs: more threads for a few texts would only take cores from the model.
 
 
 class TritonPythonModel:
@@ -38,11 +38,13 @@ class TritonPythonModel:
         self.metrics = metrics.Metrics(config, metrics.TRUNCATED_TEXTS)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Tokenize all texts of all requests in one call."""
-        return triton.answer(requests, self._read, self._tokenize, self._write, self.metrics.failed)
+        """Tokenize the texts of all requests in one call."""
+        return triton.answer(
+            requests, self._read, self._tokenize, self._write, self.metrics.count_error
+        )
 
     def finalize(self) -> None:
-        """Publish no more figures."""
+        """Stop publishing metrics."""
         self.metrics.close()
 
     def _read(self, request: Any) -> triton.Texts:
@@ -54,8 +56,8 @@ class TritonPythonModel:
             [input_type for request in requests for input_type in request.input_types],
         )
         self.metrics.count_truncated(tokens, self.spec)
-        each = iter(tokens)
-        return [[next(each) for _ in request.texts] for request in requests]
+        remaining = iter(tokens)
+        return [[next(remaining) for _ in request.texts] for request in requests]
 
     def _write(self, rows: list[text.Tokens]) -> list[Any]:
         lengths = [len(row.ids) for row in rows]

@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 from transformers.image_utils import load_image
 
+from halimede_engine.image_reader import ImageReader
 from halimede_ops import image
 from halimede_ops.errors import HalimedeError, ImageTooLarge, InvalidImage
 from halimede_ops.spec import ImageSpec
@@ -150,14 +151,14 @@ def test_a_reader_gives_pictures_in_order_until_one_is_bad() -> None:
     """
     good = pictures.check_pictures(6)
     bad = bad_files()["truncated JPEG"][0]
-    reader = image.Reader(SPEC, threads=2)
+    reader = ImageReader(SPEC, threads=2)
     reading = reader.read([*good, bad, b""])
     for data in good:
         assert np.array_equal(next(reading).pixels, image.prepare(data, SPEC).pixels)
     with pytest.raises(InvalidImage, match="image 6"):
         next(reading)
     # What comes after it is read as ever, and an empty file is named as well.
-    assert [type(read) for read in reader.read(good)] == [image.Picture] * 6
+    assert [type(read) for read in reader.read(good)] == [image.PreparedImage] * 6
     with pytest.raises(InvalidImage, match="image 6"):
         list(reader.read([*good, b""]))
     reader.close()
@@ -171,13 +172,13 @@ import sys
 
 sys.path[:0] = ["tests", "tests/backend"]
 from PIL import Image
-from halimede_ops import image
+from halimede_engine.image_reader import ImageReader
 from test_images import SPEC, peak_mb
 exif = Image.Exif()
 exif[0x0112] = 6
 file = io.BytesIO()
 Image.new("L", (8000, 8000)).save(file, "JPEG", exif=exif)
-reader = image.Reader(SPEC, threads=4)
+reader = ImageReader(SPEC, threads=4)
 before = peak_mb()
 assert len(list(reader.read([file.getvalue()] * 6))) == 6
 reader.close()

@@ -100,4 +100,4 @@ def test_a_lost_process_ends_it(folder: Path, repository: Path) -> None:
     program.chmod(0o755)
     done = started(folder, str(program), f"--model-repository={repository}", "--load-model=*")
     assert done.returncode == 128 + signal.SIGKILL
-    assert watch.TOLD in done.stderr
+    assert watch.CHILD_DIED in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from halimede_engine import batching, session
-from halimede_ops import heads, spec, text, vectors
+from halimede_ops import errors, heads, spec, text, vectors
 from halimede_ops.errors import (
+    HalimedeError,
     InvalidDimensions,
     InvalidModel,
     InvalidText,
@@ -34,6 +36,26 @@ SPEC = spec.load(TOKENIZER)
 @pytest.fixture(scope="module")
 def tokenizer() -> text.TextTokenizer:
     return text.load(TOKENIZER, SPEC)
+
+
+def test_the_error_tree_is_as_it_is_drawn() -> None:
+    """Each error with its parent, Triton code and whether a retry can help; none is missing."""
+    parents, drawn = ["HalimedeError"], {}
+    for indent, name, code, retryable in re.findall(
+        r"^([│├└─ ]*)(\w+) +([A-Z_]+) +(yes|no) ", errors.__doc__ or "", re.MULTILINE
+    ):
+        depth = len(indent) // 4
+        parents[depth:] = [name]
+        drawn[name] = (parents[max(0, depth - 1)], code, retryable == "yes")
+    raised = {
+        name: (kind if kind is HalimedeError else kind.__bases__[0], kind.code, kind.retryable)
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, HalimedeError)
+    }
+    assert drawn == {
+        name: (parent.__name__, code, retryable)
+        for name, (parent, code, retryable) in raised.items()
+    }
 
 
 def test_spec_survives_its_file(tmp_path: Path) -> None:
@@ -91,7 +113,7 @@ def test_too_large_text_is_refused() -> None:
 @given(st.lists(st.integers(0, 300), max_size=60), st.sampled_from([256, 512, 4096]))
 def test_plan_holds_every_row_once_within_the_budget(lengths: list[int], most: int) -> None:
     """A plan has each index once; a micro-batch beyond the budget is a single row."""
-    parts = batching.plan(lengths, most_tokens=most)
+    parts = batching.plan(lengths, max_tokens=most)
     assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
     for part in parts:
         tokens = max(batching.padded_length(lengths[index]) for index in part) * len(part)
@@ -112,13 +134,16 @@ def test_plan_never_costs_more_than_one_run_a_row(lengths: list[int]) -> None:
     assert cost(batching.plan(lengths)) <= cost([[index] for index in range(len(lengths))])
 
 
-def test_near_lengths_pad_little_and_are_few() -> None:
+def test_tight_lengths_pad_little_and_are_few() -> None:
     """At most an eighth is padding, or one token, where a multiple of 16 would be more."""
-    near = {tokens: batching.near_length(tokens) for tokens in range(1, 257)}
+    near = {tokens: batching.tight_length(tokens) for tokens in range(1, 257)}
     assert all(tokens <= near[tokens] <= batching.padded_length(tokens) for tokens in near)
     assert all(near[tokens] - tokens <= max(1, tokens / 8) for tokens in range(1, 129))
     assert len(set(near.values())) == 40
-    assert batching.near_length(30, most=31) == 30 and batching.near_length(33, most=34) == 34
+    assert (
+        batching.tight_length(30, max_length=31) == 30
+        and batching.tight_length(33, max_length=34) == 34
+    )
 
 
 @given(st.lists(st.integers(0, 300), max_size=60))
@@ -166,11 +191,11 @@ def test_lone_runs_get_all_threads_once_there_were_some() -> None:
     shared, alone = Runs(), Runs()
     opened: list[Runs] = []
 
-    def open_alone() -> Runs:
+    def open_lone() -> Runs:
         opened.append(alone)
         return alone
 
-    sessions = session.Sessions(shared, open_alone)  # type: ignore[arg-type]
+    sessions = session.AdaptiveSession(shared, open_lone)  # type: ignore[arg-type]
     row = session.Row(np.ones(4, np.int64), np.ones(4, np.int64))
     for _ in range(2):
         for _ in range(session.LONE_RUNS - 1):
@@ -278,7 +303,7 @@ def test_weights_lie_beside_their_graph(
     assert weights.stat().st_mode == model.stat().st_mode
     whole = tmp_path / "whole.onnx"
     onnx.save(rewrite.load(model), whole)
-    rows = session.rows(
+    rows = session.token_rows(
         [(row.ids, row.total) for row in tokenizer.encode(["a cat", "dogs"], [None] * 2)]
     )
     found, expected = (session.open_session(path)[0].run(rows) for path in (whole, model))
@@ -332,7 +357,7 @@ def test_masked_rows_give_zeros_and_rows_are_alike_in_any_company(
     """An all-masked row is zeros; a row's vector does not depend on its neighbours."""
     path = version_folder(Settings().repository / f"{MODEL}-onnx") / "model.onnx"
     told: list[int] = []
-    opened, _ = session.open_session(path, threads=2, tell=told.append)
+    opened, _ = session.open_session(path, threads=2, on_run=told.append)
     tokens = tokenizer.encode(["a cat", "word " * 300, "一只猫"], [None] * 3)
     rows = [
         session.Row(np.array(row.ids, np.int64), np.ones(len(row.ids), np.int64)) for row in tokens
@@ -340,7 +365,7 @@ def test_masked_rows_give_zeros_and_rows_are_alike_in_any_company(
     masked = session.Row(np.zeros(3, np.int64), np.zeros(3, np.int64))
     together = opened.run([masked, *rows])
     assert not together[0].any()
-    near, _ = session.open_session(path, pad_near=True, tell=told.append)
+    near, _ = session.open_session(path, tight_padding=True, on_run=told.append)
     for engine, tokens_of_first in ((opened, 16), (near, 4)):
         told.clear()
         alone = np.concatenate([engine.run([row]) for row in rows])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scrapes import figures
 from tritonclient.utils import InferenceServerException
 
-from halimede_engine.response_cache import ENTRY_BYTES, Embedded, Recent
+from halimede_engine.response_cache import ENTRY_BYTES, Entry, ResponseCache
 from halimede_ops.errors import ServeError
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
@@ -100,20 +100,20 @@ def test_the_steps_have_no_cache() -> None:
 def test_what_was_asked_for_last_is_kept_in_bounded_memory(texts: list[str]) -> None:
     """Of the texts asked for, the latest three are known, each with what it gave."""
     vectors = {text: np.full(10, ord(text), np.float32) for text in "abcdef"}
-    recent = Recent(3 * (ENTRY_BYTES + vectors["a"].nbytes))
+    cache = ResponseCache(3 * (ENTRY_BYTES + vectors["a"].nbytes))
     latest: list[str] = []
     for text in texts:
-        [found] = recent.find([text])
+        [found] = cache.get([text])
         assert (found is not None) == (text in latest)
         if found is None:
-            recent.keep([text], [Embedded(vectors[text], 1)])
+            cache.put([text], [Entry(vectors[text], 1)])
         else:
-            assert (found.row == vectors[text]).all()
+            assert (found.vector == vectors[text]).all()
         latest = [one for one in latest if one != text][-2:] + [text]
 
 
 def test_without_memory_nothing_is_kept() -> None:
     """A cache of no size knows no text."""
-    recent = Recent(0)
-    recent.keep(["a"], [Embedded(np.zeros(3, np.float32), 1)])
-    assert recent.find(["a"]) == [None]
+    cache = ResponseCache(0)
+    cache.put(["a"], [Entry(np.zeros(3, np.float32), 1)])
+    assert cache.get(["a"]) == [None]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from halimede_engine import batching
 from halimede_engine.batching import INTERACTIVE_ROWS
-from halimede_engine.scheduler import WAITING_BULK, WAITING_ROWS, ContinuousBatches, Outcome
+from halimede_engine.scheduler import QUEUED_BULK_ROWS, QUEUED_ROWS, Outcome, Scheduler
 from halimede_engine.session import Row
 from halimede_ops.errors import RequestCancelled, ServerOverloaded
 
@@ -36,7 +36,7 @@ class Answer:
         """The results of the request's rows, or what was raised."""
         assert self._given.wait(TIMEOUT_S), "not answered"
         [outcome] = self._outcomes
-        return outcome if isinstance(outcome, Exception) else [done.result for done in outcome]
+        return outcome if isinstance(outcome, Exception) else [result.output for result in outcome]
 
 
 class Gate:
@@ -65,11 +65,11 @@ def first_ids(rows: Sequence[Row]) -> list[int]:
 
 
 @contextmanager
-def closing(batches: ContinuousBatches) -> Iterator[ContinuousBatches]:
+def closing(scheduler: Scheduler) -> Iterator[Scheduler]:
     try:
-        yield batches
+        yield scheduler
     finally:
-        batches.close()
+        scheduler.close()
 
 
 @settings(deadline=None, max_examples=50)
@@ -79,22 +79,22 @@ def test_each_request_gets_its_own_rows_in_order(requests: list[list[int]]) -> N
     answers = [Answer() for _ in requests]
     firsts = iter(range(1000))
     expected = []
-    with closing(ContinuousBatches(first_ids, batching.plan, threads=3)) as batches:
+    with closing(Scheduler(first_ids, batching.plan, threads=3)) as scheduler:
         for lengths, answer in zip(requests, answers, strict=True):
             rows = [row(length, next(firsts)) for length in lengths]
             expected.append(first_ids(rows))
-            batches.submit(rows, answer)
+            scheduler.submit(rows, answer)
         assert [answer.wait() for answer in answers] == expected
 
 
 def test_the_row_that_waited_longest_is_in_the_next_run() -> None:
     """A long text among many short ones is not passed over, and those like it go with it."""
     gate = Gate()
-    with closing(ContinuousBatches(gate.run, batching.plan, threads=1)) as batches:
-        batches.submit([row(16)], Answer())
+    with closing(Scheduler(gate.run, batching.plan, threads=1)) as scheduler:
+        scheduler.submit([row(16)], Answer())
         assert gate.entered.wait(TIMEOUT_S)
         for length in (180, *[16] * 40, 178):
-            batches.submit([row(length)], Answer())
+            scheduler.submit([row(length)], Answer())
         gate.opened.set()
     assert gate.parts[0] == [16]
     assert sorted(gate.parts[1]) == [178, 180]
@@ -109,41 +109,41 @@ def test_a_failed_run_fails_its_requests_alone() -> None:
             raise ValueError("13")
         return first_ids(rows)
 
-    with closing(ContinuousBatches(run, batching.plan, threads=2)) as batches:
+    with closing(Scheduler(run, batching.plan, threads=2)) as scheduler:
         bad, good = Answer(), Answer()
-        batches.submit([row(5, 1), row(250, 13)], bad)
+        scheduler.submit([row(5, 1), row(250, 13)], bad)
         assert isinstance(bad.wait(), ValueError)
-        batches.submit([row(5, 2)], good)
+        scheduler.submit([row(5, 2)], good)
         assert good.wait() == [2]
 
 
 def test_a_request_whose_caller_has_gone_is_not_run() -> None:
     """Its outcome is RequestCancelled; those that waited beside it are run."""
     gate, gone, stays = Gate(), Answer(), Answer()
-    opened = ContinuousBatches(gate.run, batching.plan, threads=1, long_wait_runs=0)
-    with closing(opened) as batches:
-        batches.submit([row(16)], Answer())
+    opened = Scheduler(gate.run, batching.plan, threads=1, cancel_check_runs=0)
+    with closing(opened) as scheduler:
+        scheduler.submit([row(16)], Answer())
         assert gate.entered.wait(TIMEOUT_S)
-        batches.submit([row(16, 1), row(16, 2)], gone, lambda: True)
-        batches.submit([row(16, 3)], stays, lambda: False)
+        scheduler.submit([row(16, 1), row(16, 2)], gone, lambda: True)
+        scheduler.submit([row(16, 3)], stays, lambda: False)
         gate.opened.set()
         assert isinstance(gone.wait(), RequestCancelled)
         assert stays.wait() == [3]
     assert gate.parts == [[16], [16]]
 
 
-@pytest.mark.parametrize(("rows", "room"), [(1, WAITING_ROWS), (32, WAITING_BULK)])
+@pytest.mark.parametrize(("rows", "room"), [(1, QUEUED_ROWS), (32, QUEUED_BULK_ROWS)])
 def test_the_caller_is_held_back_until_there_is_room(rows: int, room: int) -> None:
     """With more rows of a lane waiting than may, `wait_for_room` returns when runs took some."""
     gate = Gate()
-    with closing(ContinuousBatches(gate.run, batching.plan, threads=1)) as batches:
-        batches.submit([row(16)], Answer())
+    with closing(Scheduler(gate.run, batching.plan, threads=1)) as scheduler:
+        scheduler.submit([row(16)], Answer())
         assert gate.entered.wait(TIMEOUT_S)
         for _ in range(room // rows):
-            batches.submit([row(16)] * rows, Answer())
-        batches.wait_for_room()
-        batches.submit([row(16)] * rows, Answer())
-        caller = threading.Thread(target=batches.wait_for_room)
+            scheduler.submit([row(16)] * rows, Answer())
+        scheduler.wait_for_room()
+        scheduler.submit([row(16)] * rows, Answer())
+        caller = threading.Thread(target=scheduler.wait_for_room)
         caller.start()
         caller.join(0.2)
         assert caller.is_alive()
@@ -155,16 +155,16 @@ def test_the_caller_is_held_back_until_there_is_room(rows: int, room: int) -> No
 def test_more_requests_than_may_wait_are_refused() -> None:
     """One beyond the limit raises ServerOverloaded; each lane has its own, and answers make room."""
     gate, answers = Gate(), [Answer() for _ in range(3)]
-    with closing(ContinuousBatches(gate.run, batching.plan, threads=1, most_requests=2)) as batches:
-        batches.submit([row(16)], answers[0])
-        batches.submit([row(16)], answers[1])
+    with closing(Scheduler(gate.run, batching.plan, threads=1, max_requests=2)) as scheduler:
+        scheduler.submit([row(16)], answers[0])
+        scheduler.submit([row(16)], answers[1])
         with pytest.raises(ServerOverloaded, match="2 requests wait"):
-            batches.submit([row(16)], Answer())
-        batches.submit([row(16)] * (INTERACTIVE_ROWS + 1), answers[2])
+            scheduler.submit([row(16)], Answer())
+        scheduler.submit([row(16)] * (INTERACTIVE_ROWS + 1), answers[2])
         gate.opened.set()
         for answer in answers:
             answer.wait()
-        batches.submit([row(16)], Answer())
+        scheduler.submit([row(16)], Answer())
 
 
 def test_a_single_text_does_not_wait_for_bulk() -> None:
@@ -177,14 +177,14 @@ def test_a_single_text_does_not_wait_for_bulk() -> None:
             return first_ids(rows)
         return gate.run(rows)
 
-    with closing(ContinuousBatches(run, batching.plan, threads=1)) as batches:
+    with closing(Scheduler(run, batching.plan, threads=1)) as scheduler:
         bulk, single = Answer(), Answer()
-        batches.submit([row(16)] * WAITING_ROWS, bulk)
+        scheduler.submit([row(16)] * QUEUED_ROWS, bulk)
         assert gate.entered.wait(TIMEOUT_S)
-        batches.submit([row(16, 7)], single)
+        scheduler.submit([row(16, 7)], single)
         assert single.wait() == [7]
         gate.opened.set()
-        assert bulk.wait() == [0] * WAITING_ROWS
+        assert bulk.wait() == [0] * QUEUED_ROWS
     assert quick.is_set()
 
 
@@ -194,13 +194,13 @@ def test_bulk_does_not_starve() -> None:
 
     def ask_again(_: Outcome = ()) -> None:
         if not stop.is_set():
-            batches.submit([row(16)], ask_again)
+            scheduler.submit([row(16)], ask_again)
 
-    with closing(ContinuousBatches(first_ids, batching.plan, threads=1)) as batches:
+    with closing(Scheduler(first_ids, batching.plan, threads=1)) as scheduler:
         for _ in range(4):
             ask_again()
         bulk = Answer()
-        batches.submit([row(16)] * (INTERACTIVE_ROWS + 1), bulk)
+        scheduler.submit([row(16)] * (INTERACTIVE_ROWS + 1), bulk)
         assert bulk.wait() == [0] * (INTERACTIVE_ROWS + 1)
         stop.set()
 
@@ -218,11 +218,11 @@ def test_what_waits_is_read_together() -> None:
         return [row(16, item) for item in items]
 
     answers = [Answer() for _ in range(4)]
-    with closing(ContinuousBatches(gate.run, batching.plan, threads=1, read=read)) as batches:
-        batches.submit([1], Answer())
+    with closing(Scheduler(gate.run, batching.plan, threads=1, make_rows=read)) as scheduler:
+        scheduler.submit([1], Answer())
         assert gate.entered.wait(TIMEOUT_S)
         for item, answer in zip((2, 3, 13, 4), answers, strict=True):
-            batches.submit([item], answer)
+            scheduler.submit([item], answer)
         gate.opened.set()
         *given, last = [
             answer.wait() for answer in (answers[0], answers[1], answers[3], answers[2])
@@ -240,12 +240,12 @@ def test_bulk_is_read_one_request_at_a_time() -> None:
         reads.append(items[0])
         return [row(16, item) for item in items]
 
-    with closing(ContinuousBatches(gate.run, batching.plan, threads=1, read=read)) as batches:
+    with closing(Scheduler(gate.run, batching.plan, threads=1, make_rows=read)) as scheduler:
         for number in range(8):
-            batches.submit([number] * WAITING_ROWS, Answer())
+            scheduler.submit([number] * QUEUED_ROWS, Answer())
         assert gate.entered.wait(TIMEOUT_S)
         small = Answer()
-        batches.submit([100], small)
+        scheduler.submit([100], small)
         gate.opened.set()
         assert small.wait() == [100]
     assert reads.index(100) < 4
@@ -259,14 +259,14 @@ def test_what_has_all_threads_is_run_alone() -> None:
         alone.append(first_ids(rows))
         return first_ids(rows)
 
-    batches = ContinuousBatches(gate.run, batching.plan, threads=2, run_alone=run_alone)
-    with closing(batches):
+    scheduler = Scheduler(gate.run, batching.plan, threads=2, run_alone=run_alone)
+    with closing(scheduler):
         single = Answer()
-        wait_until(lambda: batches._free == 2)
-        batches.submit([row(16, 1)], single)
+        wait_until(lambda: scheduler._idle_threads == 2)
+        scheduler.submit([row(16, 1)], single)
         assert single.wait() == [1]
-        wait_until(lambda: batches._free == 2)
-        batches.submit([row(256, 2), row(256, 3)], Answer())
+        wait_until(lambda: scheduler._idle_threads == 2)
+        scheduler.submit([row(256, 2), row(256, 3)], Answer())
         assert gate.entered.wait(TIMEOUT_S)
         gate.opened.set()
     assert alone[0] == [1]
@@ -276,8 +276,8 @@ def test_what_has_all_threads_is_run_alone() -> None:
 def test_closing_answers_what_waits() -> None:
     """Every request submitted before `close` has its answer when `close` returns."""
     answers = [Answer() for _ in range(100)]
-    batches = ContinuousBatches(first_ids, batching.plan, threads=2)
+    scheduler = Scheduler(first_ids, batching.plan, threads=2)
     for index, answer in enumerate(answers):
-        batches.submit([row(1 + index, index)], answer)
-    batches.close()
+        scheduler.submit([row(1 + index, index)], answer)
+    scheduler.close()
     assert [answer.wait() for answer in answers] == [[i] for i in range(100)]

@@ -17,7 +17,7 @@ from conftest import free_options
 from test_deploy import probes
 
 from halimede import Embedder
-from halimede_launch.watch import TOLD
+from halimede_launch.watch import CHILD_DIED
 from halimede_tools.serve import container
 from halimede_tools.settings import Settings
 
@@ -154,7 +154,7 @@ def test_a_killed_process_is_there_again(program: str) -> None:
     with Embedder("127.0.0.1:8001") as embedder:
         assert embedder.embed(["back"]).dims == 384
     log = subprocess.run(["docker", "logs", triton["Id"]], capture_output=True, text=True)
-    assert log.stderr.count(TOLD) == 1
+    assert log.stderr.count(CHILD_DIED) == 1
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_serve_in_nvidias_container(nvidia: str, settings: Settings) -> None:
         while server.is_running():
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        assert TOLD in server.exit_reason()
+        assert CHILD_DIED in server.exit_reason()
 
 
 def test_the_gpu_image_in_a_cluster(nvidia: str, settings: Settings) -> None:
@@ -210,6 +210,6 @@ def test_the_gpu_image_in_a_cluster(nvidia: str, settings: Settings) -> None:
         kill(name, STUB)
         assert docker("wait", name) == [str(128 + signal.SIGKILL)]
         log = subprocess.run(["docker", "logs", name], capture_output=True, text=True)
-        assert TOLD in log.stderr
+        assert CHILD_DIED in log.stderr
     finally:
         docker("rm", "--force", name)

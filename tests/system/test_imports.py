@@ -20,11 +20,15 @@ PACKAGES = {
     "adapter": {"halimede_ops", "halimede_engine", "halimede_repository"},
 }
 """Package of python_backend/ → those of ours that it may import besides itself."""
+BACKENDS = ("tokenizer", "onnxruntime", "pooler", "image", "fusion", "embedder")
 SERVER_SIDE = {"numpy", "tokenizers", "PIL", "onnxruntime"}
 OWN = {"halimede", "halimede_tools", *PACKAGES}
 STANDARD = {"__future__", "collections", "concurrent", "dataclasses", "json", "os", "pathlib"}
 STANDARD |= {"contextlib", "ctypes", "io", "queue", "re", "sys", "threading", "traceback"}
 STANDARD |= {"bisect", "hashlib", "math", "secrets", "signal", "subprocess", "time", "typing"}
+IMPURE = {"asyncio", "concurrent", "ctypes", "datetime", "logging", "multiprocessing", "os"}
+IMPURE |= {"random", "secrets", "signal", "socket", "subprocess", "sys", "threading", "time"}
+IMPURE |= {"urllib", "uuid"}
 WORKER = "worker.py"
 BUILD_ONLY = {"torch", "transformers", "sentence_transformers", "optimum", "nncf", "onnx"}
 
@@ -46,6 +50,25 @@ def test_packages_import_arrays_and_what_is_below_them(package: str) -> None:
     assert {name for _, name in imported(BACKEND / package)} <= allowed
 
 
+def test_every_package_of_the_backend_is_listed() -> None:
+    """A new package must say what it may import; folders without `__init__.py` are backends."""
+    packages = {path.parent.name for path in BACKEND.glob("*/__init__.py")}
+    assert packages == set(PACKAGES)
+    folders = {path.parent.name for path in BACKEND.rglob("*.py")}
+    assert folders == packages | set(BACKENDS)
+
+
+def test_operations_are_pure() -> None:
+    """No threads, environment, clock, chance, network, process or log."""
+    assert not {name for _, name in imported(BACKEND / "halimede_ops")} & IMPURE
+
+
+def test_tools_are_imported_by_nothing_but_tools() -> None:
+    """Neither the client nor what serves needs them."""
+    names = {name for folder in ("client", "python_backend") for _, name in imported(ROOT / folder)}
+    assert "halimede_tools" not in names
+
+
 def test_the_adapter_imports_what_is_below_it() -> None:
     """It may speak to Triton; neither to the client nor to the tools."""
     names = {name for _, name in imported(BACKEND / "adapter")}
@@ -53,9 +76,7 @@ def test_the_adapter_imports_what_is_below_it() -> None:
     assert not names & BUILD_ONLY
 
 
-@pytest.mark.parametrize(
-    "backend", ["tokenizer", "onnxruntime", "pooler", "image", "fusion", "embedder"]
-)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_backends_import_operations_alone(backend: str) -> None:
     """A backend needs the adapter and what that may import; neither client nor tools."""
     names = {name for _, name in imported(BACKEND / backend)}

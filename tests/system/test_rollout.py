@@ -342,7 +342,7 @@ def test_a_candidate_that_does_not_load_leaves_nothing(
         served.deployment.publish()
     assert "/" not in str(raised.value)
     assert not list(served.folder.glob("*-candidate"))
-    assert repository.configs.present(served.folder / MODEL).count(number(versions[1])) == 0
+    assert repository.configs.stored_versions(served.folder / MODEL).count(number(versions[1])) == 0
     with served.embedder() as embedder:
         assert set(embedder.embed(TEXTS).versions) == {number(versions[0])}
     with pytest.raises(DeployError, match="--candidate"):
@@ -424,10 +424,13 @@ def test_a_server_starts_without_candidates_that_take_nothing(
 ) -> None:
     """A restarted server loads candidates with a share, and no other candidates."""
     served.publish(versions[1])
-    assert configs.to_load(served.folder) == (MODEL,)
+    assert configs.models_to_load(served.folder) == (MODEL,)
     served.deployment.canary(0.2)
-    assert configs.to_load(served.folder) == (MODEL, candidates.candidate_name(MODEL))
-    assert configs.to_load(served.folder, (MODEL,)) == (MODEL, candidates.candidate_name(MODEL))
+    assert configs.models_to_load(served.folder) == (MODEL, candidates.candidate_name(MODEL))
+    assert configs.models_to_load(served.folder, (MODEL,)) == (
+        MODEL,
+        candidates.candidate_name(MODEL),
+    )
 
 
 @pytest.mark.usefixtures("sole_build")

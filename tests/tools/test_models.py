@@ -205,7 +205,7 @@ def test_texts_that_share_rows(
     engine = exported(folders[name], tmp_path / "onnx")
     rows = [row for row in engine.rows(texts) if row.length <= 64]
     told: list[int] = []
-    opened, _ = session.open_session(tmp_path / "onnx" / session.FILE_NAME, tell=told.append)
+    opened, _ = session.open_session(tmp_path / "onnx" / session.FILE_NAME, on_run=told.append)
     together = opened.run_together(rows)
     shared = told[0] < 1.3 * sum(row.length for row in rows)
     assert shared == (name not in ("mpnet", "qwen3"))

@@ -172,8 +172,8 @@ def test_a_write_keeps_what_was_served_and_no_more(
     for one in (built, other, third, third):
         repository.write(one, tmp_path)
     for name in repository.family(built):
-        assert len(configs.present(tmp_path / name)) == 2
-    assert configs.present(tmp_path / MODEL) == sorted(
+        assert len(configs.stored_versions(tmp_path / name)) == 2
+    assert configs.stored_versions(tmp_path / MODEL) == sorted(
         [other.version("fp32"), third.version("fp32")]
     )
     for pin in third.steps("fp32").values():

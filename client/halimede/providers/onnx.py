@@ -70,7 +70,7 @@ def connect(options: Options) -> Onnx:
 class _Stamp(NamedTuple):
     """State of a model in the repository at one moment, to notice changes."""
 
-    version: configs.Served
+    version: configs.Ensemble
     files: tuple[tuple[int, int], ...]
     """Modification time and size of the files that a build could replace in place."""
 
@@ -81,22 +81,22 @@ class _OpenModel(NamedTuple):
     served: ServedModel
     spec: Any
     reader: Any
-    """A TextTokenizer for texts, an image Reader for images, the _FusedModels for pairs."""
-    runs: _Runs | None
+    """A TextTokenizer for texts, an ImageReader for images, the _FusedModels for pairs."""
+    engine: _Engine | None
     """The running model. None for pairs."""
     stamp: _Stamp
 
 
-class _Runs:
-    """A running model that batches the requests of all callers. It ends with the last reference."""
+class _Engine:
+    """A SharedEngine that batches the requests of all callers. It ends with the last reference."""
 
-    def __init__(self, batches: Any) -> None:
-        self._batches = batches
-        weakref.finalize(self, batches.close)
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        weakref.finalize(self, engine.close)
 
-    async def run(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """Return one `scheduler.Done` an input, in order, or raise what the run raised."""
-        future: Future[Sequence[Any]] = Future()
+    async def embed(self, inputs: Sequence[Any], dimensions: int | None) -> Any:
+        """Return the `Embeddings` of the inputs, in order, or raise what the run raised."""
+        future: Future[Any] = Future()
 
         def answer(outcome: Any) -> None:
             if not future.set_running_or_notify_cancel():
@@ -106,7 +106,7 @@ class _Runs:
             else:
                 future.set_result(outcome)
 
-        self._batches.submit(inputs, answer, future.cancelled)
+        self._engine.submit(inputs, dimensions, answer, future.cancelled)
         return await asyncio.wrap_future(future)
 
 
@@ -201,7 +201,7 @@ class Onnx:
         return opened
 
     def _read(self, kind: InputKind, name: str, stamp: _Stamp) -> _OpenModel:
-        from halimede_engine import scheduler, session
+        from halimede_engine import engine, scheduler, session
         from halimede_ops import spec
 
         steps = stamp.version.steps
@@ -209,17 +209,21 @@ class Onnx:
         served = self._served(kind, name, stamp.version, facts)
         if kind == "pair":
             return _OpenModel(served, facts, self._fused_models(stamp.version), None, stamp)
-        reader, rows = self._reader(kind, facts, steps)
+        reader, make_rows = self._reader(kind, facts, steps)
         model = steps[f"{name}-onnx"] / session.FILE_NAME
         names = self._accelerators()
         accelerators = [session.Accelerator(name) for name in names]
         on_cpu = not {"cuda", "tensorrt"} & set(names)
-        is_near = on_cpu and served.precision in session.PADDED_NEAR
+        is_tight = on_cpu and served.precision in session.TIGHT_PADDING
 
         def open_session(streams: int) -> tuple[Any, list[str]]:
-            pad_near = is_near and streams == 1
             return session.open_session(
-                model, accelerators, self._threads, streams, facts.max_tokens, pad_near=pad_near
+                model,
+                accelerators,
+                self._threads,
+                streams,
+                facts.max_tokens,
+                tight_padding=is_tight and streams == 1,
             )
 
         opened, missing = open_session(self._streams)
@@ -230,18 +234,24 @@ class Onnx:
             )
         run = run_alone = opened.run_together
         if on_cpu and self._opens_twice(session.file_bytes(model)):
-            sessions = session.Sessions(opened, lambda: open_session(1)[0])
-            run, run_alone = sessions.run_together, sessions.run_alone
-        batches = scheduler.ContinuousBatches(
-            run, opened.plan, self._streams, rows, run_alone=run_alone, long_wait_runs=0
+            adaptive = session.AdaptiveSession(opened, lambda: open_session(1)[0])
+            run, run_alone = adaptive.run_together, adaptive.run_alone
+        shared = scheduler.Scheduler(
+            run,
+            opened.plan,
+            self._streams,
+            make_rows=make_rows,
+            run_alone=run_alone,
+            cancel_check_runs=0,
         )
-        return _OpenModel(served, facts, reader, _Runs(batches), stamp)
+        shared_engine = _Engine(engine.SharedEngine(shared, facts))
+        return _OpenModel(served, facts, reader, shared_engine, stamp)
 
     def _opens_twice(self, size_bytes: int) -> bool:
         shared = self._options.streams is None and self._streams > 1
         return shared and size_bytes <= MAX_TWO_SESSIONS_BYTES
 
-    def _fused_models(self, version: configs.Served) -> _FusedModels:
+    def _fused_models(self, version: configs.Ensemble) -> _FusedModels:
         """Open a fusion with the two models that it was made for."""
         from halimede_ops import fusion
 
@@ -260,22 +270,21 @@ class Onnx:
         self, kind: InputKind, facts: Any, steps: Mapping[str, Path]
     ) -> tuple[Any, Callable[[Sequence[Any]], Sequence[Any]]]:
         """Return the reader of inputs, and the function from what it read to the engine's rows."""
-        from halimede_engine import session
+        from halimede_engine import engine
 
         if kind == "image":
             import_optional("PIL", "images")
-            from halimede_ops import image
+            from halimede_engine.image_reader import ImageReader
 
-            image_spec = facts.images()
-            reader = image.Reader(image_spec, self._threads)
-            return reader, lambda pixels: session.pixel_rows(pixels, image_spec.positions)
+            reader = ImageReader(facts.images(), self._threads)
+            return reader, engine.image_rows(facts.images())
         from halimede_ops import text
 
         tokenizer = text.load(steps[f"{facts.name}-tokenizer"], facts)
-        return tokenizer, lambda prompted: session.rows(tokenizer.encode_prompted(prompted))
+        return tokenizer, engine.text_rows(tokenizer)
 
     def _served(
-        self, kind: InputKind, name: str, version: configs.Served, facts: Any
+        self, kind: InputKind, name: str, version: configs.Ensemble, facts: Any
     ) -> ServedModel:
         quality = json.loads((version.folder / "quality.json").read_text())
         if quality["space"] != facts.space:
@@ -328,18 +337,18 @@ async def _embed_texts(opened: _OpenModel, request: Request) -> Answer:
     texts = input_kinds.texts_of(request, opened.served.name)
     decoded = [text.decode(value, row, opened.spec) for row, value in enumerate(texts)]
     prompted = opened.reader.prompted(decoded, [request.input_type or None] * len(decoded))
-    done = await _run(opened, prompted)
-    totals = np.array([result.row.total for result in done], np.int32)
-    return Answer(_embeddings(opened, done, request), totals, opened.served)
+    embeddings = await _run(opened, prompted, request.dimensions)
+    return Answer(embeddings.vectors, embeddings.tokens, opened.served)
 
 
 async def _embed_images(opened: _OpenModel, request: Request) -> Answer:
     """Decode, resize, run, truncate, normalise, as the three steps on Triton."""
     pictures = await asyncio.to_thread(lambda: list(opened.reader.read(request.inputs)))
-    done = await _run(opened, [picture.pixels for picture in pictures])
+    pixels = [picture.pixels for picture in pictures]
+    embeddings = await _run(opened, pixels, request.dimensions)
     facts = [(picture.width, picture.height, picture.format.encode()) for picture in pictures]
     return Answer(
-        _embeddings(opened, done, request),
+        embeddings.vectors,
         unknown_tokens(len(pictures)),
         opened.served,
         np.array(facts, IMAGE),
@@ -377,16 +386,11 @@ EMBED: Mapping[InputKind, Callable[[_OpenModel, Request], Awaitable[Answer]]] = 
 }
 
 
-def _embeddings(opened: _OpenModel, done: Sequence[Any], request: Request) -> np.ndarray:
-    pooled = np.stack([result.result for result in done])
-    return vectors.embed(pooled, opened.spec, request.dimensions)
-
-
-async def _run(opened: _OpenModel, inputs: Sequence[Any]) -> Sequence[Any]:
-    assert opened.runs is not None
+async def _run(opened: _OpenModel, inputs: Sequence[Any], dimensions: int | None) -> Any:
+    assert opened.engine is not None
     try:
-        return await opened.runs.run(inputs)
-    except MemoryError:
+        return await opened.engine.embed(inputs, dimensions)
+    except (MemoryError, errors.InvalidDimensions):
         raise
     except Exception as error:  # onnxruntime raises its own, undocumented classes
         if any(word in str(error).lower() for word in MEMORY_WORDS):

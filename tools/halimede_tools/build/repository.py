@@ -258,7 +258,7 @@ def previous(model: Path) -> int | None:
         version = int((model / PREVIOUS).read_text())
     except (OSError, ValueError):
         return None
-    return version if version in configs.present(model) else None
+    return version if version in configs.stored_versions(model) else None
 
 
 def tune(name: str, found: Mapping[str, Any], repository: Path) -> None:
@@ -321,14 +321,14 @@ def pinned(repository: Path, step: str) -> set[int]:
     """Versions of a step that ensembles of the repository pin and that are on disk."""
     texts = [path.read_text() for path in repository.glob(f"*/{configs.CONFIG}")]
     versions = {configs.steps(config).get(step, 0) for config in texts}
-    return versions & set(configs.present(repository / step))
+    return versions & set(configs.stored_versions(repository / step))
 
 
 def served(model: Path) -> set[int]:
     """Versions that a model's config names and that are on disk."""
     path = model / configs.CONFIG
     named = configs.versions(path.read_text()) if path.exists() else []
-    return set(named) & set(configs.present(model))
+    return set(named) & set(configs.stored_versions(model))
 
 
 def forget(model: Path) -> None:
@@ -348,7 +348,7 @@ def prune(versions: Mapping[str, int], repository: Path) -> None:
             for model, number in pins.items():
                 kept.setdefault(model.removesuffix(configs.CANDIDATE), set()).add(number)
     for model in {*versions, *(pin.model for pin in steps(versions, repository))}:
-        for version in set(configs.present(repository / model)) - kept.get(model, set()):
+        for version in set(configs.stored_versions(repository / model)) - kept.get(model, set()):
             shutil.rmtree(repository / model / str(version), ignore_errors=True)
 
 
@@ -430,7 +430,7 @@ def _copy_model(model: Path, folder: Path) -> None:
 def _seal(files: Iterable[Path]) -> None:
     """Write the checksums of files of one version folder, which the backend verifies."""
     paths = list(files)
-    _write_text(checksums.of(paths), paths[0].parent / checksums.FILE_NAME)
+    _write_text(checksums.sha256sums(paths), paths[0].parent / checksums.FILE_NAME)
 
 
 def _place_pooler(built: Built, pin: Pin, repository: Path) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from halimede_engine import session
-from halimede_ops import image, text, vectors
+from halimede_engine import engine, session
+from halimede_ops import image, text
 from halimede_ops.spec import ModelSpec
 from halimede_tools.build.samples import corpus, pictures
 
@@ -46,29 +46,24 @@ IMAGE_BARS = BARS | {"int8": dataclasses.replace(BARS["int8"], mean_cosine=0.99)
 """The bars of a vision tower."""
 
 
-Rows = Callable[[Sequence[Any]], Sequence[session.Row | session.Pixels]]
+Rows = engine.MakeRows
 """Turns inputs into a model's rows."""
 
 
 def text_rows(tokenizer_folder: Path, spec: ModelSpec) -> Rows:
     """The function that turns texts into token rows."""
     tokenizer = text.load(tokenizer_folder, spec)
-
-    def rows(texts: Sequence[str]) -> list[session.Row]:
-        return session.rows(tokenizer.encode(texts, [None] * len(texts)))
-
-    return rows
+    make_rows = engine.text_rows(tokenizer)
+    return lambda texts: make_rows(tokenizer.prompted(texts, [None] * len(texts)))
 
 
 def image_rows(_: Path, spec: ModelSpec) -> Rows:
     """The function that turns encoded pictures into rows of pixels."""
     accepted = spec.images()
-
-    def rows(files: Sequence[bytes]) -> list[session.Pixels]:
-        pixels = (image.prepare(file, accepted, row).pixels for row, file in enumerate(files))
-        return session.pixel_rows(pixels, accepted.positions)
-
-    return rows
+    make_rows = engine.image_rows(accepted)
+    return lambda files: make_rows(
+        [image.prepare(file, accepted, row).pixels for row, file in enumerate(files)]
+    )
 
 
 def check_pictures() -> list[bytes]:
@@ -96,21 +91,16 @@ TOWERS = {tower.inputs: tower for tower in (TEXTS, IMAGES)}
 """Each tower by its `inputs`."""
 
 
-class Engine:
-    """A built model in this process, run as the served configs run it."""
+class Engine(engine.Engine):
+    """A built model in this process, with the accelerators of the served configs."""
 
     def __init__(self, model: Path, rows: Rows, spec: ModelSpec) -> None:
         accelerators = [session.Accelerator(name) for name in CPU_ACCELERATORS]
-        self.spec = spec
-        self.rows = rows
         self.cores = len(os.sched_getaffinity(0))
-        self.session, _ = session.open_session(
+        opened, _ = session.open_session(
             model, accelerators, self.cores, streams=self.cores, max_tokens=spec.max_tokens
         )
-
-    def embed(self, inputs: Sequence[Any]) -> np.ndarray:
-        """Embeddings `[len(inputs), dims]` float32, in order."""
-        return vectors.embed(self.session.run(self.rows(inputs)), self.spec)
+        super().__init__(opened, rows, spec)
 
     def run_each(self, batches: Sequence[Sequence[session.Row | session.Pixels]]) -> np.ndarray:
         """Pooled vectors `[rows, dims]` float32 of batches that run apart from each other, a

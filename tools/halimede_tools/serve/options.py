@@ -53,7 +53,7 @@ class Options(BaseModel):
     """OpenTelemetry collector for traces, such as http://127.0.0.1:4318/v1/traces."""
     trace_every: int = 100
     """Trace one request in N. A request whose caller traces it is always traced."""
-    _random_key: str = PrivateAttr(default_factory=start.nobodys_key)
+    _random_key: str = PrivateAttr(default_factory=start.random_key)
 
     @model_validator(mode="after")
     def _check_response_cache(self) -> Options:

@@ -85,8 +85,8 @@ def _wait_for_end(server: wheel.Running) -> str:
     while server.is_running():
         if server.has_lost_a_process():
             server.kill()
-            return watch.TOLD
-        time.sleep(watch.EVERY_S)
+            return watch.CHILD_DIED
+        time.sleep(watch.POLL_INTERVAL_S)
     return server.exit_reason()
 
 
@@ -142,7 +142,7 @@ def _excluding(pending: Collection[str], settings: Settings, options: Options) -
     """The options without the pending ensembles."""
     if not pending:
         return options
-    requested = options.models or configs.to_load(settings.repository)
+    requested = options.models or configs.models_to_load(settings.repository)
     return options.model_copy(
         update={"models": tuple(name for name in requested if name not in pending)}
     )

@@ -84,7 +84,7 @@ class Server:
         self.log = log
         self.shared_memory = shared_memory
         """Prefix of its regions in /dev/shm. `stop` removes them."""
-        self._watch = watch.Watch(process.pid)
+        self._watch = watch.ChildWatch(process.pid)
 
     @property
     def grpc_address(self) -> str:
@@ -104,7 +104,7 @@ class Server:
         """Whether a process of its Python backend has died. Requests to that model then fail or
         hang. Poll this regularly.
         """
-        return self._watch.has_lost_one()
+        return self._watch.has_lost_child()
 
     def exit_reason(self) -> str:
         """One line with the exit code and the log's path."""
@@ -191,7 +191,9 @@ def _start(repository: Path, python_backend: Path, run: Path, options: Options) 
 
 def _command(repository: Path, backends: Path, options: Options) -> list[str]:
     wheel = _wheel()
-    resolved = options.model_copy(update={"models": configs.to_load(repository, options.models)})
+    resolved = options.model_copy(
+        update={"models": configs.models_to_load(repository, options.models)}
+    )
     return [
         str(wheel / "bin" / "tritonserver"),
         f"--model-repository={repository.resolve()}",

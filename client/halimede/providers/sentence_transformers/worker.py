@@ -107,11 +107,11 @@ def _picture(data: bytes, row: int) -> tuple[Any, str]:
     """Return the picture as built models see it, and the name of its format."""
     from PIL import Image, ImageOps
 
-    from halimede_ops.image import FORMATS, NAMES
+    from halimede_ops.image import COMMON_NAMES, FORMATS
 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            name = NAMES.get(str(image.format), str(image.format))
+            name = COMMON_NAMES.get(str(image.format), str(image.format))
             return ImageOps.exif_transpose(image).convert("RGB"), name
     except Image.DecompressionBombError:
         raise _Refused(

@@ -1,0 +1,156 @@
+"""From inputs to embeddings: make rows, run the model, truncate and normalise.
+
+An input is a text with its prompt in front, or the pixels of an image, `[3, height, width]` uint8.
+
+- Triton's `embedder` backend and the client's in-process provider use `SharedEngine`: requests of
+  many callers run together.
+- The build's check uses `Engine`: one caller, in its own thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from halimede_engine import batching, session
+from halimede_engine.response_cache import Entry, ResponseCache
+from halimede_engine.scheduler import Outcome, Scheduler
+from halimede_engine.session import Pixels, Row, Session
+from halimede_ops import heads, vectors
+from halimede_ops.spec import POOLED, ImageSpec, ModelSpec
+
+if TYPE_CHECKING:  # images need no tokenizers
+    from halimede_ops.text import TextTokenizer, Tokens
+
+MakeRows = Callable[[Sequence[Any]], Sequence[Row | Pixels]]
+"""Makes one row of each input, in order."""
+
+
+def text_rows(
+    tokenizer: TextTokenizer, on_tokens: Callable[[Sequence[Tokens]], None] = lambda tokens: None
+) -> MakeRows:
+    """A function that tokenizes texts with their prompts in front; `on_tokens` gets the tokens."""
+
+    def make_rows(prompted: Sequence[str]) -> list[Row]:
+        tokens = tokenizer.encode_prompted(prompted)
+        on_tokens(tokens)
+        return session.token_rows(tokens)
+
+    return make_rows
+
+
+def image_rows(spec: ImageSpec) -> MakeRows:
+    """A function that makes rows of the pixels of images, `[3, height, width]` uint8."""
+    return lambda images: session.pixel_rows(images, spec.positions)
+
+
+class Embeddings(NamedTuple):
+    """The embeddings of one request."""
+
+    vectors: np.ndarray
+    """`[inputs, dimensions]` float32."""
+    tokens: np.ndarray
+    """Tokens of each whole input, those beyond the model's limit included: `[inputs]` int32."""
+    heads: dict[str, np.ndarray]
+    """Further outputs of the model, by name: see `halimede_ops.heads.outputs`."""
+
+
+class Engine:
+    """A model for one caller, in the caller's own thread."""
+
+    def __init__(self, session: Session, make_rows: MakeRows, spec: ModelSpec) -> None:
+        self.session = session
+        self.spec = spec
+        self._make_rows = make_rows
+
+    def rows(self, inputs: Sequence[Any]) -> Sequence[Row | Pixels]:
+        """Make one row of each input, in order."""
+        return self._make_rows(inputs)
+
+    def embed(self, inputs: Sequence[Any]) -> np.ndarray:
+        """Embeddings `[len(inputs), dims]` float32, in order."""
+        return vectors.embed(self.session.run(self.rows(inputs)), self.spec)
+
+
+class SharedEngine:
+    """A model for many callers: their inputs run together. Safe to call from several threads."""
+
+    def __init__(
+        self, scheduler: Scheduler, spec: ModelSpec, cache: ResponseCache | None = None
+    ) -> None:
+        """An engine over a scheduler whose `make_rows` takes the engine's inputs.
+
+        `cache` keeps the vectors of texts. It must be None for a model with heads: their outputs
+        are as large as their texts are long, and are not cached.
+        """
+        self._scheduler = scheduler
+        self._spec = spec
+        self._cache = cache
+
+    def submit(
+        self,
+        inputs: Sequence[Any],
+        dimensions: int | None,
+        answer: Callable[[Embeddings | Exception], None],
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> int:
+        """Embed the inputs of one request; return how many of them the cache answered.
+
+        `answer` is called once, perhaps in another thread, with the embeddings or with the
+        exception that the request ended with. `is_cancelled` is as in `Scheduler.submit`.
+
+        Raises:
+            ServerOverloaded: too many requests are unanswered; `answer` is not called.
+        """
+        cached = self._cache.get(inputs) if self._cache else [None] * len(inputs)
+        missing = [given for given, entry in zip(inputs, cached, strict=True) if entry is None]
+
+        def finish(outcome: Outcome) -> None:
+            if isinstance(outcome, Exception):
+                answer(outcome)
+                return
+            # For a model with heads, `vector` is a dict of all outputs: see `stack_outputs`.
+            computed = [Entry(result.output, result.row.total) for result in outcome]
+            remaining = iter(computed)
+            entries = [entry or next(remaining) for entry in cached]
+            answer(self._try_embeddings(entries, [result.row for result in outcome], dimensions))
+            if self._cache:
+                self._cache.put(missing, computed)
+
+        if missing:
+            self._scheduler.submit(missing, finish, is_cancelled)
+        else:
+            finish([])
+        return len(inputs) - len(missing)
+
+    def gather(self) -> None:
+        """Wait briefly for more requests while all threads are busy: see `Scheduler.gather`."""
+        self._scheduler.gather()
+
+    def close(self) -> None:
+        """Answer all requests, then stop the threads."""
+        self._scheduler.close()
+
+    def _try_embeddings(
+        self, entries: Sequence[Entry], rows: Sequence[Row], dimensions: int | None
+    ) -> Embeddings | Exception:
+        try:
+            outputs = session.stack_outputs([entry.vector for entry in entries])
+            pooled = outputs.pop(POOLED)
+            return Embeddings(
+                vectors.embed(pooled, self._spec, dimensions),
+                np.array([entry.tokens for entry in entries], np.int32),
+                self._heads(outputs, rows),
+            )
+        except Exception as error:
+            return error
+
+    def _heads(self, outputs: dict[str, np.ndarray], rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        if not outputs:
+            return {}
+        lengths = [row.length for row in rows]
+        longest = max(lengths)
+        ids = batching.pad([row.ids for row in rows], longest)
+        return heads.outputs(outputs, ids, batching.mask(lengths, longest), self._spec)

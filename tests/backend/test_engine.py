@@ -1,0 +1,98 @@
+"""Tokenize, run, embed: for one caller, and for many."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from conftest import MODEL, version_folder
+
+from halimede_engine.engine import Embeddings, Engine, SharedEngine, text_rows
+from halimede_engine.response_cache import ResponseCache
+from halimede_engine.scheduler import Scheduler
+from halimede_engine.session import FILE_NAME, Session, open_session
+from halimede_ops import spec, text, vectors
+from halimede_ops.errors import InvalidDimensions
+from halimede_tools.settings import Settings
+
+TOKENIZER = version_folder(Settings().repository / f"{MODEL}-tokenizer")
+SPEC = spec.load(TOKENIZER)
+TEXTS = ["a cat", "word " * 300, "", "一只猫", "a cat"]
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> text.TextTokenizer:
+    return text.load(TOKENIZER, SPEC)
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    path = version_folder(Settings().repository / f"{MODEL}-onnx") / FILE_NAME
+    return open_session(path, max_tokens=SPEC.max_tokens)[0]
+
+
+@pytest.fixture
+def shared(tokenizer: text.TextTokenizer, session: Session) -> Iterator[SharedEngine]:
+    """With a cache that holds all texts of a test."""
+    scheduler = Scheduler(
+        session.run_together, session.plan, threads=1, make_rows=text_rows(tokenizer)
+    )
+    engine = SharedEngine(scheduler, SPEC, ResponseCache(1_000_000))
+    yield engine
+    engine.close()
+
+
+def embed(
+    engine: SharedEngine, texts: list[str], dimensions: int | None = None
+) -> tuple[Embeddings | Exception, int]:
+    """What the engine answered, and for how many texts the cache did."""
+    answers: list[Embeddings | Exception] = []
+    answered = threading.Event()
+
+    def answer(result: Embeddings | Exception) -> None:
+        answers.append(result)
+        answered.set()
+
+    cached = engine.submit(texts, dimensions, answer)
+    assert answered.wait(TIMEOUT_S)
+    [result] = answers
+    return result, cached
+
+
+def test_one_caller_and_many_get_the_same_embeddings(
+    tokenizer: text.TextTokenizer, session: Session, shared: SharedEngine
+) -> None:
+    """Cosine of at least 0.99999, each text at its place, tokens of the whole text."""
+    rows = text_rows(tokenizer)
+    expected = Engine(session, rows, SPEC).embed(TEXTS)
+    result, _ = embed(shared, TEXTS)
+    assert isinstance(result, Embeddings)
+    assert result.vectors.dtype == np.float32 and result.tokens.dtype == np.int32
+    assert vectors.cosine(result.vectors, expected).min() >= 0.99999
+    assert result.tokens.tolist() == [row.total for row in rows(TEXTS)]
+    assert result.tokens[1] > SPEC.max_tokens
+    assert result.heads == {}
+
+
+def test_cached_texts_are_answered_among_others(shared: SharedEngine) -> None:
+    """Texts that were embedded before are not run again, and every text keeps its place."""
+    first, cached = embed(shared, ["b", "d"])
+    assert cached == 0
+    # An entry is stored after its answer was given: close waits for it.
+    shared.close()
+    both, cached = embed(shared, ["d", "b"])
+    assert cached == 2
+    assert isinstance(first, Embeddings) and isinstance(both, Embeddings)
+    assert np.array_equal(first.vectors[::-1], both.vectors)
+    assert np.array_equal(first.tokens[::-1], both.tokens)
+
+
+def test_an_error_is_the_answer_to_its_request_alone(shared: SharedEngine) -> None:
+    """Dimensions that the model does not have are answered with their error."""
+    refused, _ = embed(shared, ["a"], SPEC.dims + 1)
+    assert isinstance(refused, InvalidDimensions)
+    result, _ = embed(shared, ["a"], 8)
+    assert isinstance(result, Embeddings) and result.vectors.shape == (1, 8)
