@@ -43,10 +43,9 @@ path of the server.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, TypeVar
 
-if TYPE_CHECKING:
-    from typing import Self  # Python 3.10, which NVIDIA's container has, lacks it
+Invalid = TypeVar("Invalid", bound="InvalidInput")
 
 
 class HalimedeError(Exception):
@@ -76,7 +75,7 @@ class InvalidInput(HalimedeError, ValueError):
         message = super().__str__()
         return f"{self.subject} {self.index} {message}" if self.subject else message
 
-    def at(self, index: int) -> Self:
+    def at(self: Invalid, index: int) -> Invalid:
         """Return the same error about the input at another index."""
         return type(self)(self.args[0], subject=self.subject, index=index)
 
