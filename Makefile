@@ -80,7 +80,7 @@ test-faults: develop default  ## What fails around a server, with a minute of ov
 	$(BIN)/python -m pytest tests/system/test_faults.py -m 'faults or not faults' $(ARGS)
 
 security: develop default  ## Who may do what, what the logs hold, secrets, known vulnerabilities
-	$(BIN)/python -m pytest tests/system/test_security.py tests/tools/test_audit.py $(ARGS)
+	$(BIN)/python -m pytest tests/system/test_security.py tests/system/test_audit.py $(ARGS)
 	@# 3: only the line numbers in the baseline were brought up to date.
 	$(BIN)/detect-secrets-hook --no-verify --baseline .secrets.baseline $$(git ls-files) || [ $$? -eq 3 ]
 	$(BIN)/python -m pip freeze --all --exclude-editable > .venv/installed.txt

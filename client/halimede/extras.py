@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from types import ModuleType
 
 from halimede_ops.errors import MissingExtra
@@ -29,6 +31,21 @@ def check_installed(module: str, extra: str) -> None:
     """
     if importlib.util.find_spec(module) is None:
         raise _missing(module, extra)
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Run what imports packages of an extra.
+
+    Raises:
+        MissingExtra: one of them is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if isinstance(error, MissingExtra):
+            raise
+        raise _missing(error.name or "a package", extra) from None
 
 
 def _missing(module: str, extra: str) -> MissingExtra:

@@ -16,12 +16,12 @@ import numpy as np
 
 from halimede_engine import batching, session
 from halimede_engine.response_cache import Entry, ResponseCache
-from halimede_engine.scheduler import Outcome, Scheduler
 from halimede_engine.session import Pixels, Row, Session
 from halimede_ops import heads, vectors
 from halimede_ops.spec import POOLED, ImageSpec, ModelSpec
 
-if TYPE_CHECKING:  # images need no tokenizers
+if TYPE_CHECKING:  # one caller needs no scheduler, images need no tokenizers
+    from halimede_engine.scheduler import Outcome, Scheduler
     from halimede_ops.text import TextTokenizer, Tokens
 
 MakeRows = Callable[[Sequence[Any]], Sequence[Row | Pixels]]

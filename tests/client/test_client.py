@@ -58,6 +58,7 @@ def test_what_changes_a_vector_is_in_its_key(server: wheel.Server) -> None:
         assert embedder.embed("a", output_type="binary").cached.all()
 
 
+@pytest.mark.needs("redis-server")
 def test_redis_is_shared(tmp_path: Path) -> None:
     """A second embedder finds in Redis what the first computed; its metrics say how hot it was."""
     from prometheus_client import CollectorRegistry, generate_latest

@@ -110,6 +110,17 @@ def test_packages_are_imported_on_first_use(module: str, later: list[str]) -> No
     assert done.stdout.strip() == "[]"
 
 
+def test_what_serves_imports_nothing_that_builds() -> None:
+    """`halimede serve` and `halimede deploy` of built models need the extra `server` alone."""
+    code = (
+        "import sys; from halimede_tools.serve import supervise, container; "
+        "from halimede_tools.deploy import control, deployment; from halimede_tools.build import "
+        f"candidates, steps; print([name for name in {sorted(BUILD_ONLY)} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_one_file_knows_model_config() -> None:
     """config.pbtxt is printed from typed messages in one file alone."""
     users = [

@@ -354,11 +354,11 @@ class Killed(Control):
 
     calls = 0
 
-    def _call(self, method: str, *models: str, timeout_s: float, **flags: bool) -> Any:
+    def _call(self, send: Any, timeout_s: float) -> Any:
         self.calls -= 1
         if self.calls < 0:
             raise KeyboardInterrupt
-        return super()._call(method, *models, timeout_s=timeout_s, **flags)
+        return super()._call(send, timeout_s)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -24,8 +25,6 @@ def start(
     options: wheel.Options, *more: str, within: Sequence[str] = (), **environment: str
 ) -> subprocess.Popen[str]:
     """`halimede serve` with these ports and the FP32 model alone, run by the command `within`."""
-    import os
-
     command = [*within, sys.executable, "-m", "halimede", "serve", "--models", MODEL]
     command += ["--http-port", str(options.http_port), "--grpc-port", str(options.grpc_port)]
     command += ["--metrics-port", str(options.metrics_port), *more]
@@ -169,3 +168,31 @@ def cpu_s(pid: int) -> float:
     """CPU seconds of a process and its children so far."""
     # Linux has a clock of each process (clock_getcpuclockid), finer than what /proc tells.
     return sum(time.clock_gettime((~process.pid << 3) | 2) for process in family(pid))
+
+
+def test_precisions_that_are_built_meanwhile_join_the_server(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """A repository without versions is served from FP32; FP16 and INT8 join the running server."""
+    from halimede import Embedder
+
+    home, repository = tmp_path / "home", tmp_path / "repository"
+    unlocked = shutil.ignore_patterns(".lock")
+    shutil.copytree(settings.models, home / "models", copy_function=os.link, ignore=unlocked)
+    for config in settings.repository.glob(f"{MODEL}*/config.pbtxt"):
+        unbuilt = shutil.ignore_patterns("[0-9]*", "warmup")
+        shutil.copytree(config.parent, repository / config.parent.name, ignore=unbuilt)
+    options = free_options()
+    variables = {"HALIMEDE_HOME": str(home), "HALIMEDE_REPOSITORY": str(repository)}
+    process = start(options, "--models", "", **variables)
+    printed = read_until(process, "joins when checked")
+    assert f"ready  {MODEL}, fp32" in printed
+    assert f"joins when checked: {MODEL}-fp16, {MODEL}-int8" in printed
+    with Embedder(f"127.0.0.1:{options.grpc_port}", f"{MODEL}-int8") as embedder:
+        read_until(process, f"joined {MODEL}-fp16")
+        read_until(process, f"joined {MODEL}-int8")
+        assert embedder.embed("hello world").precision == "int8"
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    assert not psutil.wait_procs(children, timeout=30)[1]

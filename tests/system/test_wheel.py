@@ -81,7 +81,8 @@ def client(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[In
 def test_serve_ends_with_an_embedding(whole: Installed, settings: Settings) -> None:
     """`halimede serve` serves the default model from the user's data directory; what was built
     before is used, as the build itself is tested elsewhere."""
-    shutil.copytree(settings.models, whole.data / "home" / "models", copy_function=os.link)
+    models, unlocked = whole.data / "home" / "models", shutil.ignore_patterns(".lock")
+    shutil.copytree(settings.models, models, copy_function=os.link, ignore=unlocked)
     shutil.copytree(settings.repository, whole.data / "model_repository", copy_function=os.link)
     options = free_options()
     ports = ["--http-port", options.http_port, "--grpc-port", options.grpc_port]

@@ -117,12 +117,16 @@ def constant(tensor: onnx.TensorProto) -> list[object]:
 
 def test_a_changed_graph_raises_the_recipe(settings: Settings) -> None:
     """Numbers know a graph by RECIPE alone: where the default model's graphs are others than those
-    noted beside it, RECIPE is to be raised and the new ones are to be noted.
+    noted beside it, RECIPE is to be raised and the new ones are to be noted. Of INT8 the kinds of
+    nodes count: how many there are depends on the activations, which differ between CPUs.
     """
     found = {}
     for precision in PRECISIONS:
         graph = rewrite.load(settings.models / MODEL / precision / "model.onnx").graph
-        found[precision] = keys.key_of(str(repository.RECIPE), json.dumps(structure(graph)))
+        whole = structure(graph)
+        if precision == "int8":
+            whole = sorted({json.dumps([*node[:2], node[4]]) for node in whole[1]})
+        found[precision] = keys.key_of(str(repository.RECIPE), json.dumps(whole))
     assert found == repository.RECIPE_GRAPHS
 
 

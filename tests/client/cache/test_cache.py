@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, require
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -128,6 +128,7 @@ def tier_stats(cache: Cache, name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    require("redis-server")
     with redis_server.serve(tmp_path_factory.mktemp("redis")) as url:
         yield url
 
@@ -979,6 +980,7 @@ def test_a_broken_file_is_made_anew(tmp_path: Path, damage: Callable, open_befor
     asyncio.run(flow())
 
 
+@pytest.mark.needs("redis-server")
 def test_redis_that_dies_is_left_out_until_it_is_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1018,6 +1020,7 @@ def test_redis_that_dies_is_left_out_until_it_is_back(
     assert not any(str(port) in line or "Ada" in line for line in caplog.messages)
 
 
+@pytest.mark.needs("redis-server")
 def test_a_full_redis_is_still_read(tmp_path: Path) -> None:
     """At `maxmemory` with noeviction writes wait and hits go on; with room again, all is written."""
 

@@ -92,14 +92,23 @@ def _distributions() -> dict[str, list[str]]:
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[str, list[str]]]:
-    """Every import: the module, and the names taken from it."""
-    for node in ast.walk(tree):
+    """Every import that is run: the module, and the names taken from it."""
+    for node in _run_nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, []) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level:
             raise ImportError("our modules import each other by their full names")
         elif isinstance(node, ast.ImportFrom):
             yield str(node.module), [alias.name for alias in node.names]
+
+
+def _run_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes below a node, without those that only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from _run_nodes(node)
 
 
 def _modules(module: str, names: list[str], folder_of: Callable[[str], Path]) -> set[str]:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from halimede_tools.cli.options import DEFAULT_MODEL, Model, Precisions, extra, names
+from halimede.extras import needs_extra
+from halimede_tools.cli.options import DEFAULT_MODEL, Model, Precisions, names
 from halimede_tools.settings import Settings
 
 app = typer.Typer(invoke_without_command=True)
@@ -35,7 +36,7 @@ def peers(
     """Measure every engine against its peers; write the report."""
     if context.invoked_subcommand is not None:
         return
-    with extra(EXTRA):
+    with needs_extra(EXTRA):
         from halimede_tools.bench.peers import compare
 
         compare.bench(
@@ -54,7 +55,7 @@ def server(
     model: Model = DEFAULT_MODEL, precisions: Precisions = "fp32,int8", rounds: Rounds = 5
 ) -> None:
     """Measure the server under load against the engine alone."""
-    with extra(EXTRA):
+    with needs_extra(EXTRA):
         from halimede_tools.bench.server import perf
 
         perf(Settings(), model, names(precisions), rounds)
@@ -65,7 +66,7 @@ def designs(
     model: Model = DEFAULT_MODEL, precisions: Precisions = "fp32,int8", rounds: Rounds = 3
 ) -> None:
     """Measure four ways to serve the ensemble's contract."""
-    with extra(EXTRA):
+    with needs_extra(EXTRA):
         from halimede_tools.bench import designs
 
         designs.designs(Settings(), model, names(precisions), rounds)
@@ -76,7 +77,7 @@ def scaling(
     model: Model = DEFAULT_MODEL, precisions: Precisions = "fp32,int8", rounds: Rounds = 3
 ) -> None:
     """Measure a server by text length and cores, and two servers together."""
-    with extra(EXTRA):
+    with needs_extra(EXTRA):
         from halimede_tools.bench.scaling import bench_scaling
 
         bench_scaling(Settings(), model, names(precisions), rounds)
@@ -90,7 +91,7 @@ def images(
     rounds: Rounds = 3,
 ) -> None:
     """Measure image embeddings of a CLIP model under load against transformers."""
-    with extra(EXTRA):
+    with needs_extra(EXTRA):
         from halimede_tools.bench.images import bench_images
 
         bench_images(Settings(), folder, model, names(precisions), rounds)
@@ -99,7 +100,7 @@ def images(
 @app.command()
 def cache() -> None:
     """Measure cache hits and hash embeddings against their required rates."""
-    with extra("redis"):
+    with needs_extra("redis"):
         from halimede_tools.bench.cache import bench_cache
 
         bench_cache()
@@ -114,7 +115,7 @@ def sts(
     """Print STS Spearman x100 of models on a running server."""
     from halimede import Embedder
 
-    with extra("build"):
+    with needs_extra("build"):
         from halimede_tools.build.samples.sts import spearman
     for model in names(models):
         with Embedder(url, model) as embedder:
@@ -132,7 +133,7 @@ def gpu(
     rounds: Rounds = 3,
 ) -> None:
     """Measure the model on this machine's GPU against sentence-transformers."""
-    with extra(EXTRA):
+    with needs_extra(EXTRA):
         from halimede_tools.bench import gpu
 
         gpu.gpu_check(Settings(), model, names(precisions), device, gpu.Extent(rounds))

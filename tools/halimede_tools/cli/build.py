@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from halimede.extras import needs_extra
 from halimede_ops.errors import InvalidInput
-from halimede_tools.cli.options import DEFAULT_MODEL, Precisions, extra, names
+from halimede_tools.cli.options import DEFAULT_MODEL, Precisions, names
 from halimede_tools.settings import Settings
 
 Model = Annotated[str, typer.Argument(help="Name in the catalogue, or path of a model folder.")]
@@ -65,7 +66,7 @@ def build(
     candidate: Candidate = False,
 ) -> None:
     """Build a model into the repository; skip steps that are done."""
-    with extra("build"):
+    with needs_extra("build"):
         from halimede_tools.build import plan
 
     fields: plan.Fields = {
@@ -82,7 +83,7 @@ def build(
     }
     if prompt:
         fields["prompts"] = _prompts(prompt)
-    with extra("build"):
+    with needs_extra("build"):
         request = plan.build_request(model, name, **fields)
         plan.build(request, Settings(), candidate=candidate, published=_print)
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from halimede_tools.cli.options import DEFAULT_MODEL, extra
+from halimede.extras import needs_extra
+from halimede_tools.cli.options import DEFAULT_MODEL
 from halimede_tools.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, help="One vector for a text and an image.")
@@ -25,7 +26,7 @@ def untrained(
     ] = 0.5,
 ) -> None:
     """Write an orthonormal projection, which keeps the weighted sum of both similarities."""
-    with extra("build"):
+    with needs_extra("build"):
         from halimede_tools.build.fusion import write_untrained
 
         write_untrained(name, text, image, text_weight, Settings().repository)
@@ -39,7 +40,7 @@ def fit(
     name: Annotated[str, typer.Option(help="Name to serve it under.")] = "multimodal",
 ) -> None:
     """Fit the projection to pairs of views of one object; print its retrieval score."""
-    with extra("build"):
+    with needs_extra("build"):
         from halimede_tools.build.fusion import write_fitted
 
         write_fitted(name, text, image, pairs, Settings().repository)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from halimede_tools.cli.options import extra, names
+from halimede.extras import needs_extra
+from halimede_tools.cli.options import names
 from halimede_tools.settings import Settings
 
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
@@ -60,7 +61,7 @@ def serve(
     response_cache_mb: ResponseCacheMb = 0,
 ) -> None:
     """Serve the repository with Triton; build missing models first."""
-    with extra("server"):
+    with needs_extra("server"):
         from halimede_tools.serve import supervise
         from halimede_tools.serve.options import Options
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from halimede_tools.cli.options import DEFAULT_MODEL, Model, Precisions, extra, names
+from halimede.extras import needs_extra
+from halimede_tools.cli.options import DEFAULT_MODEL, Model, Precisions, names
 from halimede_tools.settings import Settings
 
 
@@ -19,7 +20,7 @@ def soak(
     concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 32,
 ) -> None:
     """Send mixed requests; check every answer, memory and drift; write the report."""
-    with extra("server,build"):
+    with needs_extra("server,build"):
         from halimede_tools.bench import soak
 
         soak.soak(Settings(), model, names(precisions), requests, concurrency, soak.REPORT)

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from halimede_tools.cli.options import DEFAULT_MODEL, Model, Precisions, extra, names
+from halimede.extras import needs_extra
+from halimede_tools.cli.options import DEFAULT_MODEL, Model, Precisions, names
 from halimede_tools.settings import Settings
 
 
@@ -18,7 +19,7 @@ def tune(
     ] = 60.0,
 ) -> None:
     """Find the fastest settings of a model on this machine; write them into its configs."""
-    with extra("server,build"):
+    with needs_extra("server,build"):
         from halimede_tools.bench import tune
 
         tune.tune(Settings(), model, names(precisions), seconds)

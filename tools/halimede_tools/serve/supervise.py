@@ -9,12 +9,12 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import NoReturn
 
 from halimede import Embedder
+from halimede.extras import needs_extra
 from halimede.models import catalogue
 from halimede_launch import watch
 from halimede_ops.errors import ServeError
 from halimede_repository import configs
-from halimede_tools.build.plan import PRECISIONS, build, build_request
-from halimede_tools.build.repository import served_name
+from halimede_tools.build.repository import SUFFIXES, served_name
 from halimede_tools.console import console
 from halimede_tools.serve import background_builds, wheel
 from halimede_tools.serve.options import Options
@@ -117,20 +117,26 @@ def _build_first(settings: Settings, options: Options) -> list[background_builds
             if not configs.is_built(settings.repository / served_name(model, precision))
         ]
         if missing == precisions:
-            build(build_request(model, precisions=(missing.pop(0),)), settings)
+            _build(model, missing.pop(0), settings)
         if missing:
             remaining.append(background_builds.Build(model, tuple(missing)))
     return remaining
 
 
+def _build(model: str, precision: str, settings: Settings) -> None:
+    with needs_extra("build"):
+        from halimede_tools.build import plan  # only what is missing needs what builds
+    plan.build(plan.build_request(model, precisions=(precision,)), settings)
+
+
 def _requested(options: Options) -> dict[str, list[str]]:
     """Model of the catalogue → its requested precisions."""
     if not options.models:
-        return {catalogue.DEFAULT: list(PRECISIONS)}
+        return {catalogue.DEFAULT: list(SUFFIXES)}
     requested = {
         model.name: [
             precision
-            for precision in PRECISIONS
+            for precision in SUFFIXES
             if served_name(model.name, precision) in options.models
         ]
         for model in catalogue.models()
