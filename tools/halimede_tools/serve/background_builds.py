@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from halimede_ops.errors import HalimedeError
+from halimede_ops.errors import HalimedeError, ServerUnreachable
 from halimede_tools.build.repository import served_name
 from halimede_tools.console import console
 from halimede_tools.deploy.control import Control
@@ -21,6 +21,7 @@ from halimede_tools.serve.wheel import DIE_WITH_PARENT
 NICENESS = 10
 """Niceness of the builds: requests have priority."""
 STOP_TIMEOUT_S = 10.0
+RETRY_S = 0.5
 
 
 class Build(NamedTuple):
@@ -59,7 +60,7 @@ class _BuildThread:
         self._log = log
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        self._stopped = False
+        self._stopped = threading.Event()
         self.published: set[str] = set()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -74,7 +75,7 @@ class _BuildThread:
                     self._load(line.strip())
                 process.wait()
                 missing = [name for name in build.ensembles if name not in self.published]
-                if missing and not self._stopped:
+                if missing and not self._stopped.is_set():
                     console.print(
                         f"  [yellow]! not built: {', '.join(missing)} (log: {self._log}). "
                         f"Run: halimede build {build.model}[/]"
@@ -87,7 +88,7 @@ class _BuildThread:
     def stop(self) -> None:
         """End the current build."""
         with self._lock:
-            self._stopped = True
+            self._stopped.set()
             if self._process is not None:
                 self._process.terminate()
         self._thread.join(STOP_TIMEOUT_S)
@@ -96,7 +97,7 @@ class _BuildThread:
         command = [sys.executable, "-m", "halimede", "build", build.model]
         command += ["--precisions", ",".join(build.precisions)]
         with self._lock:
-            if self._stopped:
+            if self._stopped.is_set():
                 return None
             self._process = subprocess.Popen(
                 [sys.executable, "-c", DIE_WITH_PARENT, *command],
@@ -109,14 +110,18 @@ class _BuildThread:
             return self._process
 
     def _load(self, ensemble: str) -> None:
-        """Load a published ensemble into the server."""
+        """Load a published ensemble into the server, as soon as that answers."""
         self.published.add(ensemble)
         http = f"http://{self._options.http_host}:{self._options.http_port}"
-        try:
-            with Control(http, key=self._options.control_key) as control:
-                control.load([ensemble])
-        except HalimedeError as error:
-            if not self._stopped:
+        while not self._stopped.is_set():
+            try:
+                with Control(http, key=self._options.control_key) as control:
+                    control.load([ensemble])
+            except ServerUnreachable:  # it starts, or starts again
+                self._stopped.wait(RETRY_S)
+            except HalimedeError as error:
                 console.print(f"  [yellow]! {ensemble} is built and not served: {error}[/]")
-        else:
-            console.print(f"  [green]joined[/] {ensemble}")
+                return
+            else:
+                console.print(f"  [green]joined[/] {ensemble}")
+                return
