@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,6 +186,8 @@ def test_precisions_that_are_built_meanwhile_join_the_server(
     options = free_options()
     variables = {"HALIMEDE_HOME": str(home), "HALIMEDE_REPOSITORY": str(repository)}
     process = start(options, "--models", "", **variables)
+    watchdog = threading.Timer(300, process.kill)  # ends what waits for a line that never comes
+    watchdog.start()
     printed = read_until(process, "joins when checked")
     assert f"ready  {MODEL}, fp32" in printed
     assert f"joins when checked: {MODEL}-fp16, {MODEL}-int8" in printed
@@ -192,6 +195,7 @@ def test_precisions_that_are_built_meanwhile_join_the_server(
         read_until(process, f"joined {MODEL}-fp16")
         read_until(process, f"joined {MODEL}-int8")
         assert embedder.embed("hello world").precision == "int8"
+    watchdog.cancel()
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
