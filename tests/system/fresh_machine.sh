@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # `make test` and `make serve` on a machine with nothing but Python, git, make and a C library: a root
 # file system made by debootstrap. A release runs it, as root on Debian 12: tests/system/fresh_machine.sh
+# With the argument `serve` it leaves the tests out.
 # It clones the last commit of this checkout and takes this machine's settings of apt and pip.
 set -euo pipefail
 
@@ -15,13 +16,16 @@ main() {
     take_settings
     for folder in /proc /sys /dev /dev/pts /dev/shm; do bind "$folder"; done
     git clone --quiet "$checkout" "$root/root/halimede"
-    inside make --no-print-directory test
+    [ "${1:-}" = serve ] || inside make --no-print-directory test
     serve
 }
 
 make_root() {
     local mirror program
     chmod 755 "$root"
+    mount --bind "$root" "$root"  # so that it is a file system's root, as a machine's is
+    mount --make-private "$root"
+    mounted=("$root")
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Codename: bookworm' | head -1)
     debootstrap --variant=minbase --include=python3,git,make,ca-certificates bookworm "$root" "$mirror" >/dev/null
     for program in curl redis-server promtool faketime chromium; do

@@ -60,8 +60,8 @@ def _keep_running(
         built = _excluding(pending, settings, options)
         with _runtime(runtime, settings, built) as server:
             show(built)
-            if pending:
-                console.print(f"  Being built, joins when checked: {', '.join(sorted(pending))}")
+            if waiting := sorted(pending - {*published}):
+                console.print(f"  Being built, joins when checked: {', '.join(waiting)}")
             ended = _wait_for_end(server)
         short_lives = short_lives + 1 if time.monotonic() - began < SHORT_LIFE_S else 0
         console.print(f"{ended}; it is started again")
