@@ -6,16 +6,13 @@ import os
 from pathlib import Path
 
 import halimede_ops
-from halimede.config.environment import CHECKOUT, GIB
+from halimede.config.environment import GIB
 from halimede.config.environment import Settings as ClientSettings
 
 PACKAGES = Path(halimede_ops.__file__).parents[1]
 """Folder of our packages: python_backend/ of a checkout, or site-packages."""
 WHEEL_BACKENDS = PACKAGES / "halimede_backends"
 """Folder of the backends in an installed wheel."""
-
-ROOT = CHECKOUT or Path()
-"""Root folder of the reports."""
 
 
 class Settings(ClientSettings):

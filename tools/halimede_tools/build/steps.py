@@ -19,7 +19,7 @@ from halimede.models.store import LOCK, PART, RECORD, damaged, recorded
 from halimede_ops.errors import BuildError
 from halimede_repository.checksums import sha256
 from halimede_tools.build.keys import code, key_of
-from halimede_tools.console import console as console
+from halimede_tools.console import console
 from halimede_tools.settings import Settings
 
 
