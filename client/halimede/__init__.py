@@ -3,6 +3,8 @@
 from halimede.config.schema import Config
 from halimede.embedder import AsyncEmbedder, Embedder
 from halimede.inputs.archives import find_images
+from halimede.pipeline.sharing import completed
+from halimede.pipeline.waiting import Future
 from halimede.providers.base import Answer, Provider, Request
 from halimede.results import Embeddings, ImageInfo, ServedModel
 from halimede_ops.errors import (
@@ -39,6 +41,7 @@ __all__ = [
     "Embedder",
     "Embeddings",
     "FetchFailed",
+    "Future",
     "HalimedeError",
     "ImageInfo",
     "ImageTooLarge",
@@ -62,5 +65,6 @@ __all__ = [
     "UnknownInputType",
     "UnsupportedInput",
     "UrlRefused",
+    "completed",
     "find_images",
 ]

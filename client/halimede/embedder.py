@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import math
+import os
 from collections.abc import (
     AsyncIterable,
     AsyncIterator,
@@ -23,24 +26,27 @@ from halimede.config.resolve import resolve
 from halimede.config.schema import Config
 from halimede.inputs.content import Input, InputKind
 from halimede.inputs.images import ImageLike, image_input, image_inputs, pair_inputs
-from halimede.inputs.texts import encode_text, encode_texts
+from halimede.inputs.options import check_options, check_progress, check_window
+from halimede.inputs.texts import encode_text, encode_texts, refuse_async, stream_of
 from halimede.inputs.urls import Fetch
-from halimede.observability.progress import bar
-from halimede.observability.statistics import Statistics
-from halimede.pipeline import loop
-from halimede.pipeline.chain import Chain
-from halimede.pipeline.flow import Call, Flow
-from halimede.pipeline.link import Link
+from halimede.observability.progress import NO_PROGRESS, Progress, bar
+from halimede.pipeline.batching import WINDOWS_IN_FLIGHT
+from halimede.pipeline.pipeline import Call, Pipeline
+from halimede.pipeline.pool import Pool
+from halimede.pipeline.sharing import Lifetime
 from halimede.pipeline.stream import Stream
+from halimede.pipeline.waiting import drive, drive_async
 from halimede.providers import Options, Provider
 from halimede.results import Embeddings, ServedModel
-from halimede_ops.errors import InvalidInput
+from halimede_ops.errors import InvalidConfig
 from halimede_ops.quantise import OutputType
 
 STREAM_WINDOW = 1024
 """Texts in one part of a stream."""
 IMAGES_WINDOW = 64
 """Images in one part of a stream."""
+PROVIDER = ("name", "describe", "embed", "close")
+"""What a provider must have."""
 
 
 class EmbedOptions(TypedDict, total=False):
@@ -50,6 +56,7 @@ class EmbedOptions(TypedDict, total=False):
     output_type: OutputType
     ranges: np.ndarray | None
     sticky_key: str | None
+    deadline_s: float | None
 
 
 class TextOptions(EmbedOptions, total=False):
@@ -69,7 +76,7 @@ class PairOptions(TextOptions, ImageOptions, total=False):
 
 
 class _BaseEmbedder:
-    """What both embedders share."""
+    """What both embedders share. A process has its own pipeline, so that it survives a fork."""
 
     def __init__(
         self,
@@ -100,48 +107,89 @@ class _BaseEmbedder:
         self.config = resolve(
             config, url=url, model=model, timeout_s=timeout_s, deadline_s=deadline_s
         )
-        self._loop = loop.shared()
-        self._flow = _flow(self.config, providers)
+        self._providers = _checked(providers)
+        self._is_closed = False
+        self._pipelines = {os.getpid(): self._open()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Connections, models and caches stay here. A copy opens its own.
+        return _restored, (type(self), self.config, self._providers)
+
+    @property
+    def _pipeline(self) -> Pipeline:
+        """This process's pipeline. That of a parent process is never used, nor released."""
+        pipeline = self._pipelines.get(os.getpid())
+        if pipeline is None:
+            pipeline = self._pipelines.setdefault(os.getpid(), self._open())
+            if self._is_closed:
+                pipeline.close()
+        return pipeline
+
+    def current_stats(self) -> dict[str, Any]:
+        """Statistics of this embedder so far, as JSON types, of either class without waiting."""
+        return self._pipeline.stats()
+
+    def _open(self) -> Pipeline:
+        config = self.config
+        own = [
+            Options.model_validate({"provider": "own", "model_id": provider.name})
+            for provider in self._providers
+        ]
+        return Pipeline(
+            own or config.chain(),
+            config.rules(),
+            Fetch(config.urls),
+            providers=self._providers,
+            cache=None if config.cache is None else config.cache.open(),
+            model_check_s=1.0 if config.cache is None else config.cache.model_check_s,
+        )
+
+    def _close(self) -> None:
+        self._is_closed = True
+        pipeline = self._pipelines.get(os.getpid())
+        if pipeline is not None:
+            pipeline.close()
 
     def _call(
         self,
         kind: InputKind,
         inputs: Sequence[Input],
-        deadline_s: float | None,
-        *,
+        options: Mapping[str, Any],
+        progress: Progress,
         first: int = 0,
-        on_progress: Callable[[int], object] | None = None,
-        **options: Unpack[PairOptions],
+        may_block: bool = False,
     ) -> Call:
-        output_type = options.get("output_type", "float32")
-        ranges = options.get("ranges")
-        if output_type in ("int8", "uint8") and ranges is None:
-            raise InvalidInput(
-                f"{output_type} needs ranges, or vectors of two calls could not be compared. "
-                "Measure them once over a hundred texts or more: "
-                "halimede_ops.quantise.measure_ranges(result.vectors)."
+        checked = check_options(kind, options)
+        if checked.deadline_s is None and self.config.deadline_s is not None:
+            checked = checked._replace(deadline_s=self.config.deadline_s)
+        return Call(inputs, kind, checked, first, progress, may_block)
+
+
+def _checked(providers: Sequence[Provider]) -> tuple[Provider, ...]:
+    """Return the providers given.
+
+    Raises:
+        InvalidConfig: something is no provider.
+    """
+    if not isinstance(providers, Iterable):
+        raise InvalidConfig(f"providers is {type(providers).__name__}; give a list of providers.")
+    for provider in providers:
+        lacking = [name for name in PROVIDER if not hasattr(provider, name)]
+        if lacking:
+            raise InvalidConfig(
+                f"providers has a {type(provider).__name__} without {', '.join(lacking)}; see "
+                "halimede.Provider."
             )
-        return Call(
-            inputs,
-            kind,
-            input_type=options.get("input_type"),
-            dimensions=options.get("dimensions"),
-            output_type=output_type,
-            ranges=ranges,
-            deadline_s=self.config.deadline_s if deadline_s is None else deadline_s,
-            on_progress=on_progress,
-            errors=options.get("errors", "raise"),
-            first=first,
-            sticky_key=_encode_key(options.get("sticky_key")),
-        )
+    return tuple(providers)
 
 
-def _encode_key(sticky_key: str | None) -> bytes | None:
-    if sticky_key is None:
-        return None
-    if not isinstance(sticky_key, str):
-        raise InvalidInput(f"sticky_key is {type(sticky_key).__name__}; give a str.")
-    return sticky_key.encode("utf-8", "surrogatepass")
+def _restored(kind: type[_BaseEmbedder], config: Config, providers: Sequence[Provider]) -> Any:
+    """Make the embedder of a configuration as it was resolved, without the environment."""
+    embedder = kind.__new__(kind)
+    embedder.config, embedder._providers = config, tuple(providers)
+    embedder._is_closed = False
+    embedder._pipelines = {os.getpid(): embedder._open()}
+    return embedder
 
 
 class Embedder(_BaseEmbedder):
@@ -158,25 +206,23 @@ class Embedder(_BaseEmbedder):
         self.close()
 
     def close(self) -> None:
-        """Close every connection. A second call does nothing."""
-        self._loop.wait(self._flow.close())
+        """End the calls under way, write the cache, and close every connection.
+
+        A second call does nothing.
+        """
+        self._close()
 
     @property
     def model(self) -> ServedModel:
         """The first provider's current model."""
-        return self._loop.wait(self._flow.describe())
+        return drive(self._pipeline.describe())
 
     def embed(
         self,
-        texts: Sequence[str] | str,
+        texts: Iterable[str] | str,
         *,
-        input_type: str | None = None,
-        dimensions: int | None = None,
-        output_type: OutputType = "float32",
-        ranges: np.ndarray | None = None,
-        sticky_key: str | None = None,
-        deadline_s: float | None = None,
         progress: bool = False,
+        **options: Unpack[TextOptions],
     ) -> Embeddings:
         """Embed texts: vectors `[texts, dims]`, in the texts' order.
 
@@ -186,42 +232,30 @@ class Embedder(_BaseEmbedder):
 
         Args:
             texts: the texts. A single string is one text.
+            progress: show a progress bar on a terminal.
             input_type: `query`, `document` or the name of another prompt of the model.
             dimensions: number of leading components to keep (Matryoshka), normalised again.
             output_type: float32, float16, int8, uint8, binary or ubinary.
             ranges: `[2, dims]` of `halimede_ops.quantise.measure_ranges`, for int8 and uint8.
             sticky_key: key that decides whether a canary of the model answers, such as a user's
                 id: one version answers all calls with the key. Default: each text's own bytes.
-            deadline_s: maximum time of this call.
-            progress: show a progress bar on a terminal.
+            deadline_s: maximum time of this call. Default: that of the embedder.
 
         Raises:
             InvalidText: a text is not a string, or cannot be encoded as UTF-8.
             UnknownInputType: the model has no such prompt.
             InvalidDimensions: `dimensions` is outside 1 … the model's dims.
-            InvalidInput: the output type is unknown, or `ranges` is missing.
+            InvalidInput: an option is unknown or invalid, or `ranges` is missing.
             ModelNotFound: the server does not have the model.
             ServerError: the server is unreachable, overloaded, or did not answer in time.
             SpaceRefused: only providers of another space are left.
         """
-        encoded = encode_texts([texts] if isinstance(texts, str) else texts)
-        return self._embed(
-            "text",
-            encoded,
-            deadline_s,
-            progress,
-            input_type=input_type,
-            dimensions=dimensions,
-            output_type=output_type,
-            ranges=ranges,
-            sticky_key=sticky_key,
-        )
+        return self._embed("text", encode_texts(texts), progress, options)
 
     def embed_images(
         self,
         images: Sequence[ImageLike] | ImageLike,
         *,
-        deadline_s: float | None = None,
         progress: bool = False,
         **options: Unpack[ImageOptions],
     ) -> Embeddings:
@@ -235,9 +269,9 @@ class Embedder(_BaseEmbedder):
 
         Args:
             images: the images. A single image is a call of one.
-            deadline_s: maximum time of this call.
             progress: show a progress bar on a terminal.
-            options: `dimensions`, `output_type`, `ranges` and `sticky_key` as for `embed`.
+            options: `dimensions`, `output_type`, `ranges`, `sticky_key` and `deadline_s` as for
+                `embed`.
                 `errors`: "raise" ends the call at the first invalid image. "collect" leaves
                 invalid images out: `errors` of the result has their errors by index, and `indices`
                 the index of each row.
@@ -250,14 +284,13 @@ class Embedder(_BaseEmbedder):
             UnsupportedInput: the model does not embed images.
             HalimedeError: as for `embed`.
         """
-        return self._embed("image", image_inputs(images), deadline_s, progress, **options)
+        return self._embed("image", image_inputs(images), progress, options)
 
     def embed_multimodal(
         self,
         texts: Sequence[str | None] | None,
         images: Sequence[ImageLike | None] | None,
         *,
-        deadline_s: float | None = None,
         progress: bool = False,
         **options: Unpack[PairOptions],
     ) -> Embeddings:
@@ -266,7 +299,6 @@ class Embedder(_BaseEmbedder):
         Args:
             texts: the texts. None, or None at indices without a text.
             images: the images, as for `embed_images`. None, or None at indices without an image.
-            deadline_s: maximum time of this call.
             progress: show a progress bar on a terminal.
             options: as for `embed_images`, and `input_type` as for `embed`.
 
@@ -274,7 +306,7 @@ class Embedder(_BaseEmbedder):
             InvalidInput: the numbers of texts and images differ, or both are None at an index.
             HalimedeError: as for `embed_images`.
         """
-        return self._embed("pair", pair_inputs(texts, images), deadline_s, progress, **options)
+        return self._embed("pair", pair_inputs(texts, images), progress, options)
 
     def embed_iter(
         self,
@@ -282,7 +314,6 @@ class Embedder(_BaseEmbedder):
         *,
         window: int = STREAM_WINDOW,
         progress: bool = False,
-        deadline_s: float | None = None,
         **options: Unpack[TextOptions],
     ) -> Iterator[Embeddings]:
         """Embed a stream of texts of any length, part by part, in its order.
@@ -295,16 +326,15 @@ class Embedder(_BaseEmbedder):
             texts: the texts. The stream is read in the caller's thread.
             window: texts in one part.
             progress: show a progress bar on a terminal.
-            deadline_s: maximum time of one part.
-            options: `input_type`, `dimensions`, `output_type`, `ranges` and `sticky_key` as for
-                `embed`.
+            options: as for `embed`. `deadline_s` is the maximum time of one part.
 
         Raises:
             SpaceRefused: the model's space changed midway.
             HalimedeError: as for `embed`.
         """
-        stream = Stream(window, encode_text)
-        return self._embed_iter("text", stream, texts, deadline_s, progress, **options)
+        return self._embed_iter(
+            "text", stream_of(texts, "texts"), encode_text, window, progress, options
+        )
 
     def embed_images_iter(
         self,
@@ -312,7 +342,6 @@ class Embedder(_BaseEmbedder):
         *,
         window: int = IMAGES_WINDOW,
         progress: bool = False,
-        deadline_s: float | None = None,
         **options: Unpack[ImageOptions],
     ) -> Iterator[Embeddings]:
         """Embed a stream of images of any length, part by part, in its order.
@@ -325,46 +354,64 @@ class Embedder(_BaseEmbedder):
             images: the images, as for `embed_images`. The stream is read in the caller's thread.
             window: images in one part.
             progress: show a progress bar on a terminal.
-            deadline_s: maximum time of one part.
-            options: as for `embed_images`.
+            options: as for `embed_images`. `deadline_s` is the maximum time of one part.
 
         Raises:
             SpaceRefused: the model's space changed midway.
             HalimedeError: as for `embed_images`.
         """
-        stream = Stream(window, lambda image, _: image_input(image))
-        return self._embed_iter("image", stream, images, deadline_s, progress, **options)
+        return self._embed_iter(
+            "image", stream_of(images, "images"), _image_input, window, progress, options
+        )
 
     def _embed(
         self,
         kind: InputKind,
         inputs: Sequence[Input],
-        deadline_s: float | None,
         progress: bool,
-        **options: Unpack[PairOptions],
+        options: Mapping[str, Any],
     ) -> Embeddings:
-        with bar(progress, len(inputs)) as advance:
-            on_progress = advance if progress else None
-            call = self._call(kind, inputs, deadline_s, on_progress=on_progress, **options)
-            return self._loop.wait(self._flow.embed(call))
+        if progress is False:
+            call = self._call(kind, inputs, options, NO_PROGRESS, may_block=True)
+            return drive(self._pipeline.embed(call))
+        with bar(check_progress(progress), len(inputs)) as shown:
+            return drive(self._pipeline.embed(self._call(kind, inputs, options, shown)))
 
     def _embed_iter(
         self,
         kind: InputKind,
-        stream: Stream,
-        inputs: Iterable[Any],
-        deadline_s: float | None,
+        values: Iterable[Any],
+        encode: Callable[[Any, int], Input],
+        window: int,
         progress: bool,
-        **options: Unpack[PairOptions],
+        options: Mapping[str, Any],
     ) -> Iterator[Embeddings]:
-        with bar(progress) as advance, contextlib.closing(stream):
-            for part in stream.cut(inputs):
-                call = self._call(kind, part, deadline_s, first=stream.first(part), **options)
-                stream.send(self._loop.submit(self._flow.embed(call)))
+        refuse_async(values, f"{kind}s")
+        self._call(kind, (), options, NO_PROGRESS)  # what is invalid is refused here and now
+        window, progress = check_window(window), check_progress(progress)
+        return self._parts(kind, values, encode, window, progress, options)
+
+    def _parts(
+        self,
+        kind: InputKind,
+        values: Iterable[Any],
+        encode: Callable[[Any, int], Input],
+        window: int,
+        progress: bool,
+        options: Mapping[str, Any],
+    ) -> Iterator[Embeddings]:
+        # Parts go on in threads of the stream's own while the caller uses those before.
+        pool, lifetime = Pool(WINDOWS_IN_FLIGHT + 1, "stream"), Lifetime()
+        with bar(progress) as shown, contextlib.closing(pool), contextlib.closing(lifetime):
+            stream: Stream[Any] = Stream(window, encode, shown)
+            for part in stream.cut(values):
+                call = self._call(kind, part, options, NO_PROGRESS, stream.first(part))
+                flow = lifetime.run(self._pipeline.embed(call), math.inf)
+                stream.send(pool.submit(contextvars.copy_context().run, drive, flow))
                 if stream.is_full:
-                    yield stream.checked(stream.next().result(), advance)
+                    yield stream.checked(stream.next().result())
             while stream.is_under_way:
-                yield stream.checked(stream.next().result(), advance)
+                yield stream.checked(stream.next().result())
 
     def clear_cache(self) -> None:
         """Delete every vector from every tier of the cache.
@@ -372,15 +419,15 @@ class Embedder(_BaseEmbedder):
         Raises:
             HalimedeError: a tier failed. The others are cleared.
         """
-        self._loop.wait(self._flow.clear_cache())
+        self._pipeline.clear_cache()
 
     def health(self) -> list[dict[str, Any]]:
         """Report each provider: whether it embeds a probe text, how fast, and its model."""
-        return self._loop.wait(self._flow.health())
+        return drive(self._pipeline.health())
 
     def stats(self) -> dict[str, Any]:
         """Statistics of this embedder so far, as JSON types."""
-        return self._loop.wait(self._flow.stats())
+        return self.current_stats()
 
 
 class AsyncEmbedder(_BaseEmbedder):
@@ -397,49 +444,43 @@ class AsyncEmbedder(_BaseEmbedder):
         await self.close()
 
     async def close(self) -> None:
-        """Close every connection. A second call does nothing."""
-        await asyncio.wrap_future(self._loop.submit(self._flow.close()))
+        """As `Embedder.close`."""
+        await asyncio.to_thread(self._close)
 
     async def describe(self) -> ServedModel:
         """The first provider's current model."""
-        return await asyncio.wrap_future(self._loop.submit(self._flow.describe()))
+        return await drive_async(self._pipeline.describe())
 
     async def embed(
         self,
-        texts: Sequence[str] | str,
+        texts: Iterable[str] | str,
         *,
-        deadline_s: float | None = None,
         progress: bool = False,
         **options: Unpack[TextOptions],
     ) -> Embeddings:
         """As `Embedder.embed`."""
-        encoded = encode_texts([texts] if isinstance(texts, str) else texts)
-        return await self._embed("text", encoded, deadline_s, progress, **options)
+        return await self._embed("text", encode_texts(texts), progress, options)
 
     async def embed_images(
         self,
         images: Sequence[ImageLike] | ImageLike,
         *,
-        deadline_s: float | None = None,
         progress: bool = False,
         **options: Unpack[ImageOptions],
     ) -> Embeddings:
         """As `Embedder.embed_images`."""
-        return await self._embed("image", image_inputs(images), deadline_s, progress, **options)
+        return await self._embed("image", image_inputs(images), progress, options)
 
     async def embed_multimodal(
         self,
         texts: Sequence[str | None] | None,
         images: Sequence[ImageLike | None] | None,
         *,
-        deadline_s: float | None = None,
         progress: bool = False,
         **options: Unpack[PairOptions],
     ) -> Embeddings:
         """As `Embedder.embed_multimodal`."""
-        return await self._embed(
-            "pair", pair_inputs(texts, images), deadline_s, progress, **options
-        )
+        return await self._embed("pair", pair_inputs(texts, images), progress, options)
 
     def embed_iter(
         self,
@@ -447,12 +488,12 @@ class AsyncEmbedder(_BaseEmbedder):
         *,
         window: int = STREAM_WINDOW,
         progress: bool = False,
-        deadline_s: float | None = None,
         **options: Unpack[TextOptions],
     ) -> AsyncIterator[Embeddings]:
         """As `Embedder.embed_iter`, for iterables and async iterables."""
-        stream = Stream(window, encode_text)
-        return self._embed_iter("text", stream, texts, deadline_s, progress, **options)
+        return self._embed_iter(
+            "text", stream_of(texts, "texts"), encode_text, window, progress, options
+        )
 
     def embed_images_iter(
         self,
@@ -460,69 +501,69 @@ class AsyncEmbedder(_BaseEmbedder):
         *,
         window: int = IMAGES_WINDOW,
         progress: bool = False,
-        deadline_s: float | None = None,
         **options: Unpack[ImageOptions],
     ) -> AsyncIterator[Embeddings]:
         """As `Embedder.embed_images_iter`, for iterables and async iterables."""
-        stream = Stream(window, lambda image, _: image_input(image))
-        return self._embed_iter("image", stream, images, deadline_s, progress, **options)
+        return self._embed_iter(
+            "image", stream_of(images, "images"), _image_input, window, progress, options
+        )
 
     async def _embed(
         self,
         kind: InputKind,
         inputs: Sequence[Input],
-        deadline_s: float | None,
         progress: bool,
-        **options: Unpack[PairOptions],
+        options: Mapping[str, Any],
     ) -> Embeddings:
-        with bar(progress, len(inputs)) as advance:
-            on_progress = advance if progress else None
-            call = self._call(kind, inputs, deadline_s, on_progress=on_progress, **options)
-            return await asyncio.wrap_future(self._loop.submit(self._flow.embed(call)))
+        with bar(check_progress(progress), len(inputs)) as shown:
+            return await drive_async(self._pipeline.embed(self._call(kind, inputs, options, shown)))
 
-    async def _embed_iter(
+    def _embed_iter(
         self,
         kind: InputKind,
-        stream: Stream,
-        inputs: Iterable[Any] | AsyncIterable[Any],
-        deadline_s: float | None,
+        values: Iterable[Any] | AsyncIterable[Any],
+        encode: Callable[[Any, int], Input],
+        window: int,
         progress: bool,
-        **options: Unpack[PairOptions],
+        options: Mapping[str, Any],
     ) -> AsyncIterator[Embeddings]:
-        with bar(progress) as advance, contextlib.closing(stream):
-            async for part in stream.cut_async(inputs):
-                call = self._call(kind, part, deadline_s, first=stream.first(part), **options)
-                stream.send(self._loop.submit(self._flow.embed(call)))
-                if stream.is_full:
-                    yield stream.checked(await asyncio.wrap_future(stream.next()), advance)
-            while stream.is_under_way:
-                yield stream.checked(await asyncio.wrap_future(stream.next()), advance)
+        self._call(kind, (), options, NO_PROGRESS)  # what is invalid is refused here and now
+        window, progress = check_window(window), check_progress(progress)
+        return self._parts(kind, values, encode, window, progress, options)
+
+    async def _parts(
+        self,
+        kind: InputKind,
+        values: Iterable[Any] | AsyncIterable[Any],
+        encode: Callable[[Any, int], Input],
+        window: int,
+        progress: bool,
+        options: Mapping[str, Any],
+    ) -> AsyncIterator[Embeddings]:
+        with bar(progress) as shown:
+            stream: Stream[Any] = Stream(window, encode, shown)
+            with contextlib.closing(stream):
+                async for part in stream.cut_async(values):
+                    call = self._call(kind, part, options, NO_PROGRESS, stream.first(part))
+                    flow = drive_async(self._pipeline.embed(call))
+                    stream.send(asyncio.ensure_future(flow))
+                    if stream.is_full:
+                        yield stream.checked(await stream.next())
+                while stream.is_under_way:
+                    yield stream.checked(await stream.next())
 
     async def clear_cache(self) -> None:
         """As `Embedder.clear_cache`."""
-        await asyncio.wrap_future(self._loop.submit(self._flow.clear_cache()))
+        await asyncio.to_thread(self._pipeline.clear_cache)
 
     async def health(self) -> list[dict[str, Any]]:
         """As `Embedder.health`."""
-        return await asyncio.wrap_future(self._loop.submit(self._flow.health()))
+        return await drive_async(self._pipeline.health())
 
     async def stats(self) -> dict[str, Any]:
-        """Statistics of this embedder so far, as JSON types."""
-        return await asyncio.wrap_future(self._loop.submit(self._flow.stats()))
+        """As `Embedder.stats`."""
+        return self.current_stats()
 
 
-def _flow(config: Config, providers: Sequence[Provider]) -> Flow:
-    statistics = Statistics()
-    if providers:
-        links = [Link(_default_options(provider), statistics, provider) for provider in providers]
-    else:
-        links = [Link(options, statistics) for options in config.chain()]
-    chain = Chain(links, config.rules())
-    fetch = Fetch(config.urls)
-    if config.cache is None:
-        return Flow(chain, statistics, fetch)
-    return Flow(chain, statistics, fetch, config.cache.open(), config.cache.model_check_s)
-
-
-def _default_options(provider: Provider) -> Options:
-    return Options.model_validate({"provider": "own", "model_id": provider.name})
+def _image_input(image: ImageLike, _: int) -> Input:
+    return image_input(image)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,6 +51,9 @@ class ServedModel:
     share: float = 0.0
     """For a candidate: share of the model's requests that it answers, 0 to 1."""
 
+    candidate: ServedModel | None = None
+    """The candidate that may answer a share of this model's requests. None if there is none."""
+
     def is_alike(self, other: ServedModel) -> bool:
         """Whether vectors of both can be in one result: they have one space and precision."""
         return (self.space, self.precision) == (other.space, other.precision)
@@ -90,6 +93,8 @@ class Embeddings:
     output_type: str = "float32"
     cached: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.bool_))
     """`[rows]` bool: whether the vector came from a cache."""
+    dims: int = 0
+    """Components of each vector. Default: as many as `vectors` can hold."""
     indices: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
     """`[rows]` int64: index of each row's input in the call or stream."""
     versions: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
@@ -103,13 +108,17 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    @property
-    def dims(self) -> int:
-        """Components of each vector."""
-        packed = self.output_type in ("binary", "ubinary")
-        return int(self.vectors.shape[1]) * (8 if packed else 1)
+    def __post_init__(self) -> None:
+        if not self.dims:
+            is_packed = self.output_type in ("binary", "ubinary")
+            dims = int(self.vectors.shape[1]) * (8 if is_packed else 1)
+            object.__setattr__(self, "dims", dims)
 
     @property
-    def truncated(self) -> np.ndarray:
-        """`[rows]` bool: whether a text exceeded the model's token limit and was cut off."""
-        return self.tokens > self.max_tokens
+    def truncated(self) -> np.ma.MaskedArray[Any, np.dtype[np.bool_]]:
+        """`[rows]` bool: whether a text exceeded the model's token limit and was cut off.
+
+        Masked where the number of tokens is unknown.
+        """
+        is_unknown = (self.tokens == UNKNOWN_TOKENS) & (self.max_tokens > 0)
+        return np.ma.masked_array(self.tokens > self.max_tokens, is_unknown)  # type: ignore[no-untyped-call]

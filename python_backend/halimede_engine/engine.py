@@ -9,6 +9,7 @@ An input is a text with its prompt in front, or the pixels of an image, `[3, hei
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,11 +17,12 @@ import numpy as np
 
 from halimede_engine import batching, session
 from halimede_engine.response_cache import Entry, ResponseCache
+from halimede_engine.scheduler import ItemResult
 from halimede_engine.session import Pixels, Row, Session
 from halimede_ops import heads, vectors
 from halimede_ops.spec import POOLED, ImageSpec, ModelSpec
 
-if TYPE_CHECKING:  # one caller needs no scheduler, images need no tokenizers
+if TYPE_CHECKING:  # images need no tokenizers
     from halimede_engine.scheduler import Outcome, Scheduler
     from halimede_ops.text import TextTokenizer, Tokens
 
@@ -88,6 +90,8 @@ class SharedEngine:
         self._scheduler = scheduler
         self._spec = spec
         self._cache = cache
+        # The garbage collector may run in a thread of the scheduler, or in one that holds its lock.
+        weakref.finalize(self, scheduler.stop).atexit = False  # atexit handlers may still embed
 
     def submit(
         self,
@@ -103,21 +107,21 @@ class SharedEngine:
 
         Raises:
             ServerOverloaded: too many requests are unanswered; `answer` is not called.
+            RequestCancelled: the engine is closed; `answer` is not called.
         """
-        cached = self._cache.get(inputs) if self._cache else [None] * len(inputs)
-        missing = [given for given, entry in zip(inputs, cached, strict=True) if entry is None]
+        cached, missing = self._cached(inputs)
 
         def finish(outcome: Outcome) -> None:
             if isinstance(outcome, Exception):
                 answer(outcome)
                 return
-            # For a model with heads, `vector` is a dict of all outputs: see `stack_outputs`.
-            computed = [Entry(result.output, result.row.total) for result in outcome]
-            remaining = iter(computed)
-            entries = [entry or next(remaining) for entry in cached]
-            answer(self._try_embeddings(entries, [result.row for result in outcome], dimensions))
-            if self._cache:
-                self._cache.put(missing, computed)
+            try:
+                embeddings = self._embeddings(cached, outcome, dimensions)
+            except Exception as error:
+                answer(error)
+            else:
+                answer(embeddings)
+            self._store(missing, outcome)
 
         if missing:
             self._scheduler.submit(missing, finish, is_cancelled)
@@ -125,27 +129,62 @@ class SharedEngine:
             finish([])
         return len(inputs) - len(missing)
 
+    def embed_now(self, inputs: Sequence[Any], dimensions: int | None) -> Embeddings | None:
+        """Embed a few inputs in the caller's thread if the engine is idle, else return None.
+
+        None means that `submit` runs them together with those of other callers.
+
+        Raises:
+            InvalidDimensions: the model has no vectors of this length.
+            Exception: what the run raised.
+        """
+        cached, missing = self._cached(inputs)
+        done = self._scheduler.run_now(missing) if missing else ([], [])
+        if done is None:
+            return None
+        rows, outputs = done
+        if self._cache is None and isinstance(outputs, np.ndarray):  # the fastest way for a text
+            tokens = np.array([row.total for row in rows], np.int32)
+            return Embeddings(vectors.embed(outputs, self._spec, dimensions), tokens, {})
+        results = [ItemResult(row, output) for row, output in zip(rows, outputs, strict=True)]
+        embeddings = self._embeddings(cached, results, dimensions)
+        self._store(missing, results)
+        return embeddings
+
     def gather(self) -> None:
         """Wait briefly for more requests while all threads are busy: see `Scheduler.gather`."""
         self._scheduler.gather()
 
     def close(self) -> None:
-        """Answer all requests, then stop the threads."""
+        """Answer all requests, then stop the threads. An engine that is dropped does so too."""
         self._scheduler.close()
 
-    def _try_embeddings(
-        self, entries: Sequence[Entry], rows: Sequence[Row], dimensions: int | None
-    ) -> Embeddings | Exception:
-        try:
-            outputs = session.stack_outputs([entry.vector for entry in entries])
-            pooled = outputs.pop(POOLED)
-            return Embeddings(
-                vectors.embed(pooled, self._spec, dimensions),
-                np.array([entry.tokens for entry in entries], np.int32),
-                self._heads(outputs, rows),
-            )
-        except Exception as error:
-            return error
+    def _cached(self, inputs: Sequence[Any]) -> tuple[Sequence[Entry | None], Sequence[Any]]:
+        """The cached entry of each input, None where there is none, and the inputs without one."""
+        if self._cache is None:
+            return [None] * len(inputs), inputs
+        entries = self._cache.get(inputs)
+        return entries, [given for given, entry in zip(inputs, entries, strict=True) if not entry]
+
+    def _store(self, missing: Sequence[Any], results: Sequence[ItemResult]) -> None:
+        if self._cache is not None:
+            self._cache.put(missing, [_entry(result) for result in results])
+
+    def _embeddings(
+        self,
+        cached: Sequence[Entry | None],
+        results: Sequence[ItemResult],
+        dimensions: int | None,
+    ) -> Embeddings:
+        computed = iter(results)
+        entries = [entry or _entry(next(computed)) for entry in cached]
+        outputs = session.stack_outputs([entry.vector for entry in entries])
+        pooled = outputs.pop(POOLED)
+        return Embeddings(
+            vectors.embed(pooled, self._spec, dimensions),
+            np.array([entry.tokens for entry in entries], np.int32),
+            self._heads(outputs, [result.row for result in results]),
+        )
 
     def _heads(self, outputs: dict[str, np.ndarray], rows: Sequence[Row]) -> dict[str, np.ndarray]:
         if not outputs:
@@ -154,3 +193,8 @@ class SharedEngine:
         longest = max(lengths)
         ids = batching.pad([row.ids for row in rows], longest)
         return heads.outputs(outputs, ids, batching.mask(lengths, longest), self._spec)
+
+
+def _entry(result: ItemResult) -> Entry:
+    # For a model with heads, `vector` is a dict of all outputs: see `stack_outputs`.
+    return Entry(result.output, result.row.total)

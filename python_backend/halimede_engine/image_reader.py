@@ -35,13 +35,22 @@ class ImageReader:
             HalimedeError: what `image.prepare` raises, when the iterator reaches the invalid
                 image. Images that no thread has started are dropped.
         """
-        return self._threads.map(self._read, images, range(len(images)))
+        rows = range(len(images))
+        try:
+            return self._threads.map(self.prepare, images, rows)
+        except RuntimeError:  # the interpreter is shutting down: no pool starts work
+            return map(self.prepare, images, rows)
 
     def close(self) -> None:
         """Stop the threads."""
         self._threads.shutdown()
 
-    def _read(self, data: bytes, row: int) -> PreparedImage:
+    def prepare(self, data: bytes, row: int = 0) -> PreparedImage:
+        """Prepare one encoded image in the caller's thread. Errors call it number `row`.
+
+        Raises:
+            HalimedeError: as `halimede_ops.image.prepare`.
+        """
         with image.open_image(data, self._spec, row) as opened:
             pixels = image.decoded_pixels(opened, self._spec)
             with self._budget.reserve(pixels), _trim_memory(pixels), closing(opened):

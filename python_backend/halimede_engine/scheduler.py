@@ -5,14 +5,19 @@
 
 A request with more than INTERACTIVE_ROWS items is bulk, any other is interactive. Each of the two
 lanes has its own limits. `threads` threads serve both lanes; one more serves interactive requests
-while bulk runs.
+while bulk runs. They start with the first `submit`.
+
+`run_now` runs an interactive request in the caller's thread instead, while nothing else runs.
 """
 
 from __future__ import annotations
 
+import atexit
+import os
+import queue
 import threading
+import weakref
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -33,6 +38,11 @@ GATHER_S = 0.001
 CANCEL_CHECK_RUNS = 16
 """Micro-batches that run before a request is checked for cancellation. The check is a message to
 Triton, which takes time too."""
+
+
+EXIT_WAIT_S = 10.0
+"""Maximum time that the end of a program waits for runs under way: a daemon thread that is ended
+inside onnxruntime aborts the process."""
 
 
 class Row(Protocol):
@@ -68,6 +78,9 @@ _Outputs = Sequence[Any] | np.ndarray | Exception
 """One output for each row of a micro-batch, in order, or the exception that running it raised."""
 
 
+_Delivered = tuple[list["_QueuedRow"], _Outputs]
+
+
 class CompletedRun(NamedTuple):
     """A micro-batch after its run."""
 
@@ -87,8 +100,8 @@ class Scheduler:
     Args:
         run: runs one micro-batch.
         plan: splits the queued rows into micro-batches.
-        threads: maximum number of micro-batches that run at the same time, besides the one more for
-            interactive requests.
+        threads: maximum number of micro-batches that run at the same time, those of `run_now`
+            included, besides the one more for interactive requests.
         make_rows: makes one row of each item; by default the items are rows.
         run_alone: runs a micro-batch while no other runs, and interactive requests beside bulk; by
             default `run`.
@@ -120,8 +133,9 @@ class Scheduler:
         self._clock = clock
         self._max_requests = max_requests
         self._cancel_check_runs = cancel_check_runs
-        self._lock = threading.Lock()
-        """Guards all attributes below, except `_answers`."""
+        self._lock = threading.RLock()
+        """Guards all attributes below, except `_closed` and `_answers`. Reentrant, so that `close`
+        can find out whether the garbage collector called it while this thread held the lock."""
         self._work_queued = threading.Condition(self._lock)
         self._urgent_queued = threading.Condition(self._lock)
         self._room_changed = threading.Condition(self._lock)
@@ -133,15 +147,46 @@ class Scheduler:
         """The micro-batches of all `_rows`, in the order they run; empty: not planned yet."""
         self._closed = False
         self._runs_started = 0
-        self._idle_threads = 0
+        self._urgent_runs = False  # whether the thread for interactive requests beside bulk works
+        self._running = 0
+        """Threads, callers of `run_now` included, that read or run, besides the interactive one."""
         self._unanswered = {True: 0, False: 0}
         """Unanswered requests by `is_bulk`."""
         self._bulk_rows = 0
         """Bulk rows among `_rows`."""
         self._bulk_threads = 0
         """Threads that read or run bulk."""
-        self._answers: SimpleQueue[tuple[list[_QueuedRow], _Outputs] | None] = SimpleQueue()
-        self._start_threads()
+        self._answers: queue.SimpleQueue[_Delivered | None] = queue.SimpleQueue()
+        self._run_threads: list[threading.Thread] = []
+        self._answer_thread: threading.Thread | None = None
+        self._pid = os.getpid()
+        _SCHEDULERS.add(self)
+
+    def run_now(
+        self, items: Sequence[Any]
+    ) -> tuple[Sequence[Any], Sequence[Any] | np.ndarray] | None:
+        """Run an interactive request in the caller's thread: its rows and their outputs, in order.
+
+        None if the request is bulk or others are queued or run: `submit` runs it together with
+        those.
+
+        Raises:
+            Exception: what `make_rows` or `run_alone` raised.
+        """
+        if len(items) > batching.INTERACTIVE_ROWS:
+            return None
+        with self._lock:
+            if self._running or self._requests or self._rows or self._bulk_threads or self._closed:
+                return None
+            self._running += 1
+            self._runs_started += 1
+        try:
+            rows = self._make_rows(items)
+            outputs = self._run_alone(rows)
+        finally:
+            self._end_turn()
+        self._on_run(CompletedRun(rows, 0.0))
+        return rows, outputs
 
     def submit(
         self,
@@ -156,21 +201,27 @@ class Scheduler:
 
         Raises:
             ServerOverloaded: `max_requests` requests of this lane are unanswered.
+            RequestCancelled: the scheduler is closed.
         """
         request = _Request(items, answer, is_cancelled, self._runs_started, self._clock())
         with self._lock:
+            if self._closed:
+                raise RequestCancelled("the engine is closed; the request was not run.")
             if self._unanswered[request.is_bulk] == self._max_requests:
                 raise ServerOverloaded(
                     f"the queue is full: {self._max_requests:,} requests wait. Send again."
                 )
             self._unanswered[request.is_bulk] += 1
             self._requests.append(request)
+            has_threads = self._answer_thread is not None or self._start_threads()
             self._wake()
+        if not has_threads:
+            self._serve_here()
 
     def gather(self) -> None:
         """Wait up to GATHER_S for more requests, if every thread is busy with interactive ones."""
         with self._lock:
-            if not self._idle_threads and not self._bulk_threads:
+            if self._running == self._threads and not self._bulk_threads:
                 self._room_changed.wait(GATHER_S)
 
     def wait_for_room(self) -> None:
@@ -178,27 +229,53 @@ class Scheduler:
         with self._lock:
             self._room_changed.wait_for(self._has_room)
 
-    def close(self) -> None:
-        """Run and answer all queued requests, then stop the threads.
+    def stop(self) -> None:
+        """Let the threads answer all queued requests and end; do not wait for them.
 
-        The threads are daemons: a program may exit without calling this.
+        Takes no lock, so a finaliser may call it in whatever thread the garbage collector runs.
         """
-        with self._lock:
-            self._closed = True
-            self._work_queued.notify_all()
-            self._urgent_queued.notify()
-        for thread in self._run_threads:
-            thread.join()
-        self._answers.put(None)
-        self._answer_thread.join()
+        self._closed = True
+        self._answers.put(None)  # reentrant, by its documentation
 
-    def _start_threads(self) -> None:
+    def close(self) -> None:
+        """Answer all queued requests, then stop the threads. Return when they have ended.
+
+        Called by the garbage collector in one of these threads, or in one that holds the lock, it
+        returns at once. The threads are daemons: a program may exit without calling this.
+        """
+        self.stop()
+        own = [*self._run_threads, self._answer_thread]
+        is_within = threading.current_thread() in own or self._lock._is_owned()  # type: ignore[attr-defined]
+        if self._answer_thread is not None and not is_within:
+            self._answer_thread.join()
+
+    def settle(self) -> None:
+        """Drop all queued requests unanswered, and wait for the runs under way.
+
+        It is for the end of a program: a handler that is called later may still send requests.
+        """
+
+        def is_settled() -> bool:
+            self._requests, self._rows, self._planned, self._bulk_rows = [], [], [], 0
+            return not (self._running or self._urgent_runs)
+
+        if self._pid == os.getpid():  # a forked child has none of the threads
+            with self._lock:
+                self._room_changed.wait_for(is_settled, EXIT_WAIT_S)
+
+    def _start_threads(self) -> bool:
+        """Start all threads; False where none can be started: the interpreter is shutting down."""
         loops = [self._serve] * self._threads + [self._serve_interactive]
-        self._run_threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
+        run_threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
         # Under load another thread answers, so that running threads lose no time.
-        self._answer_thread = threading.Thread(target=self._answer_queued, daemon=True)
-        for thread in (*self._run_threads, self._answer_thread):
-            thread.start()
+        answer_thread = threading.Thread(target=self._answer_queued, daemon=True)
+        try:
+            for thread in (*run_threads, answer_thread):
+                thread.start()
+        except RuntimeError:
+            return False
+        self._run_threads, self._answer_thread = run_threads, answer_thread
+        return True
 
     def _has_room(self) -> bool:
         unread = sum(len(request.items) for request in self._requests)
@@ -225,29 +302,68 @@ class Scheduler:
             self._urgent_queued.notify()
 
     def _serve(self) -> None:
-        while self._wait_for_work():
-            self._queue_rows(self._next_requests())
-            self._run_micro_batch(self._next_micro_batch())
+        # No name here is bound to requests: while the thread waits they would keep their engine.
+        while self._take_turn(self._wait_for_work()):
+            pass
+
+    def _take_turn(self, requests: Sequence[_Request] | None) -> bool:
+        """Run the next micro-batch, once these requests are queued; False if there are none."""
+        if requests is None:
+            return False
+        self._run_micro_batch(self._micro_batch(requests, self._next_micro_batch))
+        self._end_turn()
+        return True
+
+    def _serve_here(self) -> None:
+        """Answer all queued requests in the caller's thread."""
+        while self._rows or self._requests:
+            with self._lock:
+                self._running += 1
+                requests = self._next_requests()
+            self._take_turn(requests)
+        while not self._answers.empty():
+            self._answer_next()
 
     def _serve_interactive(self) -> None:
         while self._wait_for_urgent_work():
-            self._queue_rows(self._next_interactive_requests())
-            self._run_micro_batch(self._next_interactive_micro_batch())
+            self._run_micro_batch(
+                self._micro_batch(
+                    self._next_interactive_requests(), self._next_interactive_micro_batch
+                )
+            )
+            with self._lock:
+                self._urgent_runs = False
+                self._room_changed.notify_all()
 
-    def _wait_for_work(self) -> bool:
-        """Block until something is queued; False if closed and nothing is left."""
+    def _wait_for_work(self) -> list[_Request] | None:
+        """Block until something is queued and may run; return the requests to make rows of, perhaps
+        none. None if closed and nothing is left.
+        """
         with self._lock:
-            self._idle_threads += 1
+            self._work_queued.wait_for(lambda: self._may_run() or self._has_ended())
+            if self._has_ended():
+                return None
+            self._running += 1
+            return self._next_requests()
+
+    def _may_run(self) -> bool:
+        return self._running < self._threads and bool(self._rows or self._requests)
+
+    def _has_ended(self) -> bool:
+        return self._closed and not (self._rows or self._requests)
+
+    def _end_turn(self) -> None:
+        with self._lock:
+            self._running -= 1
             self._room_changed.notify_all()
-            self._work_queued.wait_for(lambda: self._rows or self._requests or self._closed)
-            self._idle_threads -= 1
-            return bool(self._rows or self._requests)
+            self._wake()
 
     def _wait_for_urgent_work(self) -> bool:
         """Block until `_is_urgent`; False if closed."""
         with self._lock:
             self._urgent_queued.wait_for(lambda: self._closed or self._is_urgent())
-            return not self._closed  # the other threads run what is queued
+            self._urgent_runs = not self._closed  # if closed, the other threads run what is queued
+            return self._urgent_runs
 
     def _next_requests(self) -> list[_Request]:
         """Dequeue the oldest request if it is bulk and rows are few, else all interactive ones."""
@@ -270,20 +386,21 @@ class Scheduler:
         self._requests = [request for request in self._requests if request not in dequeued]
         return interactive
 
-    def _queue_rows(self, requests: Sequence[_Request]) -> None:
-        """Make the rows of requests of one lane and queue them.
+    def _micro_batch(
+        self, requests: Sequence[_Request], dequeue: Callable[[], _MicroBatch]
+    ) -> _MicroBatch:
+        """Make and queue the rows of requests of one lane, and dequeue the next micro-batch.
 
-        No thread is woken: this one takes its next micro-batch of these rows first, and wakes
-        another for the rest.
+        No thread is woken in between: this one takes its micro-batch of these rows first.
         """
-        if not requests:
-            return
-        rows = self._rows_of(requests)
+        rows = self._rows_of(requests) if requests else []
         with self._lock:
-            self._rows += rows
-            self._planned = []
-            self._bulk_rows += sum(row.request.is_bulk for row in rows)
-            self._bulk_threads -= requests[0].is_bulk
+            if requests:
+                self._rows += rows
+                self._planned = []
+                self._bulk_rows += sum(row.request.is_bulk for row in rows)
+                self._bulk_threads -= requests[0].is_bulk
+            return dequeue()
 
     def _rows_of(self, requests: Sequence[_Request]) -> list[_QueuedRow]:
         """Make the rows of all requests in one call; a request with a bad item fails alone."""
@@ -303,7 +420,7 @@ class Scheduler:
     def _next_micro_batch(self) -> _MicroBatch:
         with self._lock:
             rows = self._dequeue_cheapest(self._rows[:QUEUED_ROWS])
-            others_run = self._idle_threads < self._threads - 1
+            others_run = self._running > 1
             is_alone = not (self._rows or self._requests or others_run)
             return _MicroBatch(rows, self._run_alone if is_alone else self._run)
 
@@ -319,7 +436,7 @@ class Scheduler:
             return []
         if not self._planned:
             lengths = [queued.row.length for queued in candidates]
-            parts = sorted(self._plan(lengths, 1 + self._idle_threads), key=min)
+            parts = sorted(self._plan(lengths, 1 + self._threads - self._running), key=min)
             self._planned = [[candidates[index] for index in part] for part in parts]
         micro_batch, *others = self._planned
         dequeued = set(map(id, micro_batch))
@@ -367,8 +484,22 @@ class Scheduler:
             self._answer(rows, outputs)
 
     def _answer_queued(self) -> None:
-        while delivered := self._answers.get():
+        while self._answer_next():
+            pass
+        with self._lock:
+            self._work_queued.notify_all()
+            self._urgent_queued.notify()
+        for thread in self._run_threads:
+            thread.join()
+        while not self._answers.empty():
+            self._answer_next()
+
+    def _answer_next(self) -> bool:
+        """Answer the next delivered rows; False if `stop` was called instead."""
+        delivered = self._answers.get()
+        if delivered is not None:
             self._answer(*delivered)
+        return delivered is not None
 
     def _answer(self, rows: list[_QueuedRow], outputs: _Outputs) -> None:
         for number, (request, index, row) in enumerate(rows):
@@ -383,6 +514,15 @@ class Scheduler:
         with self._lock:
             self._unanswered[request.is_bulk] -= 1
         request.answer(outcome)
+
+
+_SCHEDULERS: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+
+
+@atexit.register
+def _settle_all() -> None:
+    for scheduler in list(_SCHEDULERS):
+        scheduler.settle()
 
 
 def _outputs(rows: list[Any], run: Run) -> _Outputs:

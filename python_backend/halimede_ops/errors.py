@@ -55,6 +55,8 @@ class HalimedeError(Exception):
     retryable: ClassVar[bool] = False
     index: int | None = None
     """Index of the text, image or pair that the error is about. None: it is not about one."""
+    retry_after_s: float | None = None
+    """Seconds after which the server asks to send again (`Retry-After`). None: it does not say."""
 
 
 class InvalidInput(HalimedeError, ValueError):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from conftest import MODEL, version_folder
+from conftest import MODEL, version_folder, wait_until
 
 from halimede_engine.engine import Embeddings, Engine, SharedEngine, text_rows
 from halimede_engine.response_cache import ResponseCache
@@ -96,3 +97,44 @@ def test_an_error_is_the_answer_to_its_request_alone(shared: SharedEngine) -> No
     assert isinstance(refused, InvalidDimensions)
     result, _ = embed(shared, ["a"], 8)
     assert isinstance(result, Embeddings) and result.vectors.shape == (1, 8)
+
+
+def test_a_lone_caller_gets_what_many_get(
+    tokenizer: text.TextTokenizer, session: Session, shared: SharedEngine
+) -> None:
+    """The caller's own thread gives the same embeddings, and no thread is started."""
+    before = threading.active_count()
+    expected = Engine(session, text_rows(tokenizer), SPEC).embed(TEXTS)
+    cached = shared.embed_now(TEXTS, None)
+    assert shared.embed_now([*TEXTS, "new"], None) is not None  # some of them are cached now
+    uncached = SharedEngine(
+        Scheduler(session.run_together, session.plan, threads=1, make_rows=text_rows(tokenizer)),
+        SPEC,
+    )
+    for result in (cached, uncached.embed_now(TEXTS, None), shared.embed_now(TEXTS, None)):
+        assert result is not None
+        assert result.vectors.dtype == np.float32 and result.tokens.dtype == np.int32
+        assert vectors.cosine(result.vectors, expected).min() >= 0.99999
+        assert result.tokens.tolist() == [row.total for row in text_rows(tokenizer)(TEXTS)]
+    short = uncached.embed_now(["a"], 8)
+    assert short is not None and short.vectors.shape == (1, 8)
+    for engine in (shared, uncached):
+        with pytest.raises(InvalidDimensions):
+            engine.embed_now(["a"], SPEC.dims + 1)
+    assert threading.active_count() == before
+
+
+def test_an_engine_that_is_dropped_ends_its_threads(
+    tokenizer: text.TextTokenizer, session: Session
+) -> None:
+    """Its last reference is the end of its threads and of its scheduler, after the last answer."""
+    scheduler = Scheduler(
+        session.run_together, session.plan, threads=2, make_rows=text_rows(tokenizer)
+    )
+    engine = SharedEngine(scheduler, SPEC)
+    for _ in range(3):  # the answering thread has had a request too
+        assert isinstance(embed(engine, ["a"] * 40)[0], Embeddings)
+    threads, reference = [*scheduler._run_threads, scheduler._answer_thread], weakref.ref(scheduler)
+    del engine, scheduler
+    wait_until(lambda: not any(thread and thread.is_alive() for thread in threads), 5)
+    wait_until(lambda: reference() is None, 5)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -194,7 +195,8 @@ def test_bulk_does_not_starve() -> None:
 
     def ask_again(_: Outcome = ()) -> None:
         if not stop.is_set():
-            scheduler.submit([row(16)], ask_again)
+            with suppress(RequestCancelled):  # it is closed meanwhile
+                scheduler.submit([row(16)], ask_again)
 
     with closing(Scheduler(first_ids, batching.plan, threads=1)) as scheduler:
         for _ in range(4):
@@ -262,10 +264,10 @@ def test_what_has_all_threads_is_run_alone() -> None:
     scheduler = Scheduler(gate.run, batching.plan, threads=2, run_alone=run_alone)
     with closing(scheduler):
         single = Answer()
-        wait_until(lambda: scheduler._idle_threads == 2)
+        wait_until(lambda: not scheduler._running)
         scheduler.submit([row(16, 1)], single)
         assert single.wait() == [1]
-        wait_until(lambda: scheduler._idle_threads == 2)
+        wait_until(lambda: not scheduler._running)
         scheduler.submit([row(256, 2), row(256, 3)], Answer())
         assert gate.entered.wait(TIMEOUT_S)
         gate.opened.set()
@@ -281,3 +283,153 @@ def test_closing_answers_what_waits() -> None:
         scheduler.submit([row(1 + index, index)], answer)
     scheduler.close()
     assert [answer.wait() for answer in answers] == [[i] for i in range(100)]
+
+
+def test_a_lone_request_is_run_by_its_caller() -> None:
+    """An idle scheduler runs a small request in the caller's thread, and has no other thread."""
+    runs: list[threading.Thread] = []
+    before = threading.active_count()
+
+    def run_alone(rows: Sequence[Row]) -> list[int]:
+        runs.append(threading.current_thread())
+        return first_ids(rows)
+
+    scheduler = Scheduler(first_ids, batching.plan, threads=2, run_alone=run_alone)
+    with closing(scheduler):
+        done = scheduler.run_now([row(16, 1), row(32, 2)])
+        assert done is not None and done[1] == [1, 2]
+        assert runs == [threading.current_thread()]
+        assert threading.active_count() == before
+        assert scheduler.run_now([row(16)] * (INTERACTIVE_ROWS + 1)) is None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_caller_that_runs_counts_as_a_thread(threads: int) -> None:
+    """A request that comes meanwhile is run at once beside it if a thread is free, and by `run`;
+    else as soon as the caller's run has ended.
+    """
+    gate, beside, answer = Gate(), threading.Event(), Answer()
+
+    def run(rows: Sequence[Row]) -> list[int]:
+        beside.set()
+        return first_ids(rows)
+
+    scheduler = Scheduler(run, batching.plan, threads=threads, run_alone=gate.run)
+    with closing(scheduler):
+        caller = threading.Thread(target=scheduler.run_now, args=([row(16, 1)],))
+        caller.start()
+        assert gate.entered.wait(TIMEOUT_S)
+        assert scheduler.run_now([row(16, 2)]) is None
+        scheduler.submit([row(16, 3)], answer)
+        assert beside.wait(TIMEOUT_S if threads == 2 else 0.2) == (threads == 2)
+        gate.opened.set()
+        assert answer.wait() == [3]
+        caller.join(TIMEOUT_S)
+        wait_until(lambda: not scheduler._running)
+        assert scheduler.run_now([row(16, 4)]) is not None
+
+
+def test_a_failed_run_of_a_caller_leaves_the_scheduler_free() -> None:
+    """The caller gets the error, and the next request is run."""
+
+    def run(rows: Sequence[Row]) -> list[int]:
+        if rows[0].ids[0] == 13:
+            raise ValueError("13")
+        return first_ids(rows)
+
+    with closing(Scheduler(run, batching.plan, threads=1)) as scheduler:
+        with pytest.raises(ValueError, match="13"):
+            scheduler.run_now([row(16, 13)])
+        done = scheduler.run_now([row(16, 1)])
+        assert done is not None and done[1] == [1]
+
+
+def test_a_closed_scheduler_refuses_requests() -> None:
+    """A request after `close` is an error at once, never one that nobody answers."""
+    scheduler = Scheduler(first_ids, batching.plan, threads=1)
+    scheduler.close()
+    assert scheduler.run_now([row(16)]) is None
+    with pytest.raises(RequestCancelled, match="closed"):
+        scheduler.submit([row(16)], Answer())
+    scheduler.close()
+
+
+def test_requests_are_answered_where_no_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of a program no thread starts: the caller runs all that is queued."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    scheduler, answers = Scheduler(first_ids, batching.plan, threads=2), [Answer(), Answer()]
+    scheduler.submit([row(16, index) for index in range(40)], answers[0])
+    scheduler.submit([row(16, 7)], answers[1])
+    assert answers[0].wait() == list(range(40)) and answers[1].wait() == [7]
+    scheduler.close()
+
+
+class Garbage:
+    """A cycle whose finaliser is called when the garbage collector runs."""
+
+    def __init__(self, finaliser: Callable[[], object]) -> None:
+        self.finaliser = finaliser
+        self.cycle = self
+
+    def __del__(self) -> None:
+        self.finaliser()
+
+
+def threads_of(scheduler: Scheduler) -> list[threading.Thread | None]:
+    return [*scheduler._run_threads, scheduler._answer_thread]
+
+
+@pytest.mark.parametrize("method", ["stop", "close"])
+@pytest.mark.parametrize("place", ["plan", "run", "answer"])
+def test_a_finaliser_ends_the_threads_wherever_it_runs(method: str, place: str) -> None:
+    """The garbage collector may run in any thread of the scheduler, while it holds the lock (as
+    during `plan`) or not: what is queued is answered, and the threads end.
+    """
+    collected, answer = threading.Event(), Answer()
+
+    def collect(here: str) -> None:
+        if here == place and not collected.is_set():
+            Garbage(getattr(scheduler, method))
+            gc.collect()
+            collected.set()
+
+    def run(rows: Sequence[Row]) -> list[int]:
+        collect("run")
+        return first_ids(rows)
+
+    def plan(lengths: Sequence[int], streams: int) -> list[list[int]]:
+        collect("plan")
+        return batching.plan(lengths, streams)
+
+    def answered(outcome: Outcome) -> None:
+        collect("answer")
+        answer(outcome)
+
+    scheduler = Scheduler(run, plan, threads=1)
+    scheduler.submit([row(16, 5)], answered)
+    assert answer.wait() == [5]
+    assert collected.wait(TIMEOUT_S)
+    wait_until(lambda: not any(thread and thread.is_alive() for thread in threads_of(scheduler)), 5)
+
+
+@pytest.mark.parametrize("method", ["stop", "close"])
+def test_a_finaliser_in_a_caller_that_holds_the_lock_returns(method: str) -> None:
+    """Both are called in a thread that holds the lock, and the threads end when it is free."""
+    answer, returned = Answer(), threading.Event()
+    scheduler = Scheduler(first_ids, batching.plan, threads=2)
+    scheduler.submit([row(16, 5)], answer)
+    assert answer.wait() == [5]
+
+    def collect() -> None:
+        with scheduler._lock:
+            Garbage(getattr(scheduler, method))
+            gc.collect()
+            returned.set()
+
+    threading.Thread(target=collect, daemon=True).start()
+    assert returned.wait(5)
+    wait_until(lambda: not any(thread and thread.is_alive() for thread in threads_of(scheduler)), 5)

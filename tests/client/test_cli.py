@@ -102,7 +102,7 @@ def test_health_tells_and_exits(server: wheel.Server) -> None:
         (["embed", "a", "--dimensions", "0"], None, "1 to 384"),
         (["embed", "a", "--input-type", "foo"], None, "document, query"),
         (["embed", "a", "--model", "none"], None, "none"),
-        (["embed"], b"\xff\n", "stdin is not valid UTF-8"),
+        (["embed"], b"\xff\n", "stdin is not UTF-8 (line 1)"),
         (["embed", "--file", "/no/such/file"], None, "cannot be read"),
         (["embed", "a", "--file", "README.md"], None, "give one of them"),
         (["embed", "a", "--url", "ftp://x"], None, "host:port"),

@@ -76,8 +76,8 @@ def test_redis_is_shared(tmp_path: Path) -> None:
             prometheus.register(second, registry)
             metrics = generate_latest(registry).decode()
     assert set(tiers) == {"redis"}
-    assert 'halimede_cache_hits_hot_total{tier="redis"} 2.0' in metrics
-    assert 'halimede_cache_hits_cold_total{tier="redis"} 0.0' in metrics
+    assert 'halimede_cache_hits_hot_total{embedder="m",tier="redis"} 2.0' in metrics
+    assert 'halimede_cache_hits_cold_total{embedder="m",tier="redis"} 0.0' in metrics
     assert tiers["redis"]["hits"] == tiers["redis"]["hits_hot"] == 2
 
 
@@ -181,26 +181,38 @@ def test_statistics_count_what_was_done() -> None:
 
 
 def test_prometheus_reads_the_statistics() -> None:
-    """A registered embedder's figures are in Prometheus' own text."""
+    """The figures of every registered embedder are in Prometheus' own text, with buckets."""
     from prometheus_client import CollectorRegistry, generate_latest
 
     from halimede.observability import prometheus
 
     registry = CollectorRegistry()
-    with Embedder(config={**HASH, "cache": {}}) as embedder:
+    with Embedder(config={**HASH, "cache": {}}) as embedder, Embedder(config=HASH) as other:
         prometheus.register(embedder, registry)
+        second = prometheus.register(other, registry)
+        third = prometheus.register(AsyncEmbedder(config=HASH), registry, name="async")
+        assert (second.name, third.name) == ("m-2", "async")
+        with pytest.raises(InvalidInput, match="'async'"):
+            prometheus.register(other, registry, name="async")
         embedder.embed(["a", "b"])
         embedder.embed(["a", "c"])
+        other.embed("a")
         text = generate_latest(registry).decode()
-    for line in (
-        "halimede_calls_total 2.0",
-        "halimede_texts_total 4.0",
-        "halimede_texts_cached_total 1.0",
-        "halimede_call_seconds_count 2.0",
-        'halimede_provider_requests_total{provider="hash:hash"} 2.0',
-        'halimede_cache_hits_total{tier="memory"} 1.0',
-    ):
-        assert line in text
+        for line in (
+            'halimede_calls_total{embedder="m"} 2.0',
+            'halimede_calls_total{embedder="m-2"} 1.0',
+            'halimede_calls_total{embedder="async"} 0.0',
+            'halimede_texts_total{embedder="m"} 4.0',
+            'halimede_texts_cached_total{embedder="m"} 1.0',
+            'halimede_call_seconds_count{embedder="m"} 2.0',
+            'halimede_call_seconds_bucket{embedder="m",le="30"} 2.0',
+            'halimede_call_seconds_bucket{embedder="m",le="+Inf"} 2.0',
+            'halimede_provider_requests_total{embedder="m",provider="hash:hash"} 2.0',
+            'halimede_cache_hits_total{embedder="m",tier="memory"} 1.0',
+        ):
+            assert line in text, line
+        second.unregister()
+        assert 'embedder="m-2"' not in generate_latest(registry).decode()
 
 
 def test_opentelemetry_spans_hold_facts_and_no_text(tracers: Any) -> None:
@@ -222,23 +234,6 @@ def test_opentelemetry_spans_hold_facts_and_no_text(tracers: Any) -> None:
     assert good.parent.span_id == caller.context.span_id
     assert bad.attributes["error.type"] == "InvalidDimensions"
     assert "xylophone" not in good.to_json() + bad.to_json()
-
-
-def test_a_forked_process_is_told() -> None:
-    """An embedder of before a fork raises in the child instead of hanging."""
-    with Embedder(config=HASH) as embedder:
-        embedder.embed("a")
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                embedder.embed("a")
-            except HalimedeError as error:
-                code = 0 if "forked" in str(error) else 2
-            finally:
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_a_closed_embedder_says_so() -> None:
@@ -284,14 +279,3 @@ def test_an_interrupt_ends_a_blocking_call(server: wheel.Server) -> None:
             embedder.embed(["word " * 100] * 3000)
         assert sent()["texts"] < 3000
         assert len(embedder.embed("still here")) == 1
-
-
-def test_a_blocking_call_on_the_clients_own_loop_is_refused() -> None:
-    """It would wait for itself."""
-    with Embedder(config=HASH) as embedder:
-
-        async def wrong() -> None:
-            embedder.embed("a")
-
-        with pytest.raises(HalimedeError, match="own event loop"):
-            embedder._loop.wait(wrong())

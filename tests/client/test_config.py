@@ -12,7 +12,7 @@ from halimede import Config, Embedder, InvalidConfig
 from halimede.config import reference
 from halimede.config.file import load, parse
 from halimede.config.resolve import resolve
-from halimede.providers import KINDS, open_provider
+from halimede.providers import KINDS, open_providers
 
 FULL = """
 default_model: minilm
@@ -125,7 +125,7 @@ def test_a_secret_comes_from_the_environment_or_a_file(
     base = {"provider": "openai", "model_id": "text-embedding-3-small"}
     named = parse({"models": {"m": {**base, "api_key_env": "NO_SUCH_VARIABLE"}}}).chain()[0]
     with pytest.raises(InvalidConfig, match="NO_SUCH_VARIABLE"):
-        open_provider(named)
+        open_providers(named)
     monkeypatch.setenv("NO_SUCH_VARIABLE", "from-environment")
     assert named.key("X") == "from-environment"
     file = tmp_path / "key"
@@ -134,7 +134,7 @@ def test_a_secret_comes_from_the_environment_or_a_file(
     assert filed.key("X") == "from-file"
     file.unlink()
     with pytest.raises(InvalidConfig, match="api_key_file cannot be read"):
-        open_provider(filed)
+        open_providers(filed)
     missing = parse({"models": {"m": base}, "cache": {"redis": {"url_env": "NO_SUCH_URL"}}})
     with pytest.raises(InvalidConfig, match="NO_SUCH_URL"):
         missing.cache.open()

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import documents
 import pytest
@@ -111,3 +112,56 @@ def test_questions_of_a_newcomer_are_answered() -> None:
     rows = re.findall(r"^\| (?!question|---)(.*?) \| `(.*?)` \|", section, re.MULTILINE)
     assert len(rows) == QUESTIONS
     assert [path for _, path in rows if not (ROOT / path).is_file()] == []
+
+
+def test_the_way_of_a_text_is_short_and_as_documented(server: Server) -> None:
+    """From `embed` to the wire a text passes at most 5 files and 20 functions of ours: those of the
+    table in "How it works".
+    """
+    text = "a text that is followed"
+    passed: list[tuple[str, str]] = []
+
+    def holds(value: object) -> bool:
+        if isinstance(value, (str, bytes)):
+            return value in (text, text.encode())
+        if isinstance(value, (list, tuple)):
+            return any(map(holds, value))
+        parts = ("inputs", "call", "raw_input_contents")
+        return any(holds(list(getattr(value, part, ()))) for part in parts if part != "call") or (
+            type(value).__name__ == "_Attempt" and holds(value.call)  # type: ignore[attr-defined]
+        )
+
+    def follow(frame: Any, event: str, argument: object) -> None:
+        name = frame.f_code.co_filename
+        if event != "call" or "/client/halimede/" not in name or frame.f_code.co_name[0] == "<":
+            return
+        step = name.partition("/client/halimede/")[2], frame.f_code.co_qualname
+        wanted = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+        if step not in passed and any(holds(frame.f_locals.get(one)) for one in wanted):
+            passed.append(step)
+
+    class Sent(BaseException):
+        pass
+
+    def wire(*_: object, **__: object) -> None:
+        sys.setprofile(None)
+        raise Sent
+
+    with Embedder(server.grpc_address, MODEL) as embedder:
+        embedder.embed("warm")
+        [replica] = embedder._pipeline._fallback.first._replicas
+        replica._provider._connection._stub.ModelInfer = wire  # type: ignore[attr-defined]
+        sys.setprofile(follow)
+        try:
+            with pytest.raises(Sent):
+                embedder.embed(text)
+        finally:
+            sys.setprofile(None)
+    *before_the_wire, wired = passed
+    assert wired == ("providers/triton/grpc_connection.py", "GrpcConnection.start")
+    assert len({file for file, _ in before_the_wire}) <= 5, passed
+    assert len(passed) <= 20, passed
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    for file, function in passed:
+        assert file.rpartition("/")[0] in page
+        assert f"{function.rpartition('.')[2]}" in page, function

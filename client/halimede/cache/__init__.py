@@ -2,16 +2,16 @@
 
     cache = Cache([Memory(256 * MIB), Disk(folder, 4 * GIB, WEEK_S), Redis(url)])
     wanted = keys(texts, space=…, precision=…, input_type=…, dims=384)
-    entries, hits = await cache.get_or_compute(wanted, compute, Expect(dims=384))
+    entries, hits = drive(cache.get_or_compute(wanted, compute, Expect(dims=384)))
 
 Rules for callers:
 
-- Run all coroutines of a cache on one event loop. `Cache(…)`, `stats()` and `keys()` need none.
+- `get_or_compute` is a flow (`halimede.pipeline.waiting`), and so is what `compute` returns. All
+  other methods block.
 - One call has one space: `compute` answers in the space given to `keys`, or raises. So a cache
   wraps one provider, and a fallback chain wraps caches, not the other way round.
 - Vectors are stored as float32, before quantisation: the output type is not part of the key, and
   one entry serves every output type.
-- Split calls of more than a few thousand keys: a call blocks the event loop while it reads memory.
 
 Neither keys nor values contain a text.
 """

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,9 +12,10 @@ import numpy as np
 from halimede.cache.entries import Entries, Expect, check, pack, unpack
 from halimede.cache.guarded import GuardedTier
 from halimede.cache.tier import KeyValue, Tier
+from halimede.pipeline.waiting import Flow, shared_result
 from halimede_ops.errors import HalimedeError, InvalidInput
 
-Compute = Callable[[list[int]], Awaitable[Entries]]
+Compute = Callable[[list[int]], Flow[Entries]]
 """Computes the entries of the given rows, in that order."""
 Values = dict[bytes, bytes]
 """Packed entries by key."""
@@ -24,7 +25,7 @@ class Cache:
     """Tiers, the fastest first. A tier that fails is skipped until it works again.
 
     A value found in one tier is written to the tiers before it, a computed one to all tiers.
-    Tiers outside this process are written in the background.
+    Tiers outside this process are written in the background. Safe to use from several threads.
     """
 
     def __init__(self, tiers: Sequence[Tier]) -> None:
@@ -39,31 +40,32 @@ class Cache:
                 f"the tiers are named {', '.join(names)}. Give each tier its own name."
             )
         self._tiers = [GuardedTier(tier) for tier in tiers]
+        self._local = self._tiers[:1] if self._tiers and self._tiers[0].is_local else []
+        """The first tier, if it is in this process."""
+        self._lock = threading.Lock()
+        """Guards the two attributes below, and makes reading the first tier and a claim one step: a
+        key is in the first tier, in flight, or claimed."""
         self._flights: dict[bytes, _Flight] = {}
         self._shared = 0
 
-    async def get_or_compute(
+    def get_or_compute(
         self, keys: Sequence[bytes], compute: Compute, expect: Expect
-    ) -> tuple[Entries, np.ndarray]:
+    ) -> Flow[tuple[Entries, np.ndarray]]:
         """Return the entries of the keys, in order, and `[rows]` bool: whether a tier had each.
 
         `compute` gets one row of each distinct key that no tier has and no other call is
-        computing. If that other call fails or is cancelled, the calls that wait for it compute
-        the vectors themselves.
+        computing. If that other call fails or gives up, the calls that wait for it compute the
+        vectors themselves.
 
         Raises:
             InvalidInput: `compute` returned entries of another shape.
             Exception: whatever `compute` raised.
         """
-        local = await self._read_memory(keys, expect)
         rows: dict[bytes, int] = {}
-        for row, value in enumerate(local):
-            if value is None:
-                rows.setdefault(keys[row], row)
-        found, computed = await self._resolve(list(rows), _Call(rows, compute, expect))
-        values = [
-            value or found.get(key) or computed[key] for key, value in zip(keys, local, strict=True)
-        ]
+        for row, key in enumerate(keys):
+            rows.setdefault(key, row)
+        found, computed = yield from self._resolve(keys, _Call(rows, compute, expect))
+        values = [found.get(key) or computed[key] for key in keys]
         hits = [key not in computed for key in keys] if computed else np.ones(len(keys))
         return unpack(values, expect), np.array(hits, np.bool_)
 
@@ -76,125 +78,146 @@ class Cache:
             "shared": self._shared,
         }
 
-    async def flush(self) -> None:
+    def flush(self) -> None:
         """Wait until every tier has stored what was computed so far, or failed to."""
-        await asyncio.gather(*(tier.flush() for tier in self._tiers))
+        for tier in self._tiers:
+            tier.flush()
 
-    async def clear(self) -> None:
+    def clear(self) -> None:
         """Delete every value in every tier.
 
         Raises:
-            HalimedeError: a tier failed; the others are cleared.
+            HalimedeError: a tier failed. The others are cleared.
         """
-        results = await asyncio.gather(
-            *(tier.clear() for tier in self._tiers), return_exceptions=True
-        )
-        failed = [
-            guarded.tier.name
-            for guarded, result in zip(self._tiers, results, strict=True)
-            if isinstance(result, Exception)
-        ]
+        failed = []
+        for guarded in self._tiers:
+            try:
+                guarded.clear()
+            except Exception:
+                failed.append(guarded.tier.name)
         if failed:
             raise HalimedeError(
                 f"cache tier {', '.join(failed)} could not be cleared; the others are. "
                 "Clear the cache again when the tier works."
             )
 
-    async def close(self) -> None:
-        """Write the queued values and release the tiers; a second call does nothing."""
-        await asyncio.gather(*(tier.close() for tier in self._tiers))
+    def close(self) -> None:
+        """Write the queued values and release the tiers. A second call does nothing."""
+        for tier in self._tiers:
+            tier.close()
 
-    async def _read_memory(self, keys: Sequence[bytes], expect: Expect) -> list[bytes | None]:
-        """Each key's value in the first tier, if that is in this process; does not wait."""
-        if self._tiers and self._tiers[0].is_local:
-            return await self._tiers[0].get(keys, expect)
-        return [None] * len(keys)
-
-    async def _resolve(self, keys: Sequence[bytes], call: _Call) -> tuple[Values, Values]:
-        """Values found in tiers and values computed, by this call or by other calls in flight.
-
-        Nothing else runs between `_read_memory` and the claim: a key is in the first tier, in
-        flight, or claimed here.
-        """
-        in_flight = {key: flight for key in keys if (flight := self._flights.get(key))}
-        ours = [key for key in keys if key not in in_flight]
-        with self._claim(ours, is_lookup=True) as flight:
-            found = flight.values = await self._look_up(ours, call.expect)
-        absent = [key for key in ours if key not in found]
-        with self._claim(absent, is_lookup=False) as flight:
-            computed = flight.values = await self._compute(absent, call)
-        if not in_flight:
-            return found, computed
-        others_found, others_computed = await self._share(in_flight, call)
-        return found | others_found, computed | others_computed
-
-    @contextlib.contextmanager
-    def _claim(self, keys: list[bytes], *, is_lookup: bool) -> Iterator[_Flight]:
-        """Register the keys as in flight: other calls that need one wait for this one."""
-        flight = _Flight(is_lookup)
-        self._flights.update(dict.fromkeys(keys, flight))
+    def _resolve(self, keys: Sequence[bytes], call: _Call) -> Flow[tuple[Values, Values]]:
+        """Values found in tiers and values computed, by this call or by other calls in flight."""
+        flight = _Flight()
+        found, others = self._claim(keys, flight, call.expect)
         try:
-            yield flight
+            if flight.keys and len(self._tiers) > len(self._local):
+                flight.found = yield from self._look_up(list(flight.keys), call.expect)
+                found |= flight.found
+                flight = self._hand_over(flight)
+            flight.computed = yield from self._compute(list(flight.keys), call)
         except Exception:
             flight.failed = True
             raise
         finally:
-            for key in keys:
-                del self._flights[key]
-            flight.done.set()
+            self._release(flight)
+        if not others:
+            return found, flight.computed
+        others_found, others_computed = yield from self._share(others, call)
+        return found | others_found, flight.computed | others_computed
 
-    async def _share(self, in_flight: dict[bytes, _Flight], call: _Call) -> tuple[Values, Values]:
+    def _claim(
+        self, keys: Sequence[bytes], flight: _Flight, expect: Expect
+    ) -> tuple[Values, dict[bytes, _Flight]]:
+        """Return values of the first tier, and the flights of keys that others look up or compute.
+
+        The other keys are this flight's.
+        """
+        with self._lock:
+            found: Values = {}
+            for tier in self._local:
+                found = _present(keys, tier.get_local(keys, expect))
+            others: dict[bytes, _Flight] = {}
+            for key in keys:
+                if key in found:
+                    continue
+                other = self._flights.setdefault(key, flight)
+                if other is not flight:
+                    others[key] = other
+                elif key not in flight.keys:
+                    flight.keys[key] = None
+            return found, others
+
+    def _hand_over(self, flight: _Flight) -> _Flight:
+        """End a lookup, and return the flight that computes the keys it has not found."""
+        following = _Flight()
+        with self._lock:
+            for key in flight.keys:
+                if key in flight.found:
+                    del self._flights[key]
+                else:
+                    self._flights[key] = following
+                    following.keys[key] = None
+        flight.done.set_result(None)
+        return following
+
+    def _release(self, flight: _Flight) -> None:
+        with self._lock:
+            for key in flight.keys:
+                del self._flights[key]
+        flight.done.set_result(None)
+
+    def _share(self, others: dict[bytes, _Flight], call: _Call) -> Flow[tuple[Values, Values]]:
         """Values that other calls found, and values that they computed or left to this call."""
-        for flight in set(in_flight.values()):
-            await flight.done.wait()
+        for flight in set(others.values()):
+            yield from shared_result(flight.done)
         found: Values = {}
         computed: Values = {}
         unanswered: list[bytes] = []
         failed: list[bytes] = []
-        for key, flight in in_flight.items():
-            if key in flight.values:
-                (found if flight.is_lookup else computed)[key] = flight.values[key]
+        for key, flight in others.items():
+            if key in flight.found:
+                found[key] = flight.found[key]
+            elif key in flight.computed:
+                computed[key] = flight.computed[key]
             else:
                 (failed if flight.failed else unanswered).append(key)
-        self._shared += len(found) + len(computed)
+        with self._lock:
+            self._shared += len(found) + len(computed)
         # Do not wait for another call after one failed: the waits would add up.
-        computed |= await self._compute(failed, call)
-        found |= _present(unanswered, await self._read_memory(unanswered, call.expect))
-        absent = [key for key in unanswered if key not in found]
-        if absent:
-            found_later, computed_later = await self._resolve(absent, call)
+        computed |= yield from self._compute(failed, call)
+        if unanswered:
+            found_later, computed_later = yield from self._resolve(unanswered, call)
             found, computed = found | found_later, computed | computed_later
         return found, computed
 
-    async def _look_up(self, keys: Sequence[bytes], expect: Expect) -> Values:
-        """Values in the tiers that `_read_memory` did not read, written to the tiers before."""
+    def _look_up(self, keys: Sequence[bytes], expect: Expect) -> Flow[Values]:
+        """Values in the tiers after the first, written to the tiers before."""
         found: Values = {}
-        for position, tier in enumerate(self._tiers):
+        for position in range(len(self._local), len(self._tiers)):
             absent = [key for key in keys if key not in found]
-            if not absent or (position == 0 and tier.is_local):
-                continue
-            read = _present(absent, await tier.get(absent, expect))
+            if not absent:
+                break
+            read = _present(absent, (yield from self._tiers[position].get(absent, expect)))
             found |= read
-            await self._put(self._tiers[:position], list(read.items()))
+            self._put(self._tiers[:position], list(read.items()))
         return found
 
-    async def _compute(self, keys: list[bytes], call: _Call) -> Values:
+    def _compute(self, keys: list[bytes], call: _Call) -> Flow[Values]:
         """Computed values of the keys, written to every tier; vectors with NaN or ∞ are not."""
         if not keys:
             return {}
         rows = [call.rows[key] for key in keys]
-        entries = check(await call.compute(rows), len(keys), call.expect)
+        entries = check((yield from call.compute(rows)), len(keys), call.expect)
         values = list(zip(keys, pack(keys, entries), strict=True))
         finite = np.isfinite(entries.vectors).all(axis=1)
-        await self._put(
-            self._tiers, [value for value, keep in zip(values, finite, strict=True) if keep]
-        )
+        self._put(self._tiers, [value for value, keep in zip(values, finite, strict=True) if keep])
         return dict(values)
 
-    async def _put(self, tiers: Sequence[GuardedTier], values: list[KeyValue]) -> None:
+    def _put(self, tiers: Sequence[GuardedTier], values: list[KeyValue]) -> None:
         if values:
             for tier in tiers:
-                await tier.put(values)
+                tier.put(values)
 
 
 class _Call(NamedTuple):
@@ -207,16 +230,17 @@ class _Call(NamedTuple):
 
 
 class _Flight:
-    """A lookup or a computation of one call that other calls can wait for."""
+    """Keys that one call looks up or computes, and that other calls can wait for."""
 
-    def __init__(self, is_lookup: bool) -> None:
-        self.is_lookup = is_lookup
-        self.done = asyncio.Event()
+    def __init__(self) -> None:
+        self.keys: dict[bytes, None] = {}
+        self.done: Future[None] = Future()
         self.failed = False
-        """Whether it raised. Otherwise a key without a value means that the call was cancelled,
-        or that no tier had the key.
+        """Whether it raised. Otherwise a key without a value means that no tier had it, or that the
+        call gave up.
         """
-        self.values: Values = {}
+        self.found: Values = {}
+        self.computed: Values = {}
 
 
 def _present(keys: Sequence[bytes], values: Sequence[bytes | None]) -> Values:

@@ -7,12 +7,11 @@ file: it is then deleted and created again. Each value has its own checksum.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -80,30 +79,30 @@ class Disk:
         """The size."""
         return {"size_bytes": self._size_bytes}
 
-    async def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return each key's value, or None when it is unknown or older than `ttl_s`."""
         oldest_s = 0 if self.ttl_s is None else time.time() - self.ttl_s
-        return await self._reads.run(lambda database: _select(database, keys, oldest_s))
+        return self._reads.run(lambda database: _select(database, keys, oldest_s))
 
-    async def put(self, values: Sequence[KeyValue]) -> None:
+    def put(self, values: Sequence[KeyValue]) -> None:
         """Store the values and evict the oldest beyond `max_bytes`."""
-        self._size_bytes = await self._writes.run(
+        self._size_bytes = self._writes.run(
             lambda database: _insert(database, values, self._writes.max_pages)
         )
 
-    async def clear(self) -> None:
+    def clear(self) -> None:
         """Delete every value, other processes' too; the file keeps no byte of them."""
-        await self._writes.run(_clear)
+        self._writes.run(_clear)
         self._size_bytes = 0
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Close the file."""
-        await self._reads.close()
-        await self._writes.close()
+        self._reads.close()
+        self._writes.close()
 
 
 class _Connection:
-    """A connection with its own thread; opened on first use, and again after an error."""
+    """A connection for one caller at a time; opened on first use, and again after an error."""
 
     def __init__(self, path: Path, max_pages: int, timeout_s: float) -> None:
         self.max_pages = max_pages
@@ -111,27 +110,21 @@ class _Connection:
         self._timeout_s = timeout_s
         self._database: sqlite3.Connection | None = None
         self._file_id: tuple[int, int] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="halimede-disk")
+        self._lock = threading.Lock()
 
-    async def run(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._work, work)
+    def run(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        with self._lock:
+            try:
+                return work(self._connect())
+            except BaseException as error:
+                self._disconnect()
+                if _is_damaged(error):
+                    self._delete_file()
+                raise
 
-    async def close(self) -> None:
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._disconnect)
-        except RuntimeError:  # closed before
-            return
-        self._thread.shutdown(wait=False)
-
-    def _work(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        try:
-            return work(self._connect())
-        except BaseException as error:
+    def close(self) -> None:
+        with self._lock:
             self._disconnect()
-            if _is_damaged(error):
-                self._delete_file()
-            raise
 
     def _connect(self) -> sqlite3.Connection:
         if self._database is not None and self._file_id != _file_id(self._path):

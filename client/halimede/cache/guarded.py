@@ -4,30 +4,35 @@ A read that fails or takes longer than the tier's `timeout_s` is a miss and open
 breaker: the tier is skipped until a background probe succeeds. Writes go through a bounded queue
 and have their own breaker, so that a full store is still read. Reads also find queued values;
 while writes fail, the queue waits.
+
+A thread writes the queue. It ends when the queue is empty, and the program does not end before it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import itertools
 import logging
 import math
+import threading
 import time
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from halimede.cache.entries import Expect, is_fresh, is_intact
 from halimede.cache.key import KEY_BYTES
 from halimede.cache.tier import KeyValue, Tier
-from halimede.pipeline.breaker import Breaker
-from halimede_ops.errors import ServerUnreachable
+from halimede.pipeline.circuit_breaker import CircuitBreaker
+from halimede.pipeline.pool import Pool
+from halimede.pipeline.waiting import Flow, result_of
 
 READ_KEYS = 512
 """Most keys in one read."""
 WRITE_VALUES = 128
-"""Most values in one write: packing them for Redis blocks the event loop."""
+"""Most values in one write."""
+CALLS_AT_ONCE = 8
+"""Calls of one tier that run at once."""
 QUEUE_BYTES = 64 * 1024 * 1024
 """Size of the write queue; further values are dropped."""
 CLOSE_TIMEOUT_S = 5.0
@@ -64,11 +69,15 @@ class GuardedTier:
         self.tier = tier
         self.counts = Counts()
         # The first failure opens a breaker: each failure delays a call by up to `timeout_s`.
-        self._read_breaker = Breaker(self._probe_reads, most_failures=1)
-        self._write_breaker = Breaker(self._probe_writes, most_failures=1)
+        self._read_breaker = CircuitBreaker(self._probe_reads, max_failures=1)
+        self._write_breaker = CircuitBreaker(self._probe_writes, max_failures=1)
+        self._pool = Pool(CALLS_AT_ONCE, f"cache-{tier.name}")
+        self._changed = threading.Condition()
+        """Guards the attributes below, and the counters."""
         self._queue: dict[bytes, bytes] = {}
         self._queue_bytes = 0
-        self._drain_task: asyncio.Task[None] | None = None
+        self._is_writing = False
+        self._is_closed = False
         self._last_warning_s = {"reads": -math.inf, "writes": -math.inf}
 
     @property
@@ -76,59 +85,72 @@ class GuardedTier:
         """Whether the tier is in this process: it then needs no guard, and its values no check."""
         return self.tier.timeout_s is None
 
-    async def get(self, keys: Sequence[bytes], expect: Expect) -> list[bytes | None]:
+    def get_local(self, keys: Sequence[bytes], expect: Expect) -> list[bytes | None]:
+        """Return each key's value in a tier of this process, or None."""
+        return self._counted(_fresh(self.tier.get(keys), expect))
+
+    def get(self, keys: Sequence[bytes], expect: Expect) -> Flow[list[bytes | None]]:
         """Return each key's intact value, or None."""
         if self.is_local:
-            return self._counted(_fresh(await self.tier.get(keys), expect))
-        values = _fresh([self._queue.get(key) for key in keys], expect)
-        self.counts.hits += len(values) - values.count(None)
+            return self.get_local(keys, expect)
+        with self._changed:
+            queued: list[bytes | None] = [self._queue.get(key) for key in keys]
+        values = _fresh(queued, expect)
         absent = [row for row, value in enumerate(values) if value is None]
+        with self._changed:
+            self.counts.hits += len(values) - len(absent)
         for start in range(0, len(absent), READ_KEYS):
             rows = absent[start : start + READ_KEYS]
-            read = await self._read([keys[row] for row in rows], expect)
+            read = yield from self._read([keys[row] for row in rows], expect)
             for row, value in zip(rows, read, strict=True):
                 values[row] = value
         return values
 
-    async def put(self, values: Sequence[KeyValue]) -> None:
+    def put(self, values: Sequence[KeyValue]) -> None:
         """Store the values: at once in this process, else through the write queue."""
         if self.is_local:
-            await self.tier.put(values)
-            self.counts.written += len(values)
+            self.tier.put(values)
+            with self._changed:
+                self.counts.written += len(values)
             return
-        for key, value in values:
-            self._enqueue(key, value)
-        is_idle = self._drain_task is None or self._drain_task.done()
-        if is_idle and not self._write_breaker.is_open:
-            self._drain_task = asyncio.create_task(self._drain())
+        with self._changed:
+            for key, value in values:
+                self._enqueue(key, value)
+            if self._is_writing or self._is_closed or self._write_breaker.is_open:
+                return
+            self._is_writing = True
+        self._start_writing()
 
-    async def flush(self) -> None:
+    def flush(self) -> None:
         """Wait until the queue is empty or a write fails."""
-        if self._drain_task is not None:
-            await asyncio.wait([self._drain_task])
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_writing)
 
-    async def clear(self) -> None:
+    def clear(self) -> None:
         """Delete every value, queued ones included.
 
         Raises:
             Exception: the tier's own error.
         """
-        self._dequeue(list(self._queue))
-        await self.flush()
-        await asyncio.wait_for(self.tier.clear(), CLEAR_TIMEOUT_S)
+        with self._changed:
+            self._dequeue(dict(self._queue))
+        self.flush()
+        self._pool.submit(self.tier.clear).result(CLEAR_TIMEOUT_S)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Write the queue, for at most CLOSE_TIMEOUT_S, and release the tier."""
-        if self._drain_task is not None:
-            await asyncio.wait([self._drain_task], timeout=CLOSE_TIMEOUT_S)
-            self._drain_task.cancel()
-            await asyncio.wait([self._drain_task])
-        await self._read_breaker.close()
-        await self._write_breaker.close()
-        self.counts.unwritten += len(self._queue)
-        self._dequeue(list(self._queue))
+        with self._changed:
+            if self._is_closed:
+                return
+            self._changed.wait_for(lambda: not self._is_writing, CLOSE_TIMEOUT_S)
+            self._is_closed = True
+            self.counts.unwritten += len(self._queue)
+            self._dequeue(dict(self._queue))
+        self._read_breaker.close()
+        self._write_breaker.close()
         with contextlib.suppress(Exception):  # a store that hangs or fails must not fail close
-            await asyncio.wait_for(self.tier.close(), CLOSE_TIMEOUT_S)
+            self._pool.submit(self.tier.close).result(CLOSE_TIMEOUT_S)
+        self._pool.close()
 
     def stats(self) -> dict[str, Any]:
         """The counters, the hit rate of the keys looked up, and the tier's own figures."""
@@ -142,21 +164,25 @@ class GuardedTier:
             "is_written": not self._write_breaker.is_open,
         }
 
-    async def _read(self, keys: Sequence[bytes], expect: Expect) -> list[bytes | None]:
+    def _read(self, keys: Sequence[bytes], expect: Expect) -> Flow[list[bytes | None]]:
         """Each key's intact value in the tier; all None when it fails or is skipped."""
-        if self._read_breaker.is_open:
-            self.counts.skipped += len(keys)
-            return [None] * len(keys)
+        if self._read_breaker.is_open or self._is_closed:
+            return self._skipped(keys)
         try:
-            values = await asyncio.wait_for(self.tier.get(keys), self.tier.timeout_s)
+            until_s = time.monotonic() + (self.tier.timeout_s or math.inf)
+            values = yield from result_of(self._pool.submit(self.tier.get, keys), until_s)
         except Exception as error:  # no error of a tier fails the call
-            self.counts.skipped += len(keys)
             self._failed("reads", self._read_breaker, error)
-            return [None] * len(keys)
-        self._read_breaker.succeeded()
+            return self._skipped(keys)
+        self._read_breaker.record_success()
         return self._counted(
             [self._intact(key, value, expect) for key, value in zip(keys, values, strict=True)]
         )
+
+    def _skipped(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        with self._changed:
+            self.counts.skipped += len(keys)
+        return [None] * len(keys)
 
     def _intact(self, key: bytes, value: bytes | None, expect: Expect) -> bytes | None:
         if value is None:
@@ -168,11 +194,12 @@ class GuardedTier:
 
     def _counted(self, values: list[bytes | None]) -> list[bytes | None]:
         misses = values.count(None)
-        self.counts.misses += misses
-        self.counts.hits += len(values) - misses
+        with self._changed:
+            self.counts.misses += misses
+            self.counts.hits += len(values) - misses
         return values
 
-    def _failed(self, operation: str, breaker: Breaker, error: Exception) -> None:
+    def _failed(self, operation: str, breaker: CircuitBreaker, error: Exception) -> None:
         self.counts.errors += 1
         if time.monotonic() - self._last_warning_s[operation] >= WARNING_EVERY_S:
             self._last_warning_s[operation] = time.monotonic()
@@ -181,50 +208,74 @@ class GuardedTier:
             log.warning(
                 "cache tier %s: %s fail (%s); skipping them", self.tier.name, operation, error_name
             )
-        breaker.failed()
+        breaker.record_failure()
 
-    async def _probe_reads(self, timeout_s: float) -> None:
-        await self._probe("reads", self.tier.get([PROBE_KEY]))
+    def _probe_reads(self, timeout_s: float) -> None:
+        self._probe("reads", lambda: self.tier.get([PROBE_KEY]))
 
-    async def _probe_writes(self, timeout_s: float) -> None:
-        await self._probe("writes", self._write_some())
-        self._drain_task = asyncio.create_task(self._drain())
+    def _probe_writes(self, timeout_s: float) -> None:
+        self._probe("writes", self._write_some)
+        self._write_breaker.record_success()
+        with self._changed:
+            if self._is_writing or self._is_closed:
+                return
+            self._is_writing = True
+        self._start_writing()
 
-    async def _probe(self, operation: str, attempt: Awaitable[object]) -> None:
-        """Raise a HalimedeError unless the attempt succeeds in time."""
+    def _probe(self, operation: str, attempt: Callable[[], object]) -> None:
+        """Raise unless the attempt succeeds in time."""
         try:
-            await asyncio.wait_for(attempt, self.tier.timeout_s)
-        except Exception as error:
+            self._pool.submit(attempt).result(self.tier.timeout_s)
+        except Exception:
             self.counts.errors += 1
-            raise ServerUnreachable(f"cache tier {self.tier.name} fails.") from error
+            raise
         log.info("cache tier %s: %s work again", self.tier.name, operation)
 
     def _enqueue(self, key: bytes, value: bytes) -> None:
-        if self._queue_bytes + len(value) > QUEUE_BYTES:
+        if self._is_closed or self._queue_bytes + len(value) > QUEUE_BYTES:
             self.counts.unwritten += 1
             return
-        self._dequeue([key])
+        self._queue_bytes += len(value) - len(self._queue.pop(key, b""))
         self._queue[key] = value
-        self._queue_bytes += len(value)
 
-    def _dequeue(self, keys: Iterable[bytes]) -> None:
-        for key in keys:
-            self._queue_bytes -= len(self._queue.pop(key, b""))
+    def _dequeue(self, values: Mapping[bytes, bytes]) -> None:
+        """Remove these values, unless newer ones of their keys are queued."""
+        for key, value in values.items():
+            if self._queue.get(key) is value:
+                self._queue_bytes -= len(self._queue.pop(key))
 
-    async def _drain(self) -> None:
-        """Write the queue; after a failure the rest waits until writes work again."""
+    def _start_writing(self) -> None:
+        # Not a daemon: the interpreter waits for it, so that nothing is lost when a program ends.
+        # After that, and where no thread can start, the caller's thread writes.
+        if threading.main_thread().is_alive():
+            with contextlib.suppress(RuntimeError):
+                threading.Thread(target=self._write, name="halimede-write").start()
+                return
+        self._write()
+
+    def _write(self) -> None:
+        """Write the queue. After a failure the rest waits until writes work again."""
+        until_s = math.inf
         try:
-            while self._queue:
-                await asyncio.wait_for(self._write_some(), self.tier.timeout_s)
-                self._write_breaker.succeeded()
+            while self._queue and time.monotonic() < until_s:
+                if until_s == math.inf and not threading.main_thread().is_alive():
+                    until_s = time.monotonic() + CLOSE_TIMEOUT_S
+                self._pool.submit(self._write_some).result(self.tier.timeout_s)
+                self._write_breaker.record_success()
         except Exception as error:
             self._failed("writes", self._write_breaker, error)
+        finally:
+            with self._changed:
+                self._is_writing = False
+                self._changed.notify_all()
 
-    async def _write_some(self) -> None:
-        values = list(itertools.islice(self._queue.items(), WRITE_VALUES))
-        await self.tier.put(values)
-        self.counts.written += len(values)
-        self._dequeue(key for key, _ in values)
+    def _write_some(self) -> None:
+        with self._changed:
+            values = dict(itertools.islice(self._queue.items(), WRITE_VALUES))
+        self.tier.put(list(values.items()))
+        with self._changed:
+            self.counts.written += len(values)
+            self._dequeue(values)
 
 
 def _fresh(values: Sequence[bytes | None], expect: Expect) -> list[bytes | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
@@ -22,6 +23,7 @@ class Memory:
         self._max_bytes = max_bytes
         self._size_bytes = 0
         self._values: OrderedDict[bytes, bytes] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
     def size_bytes(self) -> int:
@@ -32,31 +34,34 @@ class Memory:
         """The size."""
         return {"size_bytes": self._size_bytes}
 
-    async def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return each key's value, or None."""
         mark_used = self._values.move_to_end
-        values = [self._values.get(key) for key in keys]
-        for key, value in zip(keys, values, strict=True):
-            if value is not None:
-                mark_used(key)
+        with self._lock:
+            values = [self._values.get(key) for key in keys]
+            for key, value in zip(keys, values, strict=True):
+                if value is not None:
+                    mark_used(key)
         return values
 
-    async def put(self, values: Sequence[KeyValue]) -> None:
+    def put(self, values: Sequence[KeyValue]) -> None:
         """Store the values and evict the least recently used beyond `max_bytes`."""
-        for key, value in values:
-            replaced = self._values.pop(key, None)
-            if replaced is not None:
-                self._size_bytes -= len(replaced) + OVERHEAD_BYTES
-            self._values[key] = value
-            self._size_bytes += len(value) + OVERHEAD_BYTES
-        while self._size_bytes > self._max_bytes:
-            self._size_bytes -= len(self._values.popitem(last=False)[1]) + OVERHEAD_BYTES
+        with self._lock:
+            for key, value in values:
+                replaced = self._values.pop(key, None)
+                if replaced is not None:
+                    self._size_bytes -= len(replaced) + OVERHEAD_BYTES
+                self._values[key] = value
+                self._size_bytes += len(value) + OVERHEAD_BYTES
+            while self._size_bytes > self._max_bytes:
+                self._size_bytes -= len(self._values.popitem(last=False)[1]) + OVERHEAD_BYTES
 
-    async def clear(self) -> None:
+    def clear(self) -> None:
         """Delete every value."""
-        self._values.clear()
-        self._size_bytes = 0
+        with self._lock:
+            self._values.clear()
+            self._size_bytes = 0
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Delete every value."""
-        await self.clear()
+        self.clear()

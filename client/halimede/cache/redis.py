@@ -85,7 +85,7 @@ class Redis:
         hits = {f"hits_{name}": self._hits[name] for name in TEMPERATURES}
         return {"size_bytes": None, **hits}
 
-    async def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
+    def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
         """Return each key's value, or None, and renew the entries found, in one round trip.
 
         Redis passes at most 7,999 keys to a script; a cache reads 512 at a time.
@@ -93,7 +93,7 @@ class Redis:
         if not keys:
             return []
         names = [self._prefix + key for key in keys]
-        values, unused_ms = await self._get_and_renew(names, [self._ttl_ms or 0])
+        values, unused_ms = self._get_and_renew(names, [self._ttl_ms or 0])
         self._hits.update(
             self._temperature(unused)
             for value, unused in zip(values, unused_ms, strict=True)
@@ -101,26 +101,26 @@ class Redis:
         )
         return values
 
-    async def put(self, entries: Sequence[KeyValue]) -> None:
+    def put(self, entries: Sequence[KeyValue]) -> None:
         """Store the values for `ttl_s`, in one pipeline."""
         pipeline = self._client.pipeline(transaction=False)
         for key, value in entries:
             pipeline.set(self._prefix + key, value, px=self._ttl_ms)
-        await pipeline.execute()
+        pipeline.execute()
 
-    async def clear(self) -> None:
+    def clear(self) -> None:
         """Delete every value under this tier's prefix."""
         pattern = re.sub(rb"([*?\[\]\\^-])", rb"\\\1", self._prefix) + b"*"
         cursor = None
         while cursor != 0:
-            cursor, names = await self._client.scan(cursor or 0, pattern, SCAN_COUNT)
+            cursor, names = self._client.scan(cursor or 0, pattern, SCAN_COUNT)
             if names:
-                await self._client.unlink(*names)
+                self._client.unlink(*names)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Close the connections."""
-        await self._client.aclose()
-        await self._client.connection_pool.disconnect()
+        self._client.close()
+        self._client.connection_pool.disconnect()
 
     def _temperature(self, unused_ms: int) -> str:
         if unused_ms < self._hot_ttl_ms:
@@ -129,8 +129,8 @@ class Redis:
 
 
 def _client(url: str, timeout_s: float) -> Any:
-    redis = import_optional("redis.asyncio", "redis")
-    retry = import_optional("redis.asyncio.retry", "redis").Retry
+    redis = import_optional("redis", "redis")
+    retry = import_optional("redis.retry", "redis").Retry
     no_backoff = import_optional("redis.backoff", "redis").NoBackoff
     try:
         pool = redis.BlockingConnectionPool.from_url(

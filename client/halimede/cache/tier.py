@@ -10,7 +10,10 @@ KeyValue = tuple[bytes, bytes]
 
 
 class Tier(Protocol):
-    """Stores values by key. It may lose a value, fail or be slow: `GuardedTier` handles that."""
+    """Stores values by key. It may lose a value, fail or be slow: `GuardedTier` handles that.
+
+    Its methods block, and are called from several threads.
+    """
 
     @property
     def name(self) -> str:
@@ -22,19 +25,19 @@ class Tier(Protocol):
         """Longest wait for one call. None: the tier is in this process and never waits or fails."""
         ...
 
-    async def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
+    def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
         """Return each key's value, or None."""
         ...
 
-    async def put(self, values: Sequence[KeyValue]) -> None:
+    def put(self, values: Sequence[KeyValue]) -> None:
         """Store the values; a value replaces the earlier one of its key."""
         ...
 
-    async def clear(self) -> None:
+    def clear(self) -> None:
         """Delete every value that halimede stored."""
         ...
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Release threads and connections; a second call does nothing."""
         ...
 

@@ -6,9 +6,11 @@ may pass, such as a server that does not answer. An error is one line on stderr.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from typing import Annotated
 
@@ -27,10 +29,13 @@ from halimede.cli import (
     similarity,
     store,
 )
+from halimede.cli.printing import printable
 from halimede_ops.errors import HalimedeError
 
 MAY_PASS = 3
 INTERRUPTED = 130
+BROKEN_PIPE = 141
+"""As a shell reports a program that SIGPIPE ended."""
 TOOLS = "halimede_tools"
 """Package of the verbs that build, serve and measure."""
 
@@ -76,12 +81,46 @@ app.add_typer(configuration.app, name="config")
 
 
 def main() -> None:
-    """Run a command; one of our own errors is one line on stderr."""
+    """Run a command; one of our own errors, or output that cannot be written, is one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # None: it was closed before the program began
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        code = _run()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has enough. The interpreter would flush again at the end, and fail again.
+        _discard_output()
+        code = BROKEN_PIPE
+    except OSError as error:
+        _discard_output()
+        _report(f"error: the output cannot be written: {error.strerror}.")
+        code = 1
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run a command and return its exit code."""
     try:
         app()
     except HalimedeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(MAY_PASS if error.retryable else 1)
+        _report(f"error: {printable(str(error))}")
+        return MAY_PASS if error.retryable else 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        _report("interrupted")
+        return INTERRUPTED
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _report(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+
+
+def _discard_output() -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)

@@ -22,7 +22,9 @@ def check(
     config = load(file)
     chain = config.chain()
     for model in chain:
-        providers.open_provider(model)
+        providers.open_providers(model)
+    if config.cache is not None:
+        config.cache.open()
     facts = {
         "chain": [f"{model.provider}:{model.model_id}" for model in chain],
         "cache": config.cache is not None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import html
 import io
@@ -10,10 +9,11 @@ from collections.abc import Sequence
 from string import Template
 from typing import NamedTuple
 
+from halimede.cli.printing import printable
 from halimede.extras import import_optional
-from halimede.inputs.archives import NamedImage, find_images
+from halimede.inputs.archives import MAX_MEMBER_BYTES, NamedImage, find_images
 from halimede.inputs.content import ReadOptions
-from halimede.results import MAX_IMAGE_BYTES, ImageInfo
+from halimede.results import ImageInfo
 from halimede_ops.errors import HalimedeError
 
 EDGE = 360
@@ -87,13 +87,13 @@ def sheet(title: str, about: str, hits: Sequence[Hit], where: str) -> str:
             rank=rank,
             thumbnail=thumbnails.get(hit.position, "<small>no preview</small>"),
             cosine=f"{hit.cosine:.3f}",
-            name=html.escape(hit.name),
+            name=html.escape(printable(hit.name)),
             size=html.escape(str(hit.image)),
         )
         for rank, hit in enumerate(hits, start=1)
     ]
     return PAGE.substitute(
-        title=html.escape(title), about=html.escape(about), figures="".join(figures)
+        title=html.escape(printable(title)), about=html.escape(about), figures="".join(figures)
     )
 
 
@@ -111,7 +111,7 @@ def _thumbnail(image: NamedImage) -> str | None:
     pillow = import_optional("PIL.Image", "images")
     turned = import_optional("PIL.ImageOps", "images").exif_transpose
     try:
-        data = asyncio.run(_read(image))
+        data = _read(image)
         with pillow.open(io.BytesIO(data)) as full:
             full.draft("RGB", (2 * EDGE, 2 * EDGE))
             small = turned(full).convert("RGB")
@@ -124,10 +124,10 @@ def _thumbnail(image: NamedImage) -> str | None:
     return f'<img alt="" loading="lazy" src="data:image/jpeg;base64,{encoded}">'
 
 
-async def _read(image: NamedImage) -> bytes:
-    async def fetch(url: str, max_bytes: int) -> bytes:
+def _read(image: NamedImage) -> bytes:
+    def fetch(url: str, max_bytes: int) -> bytes:
         raise NotImplementedError  # a folder has no urls
 
-    item = await image.read(ReadOptions(MAX_IMAGE_BYTES, fetch))
+    item = image.read(ReadOptions(MAX_MEMBER_BYTES, fetch))
     assert isinstance(item, bytes)
     return item

@@ -27,6 +27,7 @@ def embed(
     timeout_s: options.TimeoutS = None,
 ) -> None:
     """Embed texts from the arguments, a file or stdin."""
+    options.check_writable(npy, "--npy")
     lines = options.read_texts(texts, file)
     with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
         result = embedder.embed(

@@ -35,6 +35,7 @@ def embed_image(
     timeout_s: options.TimeoutS = None,
 ) -> None:
     """Embed images; exit code 1 if one fails, with its error on stderr."""
+    options.check_writable(npy, "--npy")
     names: list[str] = []
     with Embedder(url, model, config=config, timeout_s=timeout_s) as embedder:
         every_image = (image for where in images for image in find_images(where))
@@ -72,7 +73,7 @@ def recording(images: Iterable[NamedImage], names: list[str]) -> Iterator[NamedI
 def print_errors(failures: Mapping[int, HalimedeError], names: list[str]) -> None:
     """Print one line on stderr for each image that could not be embedded."""
     for index, error in failures.items():
-        print(f"error: {names[index]}: {error}", file=sys.stderr)
+        print(f"error: {printing.printable(names[index])}: {error}", file=sys.stderr)
 
 
 def _json(

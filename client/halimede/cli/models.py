@@ -14,7 +14,6 @@ from halimede.config.environment import Settings
 from halimede.config.resolve import resolve
 from halimede.inputs.content import InputKind
 from halimede.models import catalogue
-from halimede.pipeline import loop
 from halimede.providers.triton import provider
 from halimede.results import ServedModel
 from halimede_ops.errors import InvalidConfig, ModelNotFound
@@ -79,7 +78,7 @@ def served_models(url: str | None, timeout_s: float | None) -> list[ServedModel]
             f"{first.model_id} has the provider {first.provider}, which lists no models. "
             "Give --url of a Triton server."
         )
-    return loop.shared().wait(provider.models(first))
+    return provider.served_models(first)
 
 
 def _available_row(row: catalogue.Model) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import typer
 
 from halimede.cli import options
 from halimede.cli.models import served_models
+from halimede.cli.printing import printable
 from halimede.embedder import Embedder
 from halimede.observability.monitor import Monitor, serve_metrics, watch
 
@@ -45,6 +46,6 @@ def monitor(
         stack.callback(server.shutdown)
         print(f"metrics  http://{host}:{server.server_port}/metrics", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
-            watch(watched, every_s, lambda line: print(line, flush=True), rounds)
+            watch(watched, every_s, lambda line: print(printable(line), flush=True), rounds)
     if not all(report["healthy"] for report in watched.reports.values()):
         raise typer.Exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +12,11 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from halimede_ops.errors import InvalidInput, InvalidText
+from halimede.cli.printing import printable
+from halimede.inputs.texts import read_lines
+from halimede_ops.errors import InvalidInput
 
 Url = Annotated[
     str | None,
@@ -55,15 +59,11 @@ def read_texts(texts: list[str] | None, file: Path | None) -> list[str]:
         raise InvalidInput("texts and --file are both given; give one of them.")
     if texts:
         return texts
-    try:
-        raw = file.read_bytes() if file else sys.stdin.buffer.read()
-    except OSError as error:
-        raise InvalidInput(f"--file cannot be read: {error.strerror}.") from None
-    try:
-        return raw.decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        source = "--file" if file else "stdin"
-        raise InvalidText(f"{source} is not valid UTF-8 (byte {error.start}).") from None
+    if file:
+        return read_lines(file, "--file")
+    if sys.stdin is None:
+        raise InvalidInput("stdin is closed; give texts, --file, or lines on stdin.")
+    return read_lines(sys.stdin.buffer, "stdin")
 
 
 def read_ranges(ranges: Path | None) -> np.ndarray | None:
@@ -80,10 +80,33 @@ def read_ranges(ranges: Path | None) -> np.ndarray | None:
         raise InvalidInput(f"--ranges cannot be read ({type(error).__name__}).") from None
 
 
+def check_writable(path: Path | None, option: str) -> None:
+    """Check, before the work, that a file can be written. An existing file stays as it is.
+
+    Raises:
+        InvalidInput: it cannot.
+    """
+    if path is None:
+        return
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir():
+        reason = "it is a folder" if path.is_dir() else "its folder does not exist"
+        raise InvalidInput(f"{option} cannot be written: {reason}.")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise InvalidInput(f"{option} cannot be written: permission denied.")
+
+
 def write_npy(npy: Path, vectors: np.ndarray) -> None:
-    """Write vectors to this file."""
-    with npy.open("wb") as out:  # given a path, numpy adds the suffix .npy
-        np.save(out, vectors)
+    """Write vectors to this file.
+
+    Raises:
+        InvalidInput: it cannot be written.
+    """
+    try:
+        with npy.open("wb") as out:  # given a path, numpy adds the suffix .npy
+            np.save(out, vectors)
+    except OSError as error:
+        raise InvalidInput(f"--npy cannot be written: {error.strerror or 'disk full'}.") from None
 
 
 def print_facts(facts: dict[str, Any], as_json: bool) -> None:
@@ -92,7 +115,7 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(facts))
         return
     width = max(len(key) for key in facts)
-    print("\n".join(f"{key:<{width}}  {value}" for key, value in facts.items()))
+    print("\n".join(f"{key:<{width}}  {printable(str(value))}" for key, value in facts.items()))
 
 
 def print_rows(rows: list[dict[str, Any]], as_json: bool, empty_message: str) -> None:
@@ -108,5 +131,5 @@ def print_rows(rows: list[dict[str, Any]], as_json: bool, empty_message: str) ->
     for name in columns:
         table.add_column(name, no_wrap=True)
     for row in rows:
-        table.add_row(*[str(row.get(name, "")) for name in columns])
+        table.add_row(*[Text(printable(str(row.get(name, "")))) for name in columns])
     Console(width=200, highlight=False).print(table)

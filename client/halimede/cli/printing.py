@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,19 @@ from halimede.results import Embeddings
 SHOWN_VECTORS = 20
 """Vectors printed; --json and --npy give all."""
 SHOWN_COMPONENTS = 6
+UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories: control, format (also of direction), surrogates, line separators."""
+
+
+def printable(text: str) -> str:
+    """Return a text of others, such as a file name, with every control character replaced.
+
+    A terminal obeys escape codes. Bytes of a name that are not UTF-8 cannot be printed.
+    """
+    return "".join(
+        char if unicodedata.category(char) not in UNPRINTABLE else "\N{REPLACEMENT CHARACTER}"
+        for char in text
+    )
 
 
 def facts(result: Embeddings) -> dict[str, Any]:
@@ -35,11 +49,13 @@ def print_vectors(
 
     `result` says of which model they are; `npy` is the file that all were written to.
     """
-    print(f"{result.model} ({result.precision}, space {result.space}), {result.dims} dims")
+    print(
+        f"{printable(result.model)} ({result.precision}, space {result.space}), {result.dims} dims"
+    )
     for index, vector, note in islice(rows, SHOWN_VECTORS):
         head = ", ".join(f"{value:.4g}" for value in vector[:SHOWN_COMPONENTS].tolist())
         more = ", …" if len(vector) > SHOWN_COMPONENTS else ""
-        print(f"{index:>5}  [{head}{more}]  {note}".rstrip())
+        print(f"{index:>5}  [{head}{more}]  {printable(note)}".rstrip())
     if count > SHOWN_VECTORS:
         print(f"       … and {count - SHOWN_VECTORS} more; --json or --npy gives all")
     if npy is not None:

@@ -33,6 +33,7 @@ def search_images(
     timeout_s: options.TimeoutS = None,
 ) -> None:
     """Show the images nearest to a text or to another image."""
+    options.check_writable(html, "--html")
     names: list[str] = []
     failures: dict[int, HalimedeError] = {}
     hits: list[Hit] = []
@@ -47,7 +48,9 @@ def search_images(
     print_errors(failures, names)
     if html is not None:
         title = Path(query).name if _is_image(query) else query
-        html.write_text(sheet(title, f"{len(names)} images · {of_query.model}", hits, where))
+        html.write_text(
+            sheet(title, f"{len(names)} images · {of_query.model}", hits, where), "utf-8"
+        )
     _print_hits(hits, as_json)
     if html is not None and not as_json:
         print(f"wrote {html}")

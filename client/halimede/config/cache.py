@@ -5,7 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 from halimede.cache import Cache, Disk, Memory, Redis, Tier
 from halimede_ops.errors import InvalidConfig
@@ -19,11 +26,19 @@ class DiskCache(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     path: Path
-    """Folder of the cache. Several processes can share it."""
+    """Folder of the cache. Several processes can share it. `~` is the user's home."""
     max_mb: PositiveInt = 1024
     """Largest size of the folder in MiB; the oldest vectors are evicted first."""
     ttl_s: PositiveFloat | None = Field(None, alias="ttl")
     """Seconds that a vector stays on disk. Default: until it is evicted."""
+
+    @field_validator("path")
+    @classmethod
+    def _with_home(cls, path: Path) -> Path:
+        try:
+            return path.expanduser()
+        except RuntimeError:
+            raise ValueError("has ~, but the user has no home; give a whole path") from None
 
 
 class RedisCache(BaseModel):
@@ -93,8 +108,7 @@ class CacheConfig(BaseModel):
         if self.memory_mb is not None:
             tiers.append(Memory(self.memory_mb * MIB))
         if self.disk is not None:
-            folder = self.disk.path.expanduser()
-            tiers.append(Disk(folder, self.disk.max_mb * MIB, self.disk.ttl_s))
+            tiers.append(Disk(self.disk.path, self.disk.max_mb * MIB, self.disk.ttl_s))
         if self.redis is not None:
             tiers.append(self.redis.open())
         return Cache(tiers)

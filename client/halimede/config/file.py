@@ -24,7 +24,9 @@ def load(path: Path) -> Config:
     import yaml
 
     try:
-        raw = yaml.safe_load(path.read_text("utf-8"))
+        raw = yaml.safe_load(path.expanduser().read_text("utf-8-sig"))
+    except RuntimeError:  # ~ of a user without a home directory
+        raise InvalidConfig("the configuration's path has ~, but the user has no home.") from None
     except OSError as error:
         raise InvalidConfig(f"the configuration cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:

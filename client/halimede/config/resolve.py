@@ -60,8 +60,12 @@ def _base(config: Config | Mapping[str, Any] | Path | str | None, settings: Sett
         return source
     if isinstance(source, Mapping):
         return parse(source)
-    if source is not None:
+    if isinstance(source, (str, Path)):
         return load(Path(source))
+    if source is not None:
+        raise InvalidConfig(
+            f"config is {type(source).__name__}; give a Config, a mapping or the path of a file."
+        )
     name = settings.model or catalogue.DEFAULT
     return parse({"models": {name: {"provider": "triton", "model_id": name}}})
 

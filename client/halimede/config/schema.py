@@ -6,9 +6,11 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
 from halimede import providers
 from halimede.config.cache import CacheConfig
+from halimede.config.validation import validated
 from halimede.inputs.urls import UrlOptions
-from halimede.pipeline.chain import Rules
+from halimede.pipeline.fallback import Rules
 from halimede.providers.base import Options
+from halimede.providers.hash import MIN_DIMS
 
 
 class Config(BaseModel):
@@ -49,6 +51,13 @@ class Config(BaseModel):
 
 
 def _hash_options(options: Options) -> Options:
-    """Options of a hash provider with the dimensions of these options."""
-    dims = {} if options.dimensions is None else {"dims": options.dimensions}
-    return providers.options_of("hash").model_validate({"model_id": "development", **dims})
+    """Options of a hash provider whose vectors have the dimensions of these options.
+
+    Raises:
+        InvalidConfig: a hash has at most 3072 dims.
+    """
+    given: dict[str, object] = {"provider": "hash", "model_id": "development"}
+    if options.dimensions is not None:
+        dims = max(options.dimensions, MIN_DIMS)
+        given |= {"dims": dims, "dimensions": options.dimensions}
+    return validated(providers.options_of("hash"), given, "development")

@@ -21,12 +21,15 @@ from halimede.inputs.images import (
     image_in_file,
     unreadable_image,
 )
-from halimede.results import MAX_IMAGE_BYTES
 from halimede_ops.errors import ImageTooLarge, InvalidImage, InvalidInput
 
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
+)
 """Suffixes of images in folders and archives. Other files are skipped."""
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+MAX_MEMBER_BYTES = 64 * 2**20
+"""Largest image of an archive that is loaded. The model's own limit is checked when it is read."""
 MAX_HEADER_BYTES = 64 * 1024
 """Longest tar header of a name or attributes. tarfile holds it in memory, whatever its size."""
 HEADER_TYPES = frozenset(
@@ -65,13 +68,13 @@ class NamedImage:
         """Bytes held in memory before the image is read."""
         return self.source.memory_bytes
 
-    async def read(self, options: ReadOptions) -> Content:
+    def read(self, options: ReadOptions) -> Content:
         """Return the encoded image.
 
         Raises:
             InvalidInput: it cannot be read, or is too large.
         """
-        return await self.source.read(options)
+        return self.source.read(options)
 
 
 def find_images(location: Path | str) -> Iterator[NamedImage]:
@@ -157,7 +160,7 @@ def _load_member(
 ) -> LazyInput:
     """Load an image of an archive into memory."""
     try:
-        check_size(size_bytes, MAX_IMAGE_BYTES)
+        check_size(size_bytes, MAX_MEMBER_BYTES)
         file = open_member(member)
         assert file is not None  # tarfile returns None for what is not a file
         with file:

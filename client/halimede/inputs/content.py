@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 InputKind = Literal["text", "image", "pair"]
@@ -29,8 +29,8 @@ class ReadOptions(NamedTuple):
 
     max_bytes: int
     """Largest image allowed, in bytes."""
-    fetch: Callable[[str, int], Awaitable[bytes]]
-    """Returns the content of a URL, at most the given number of bytes."""
+    fetch: Callable[[str, int], bytes]
+    """Returns the content of a URL, at most the given number of bytes. Blocks."""
 
 
 @runtime_checkable
@@ -42,8 +42,8 @@ class LazyInput(Protocol):
         """Bytes that the input holds in memory before it is read."""
         ...
 
-    async def read(self, options: ReadOptions) -> Content:
-        """Return the content.
+    def read(self, options: ReadOptions) -> Content:
+        """Return the content. It may block.
 
         Raises:
             InvalidInput: it cannot be read, or is too large.

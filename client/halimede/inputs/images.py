@@ -7,19 +7,18 @@ models see.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import io
 import os
 import re
 import stat
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from halimede.inputs.content import LazyInput, Pair, ReadOptions
-from halimede.inputs.texts import encode_text
+from halimede.inputs.texts import SINGLE, encode_text, refuse_async, stream_of
 from halimede_ops.errors import ImageTooLarge, InvalidImage, InvalidInput
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | PilImage | LazyInput"
 """An image: a path or URL, the bytes of a file, a PIL image, or an image of `find_images`."""
 
-BYTES = bytes | bytearray | memoryview
+BYTES = (bytes, bytearray, memoryview)
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 PNG_MODES = frozenset(("1", "L", "LA", "P", "RGB", "RGBA", "I;16"))
 EXIF_ORIENTATION = 0x0112
@@ -45,7 +44,7 @@ class ImageBytes:
         """Bytes held in memory."""
         return len(self.data)
 
-    async def read(self, options: ReadOptions) -> bytes:
+    def read(self, options: ReadOptions) -> bytes:
         """Return the encoded image.
 
         Raises:
@@ -59,16 +58,16 @@ class ImageBytes:
 class LazyImage:
     """An image that is loaded when it is read."""
 
-    load: Callable[[ReadOptions], Awaitable[bytes]]
+    load: Callable[[ReadOptions], bytes]
     memory_bytes = 0
 
-    async def read(self, options: ReadOptions) -> bytes:
+    def read(self, options: ReadOptions) -> bytes:
         """Return the encoded image.
 
         Raises:
             InvalidInput: it cannot be loaded, or has more bytes than `options` allows.
         """
-        data = await self.load(options)
+        data = self.load(options)
         check_size(len(data), options.max_bytes)
         return data
 
@@ -86,22 +85,32 @@ class LazyPair:
         image_bytes = 0 if self.image is None else self.image.memory_bytes
         return image_bytes + len(self.text or b"")
 
-    async def read(self, options: ReadOptions) -> Pair:
+    def read(self, options: ReadOptions) -> Pair:
         """Return the text with the encoded image.
 
         Raises:
             InvalidInput: the image cannot be loaded, or is too large.
         """
-        image = None if self.image is None else await self.image.read(options)
+        image = None if self.image is None else self.image.read(options)
         assert image is None or isinstance(image, bytes)
         return Pair(self.text, image)
 
 
 def image_inputs(images: Iterable[ImageLike] | ImageLike) -> list[LazyInput]:
-    """Convert images to inputs. A single image becomes a list of one."""
-    if isinstance(images, Iterable) and not isinstance(images, BYTES | str):
-        return [image_input(image) for image in images]
-    return [image_input(images)]
+    """Convert images to inputs. A single image becomes a list of one.
+
+    Raises:
+        InvalidInput: `images` is no image and no iterable with an order.
+    """
+    if isinstance(images, (*SINGLE, LazyInput)) or is_pil_image(images):
+        return [image_input(images)]
+    return [image_input(image) for image in _listed(images, "images")]
+
+
+def is_pil_image(value: object) -> bool:
+    """Whether a value is a PIL image. Does not import PIL."""
+    pil = sys.modules.get("PIL.Image")
+    return pil is not None and isinstance(value, pil.Image)
 
 
 def pair_inputs(
@@ -113,6 +122,10 @@ def pair_inputs(
         InvalidInput: their numbers differ, or both are None at an index.
         InvalidText: a text is not a string, or has a lone surrogate.
     """
+    if texts is None and images is None:
+        raise InvalidInput("neither texts nor images are given. Give one, or both.")
+    texts = None if texts is None else _listed(texts, "texts")
+    images = None if images is None else _listed(images, "images")
     if texts is None:
         texts = [None] * len(images or ())
     if images is None:
@@ -133,10 +146,9 @@ def image_input(image: Any) -> LazyInput:
         return image_at_url(image)
     if isinstance(image, (str, os.PathLike)):
         return image_in_file(Path(image))
-    pil = sys.modules.get("PIL.Image")
-    if pil is not None and isinstance(image, pil.Image):
+    if is_pil_image(image):
         # The image must not change until it is embedded.
-        return LazyImage(lambda _: asyncio.to_thread(encode, image))
+        return LazyImage(lambda _: encode(image))
     if isinstance(image, LazyInput):
         return image
     return unreadable_image(
@@ -151,13 +163,13 @@ def image_at_url(url: str) -> LazyImage:
 
 def image_in_file(path: Path) -> LazyImage:
     """Return the image in a file, to be loaded when it is read."""
-    return LazyImage(lambda options: asyncio.to_thread(_read_file, path, options.max_bytes))
+    return LazyImage(lambda options: _read_file(path, options.max_bytes))
 
 
 def unreadable_image(error: InvalidInput) -> LazyImage:
     """Return an image that raises this error when it is read."""
 
-    async def fail(_: ReadOptions) -> bytes:
+    def fail(_: ReadOptions) -> bytes:
         raise error
 
     return LazyImage(fail)
@@ -190,6 +202,12 @@ def check_size(size_bytes: int, max_bytes: int) -> None:
         raise ImageTooLarge(
             f"the image has {size_bytes:,} bytes; at most {max_bytes:,} are allowed. Scale it down."
         )
+
+
+def _listed(values: Any, name: str) -> list[Any]:
+    """The elements of the argument `name`."""
+    refuse_async(stream_of(values, name), name)
+    return list(values)
 
 
 def _pair_input(index: int, text: str | None, image: ImageLike | None) -> LazyPair:

@@ -2,18 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import AsyncIterable, Iterable, Mapping, Set
+from pathlib import Path
+from typing import BinaryIO, TypeVar
 
-from halimede_ops.errors import InvalidText
+from halimede_ops.errors import InvalidInput, InvalidText
+
+LINE_END = re.compile(rb"\r\n|\r|\n")
+BOM = b"\xef\xbb\xbf"
+Stream = TypeVar("Stream")
+SINGLE = (str, bytes, bytearray, memoryview, os.PathLike)
+"""Types of one text or image. Some are iterables of letters or numbers."""
+UNORDERED = (Mapping, Set)
+"""Iterables whose elements have no place that a row of vectors could have."""
 
 
-def encode_texts(texts: Sequence[str]) -> list[bytes]:
-    """Encode texts as UTF-8.
+def encode_texts(texts: Iterable[str] | str) -> list[bytes]:
+    """Encode texts as UTF-8. A single str is one text.
 
     Raises:
+        InvalidInput: `texts` is no str and no ordered iterable.
         InvalidText: an element is not a string, or has a lone surrogate.
     """
+    if isinstance(texts, str):
+        return [encode_text(texts, 0)]
+    if type(texts) is not list:
+        refuse_async(stream_of(texts, "texts"), "texts")
     return [encode_text(text, index) for index, text in enumerate(texts)]
+
+
+def refuse_async(values: object, name: str) -> None:
+    """Raise InvalidInput if the argument `name` is an async iterable and no other."""
+    if isinstance(values, AsyncIterable) and not _is_iterable(values):
+        raise InvalidInput(
+            f"{name} is an async iterable; give a list. AsyncEmbedder's embed_iter and "
+            "embed_images_iter take async iterables."
+        )
+
+
+def stream_of(values: Stream, name: str) -> Stream:
+    """Return the inputs of the argument `name`, unread: an iterable with an order, or an async one.
+
+    Raises:
+        InvalidInput: it is neither, or it is a single text, path or file.
+    """
+    if isinstance(values, SINGLE):
+        raise InvalidInput(
+            f"{name} is a single {type(values).__name__}; give a list or another iterable of "
+            f"{name}."
+        )
+    if isinstance(values, UNORDERED) or not (
+        isinstance(values, AsyncIterable) or _is_iterable(values)
+    ):
+        raise InvalidInput(
+            f"{name} is {type(values).__name__}; give a list or another iterable of {name}."
+        )
+    return values
+
+
+def _is_iterable(values: object) -> bool:
+    try:
+        iter(values)  # type: ignore[call-overload]
+    except TypeError:  # also an array without dimensions
+        return False
+    return True
 
 
 def encode_text(text: str, index: int) -> bytes:
@@ -31,4 +85,33 @@ def encode_text(text: str, index: int) -> bytes:
             "has a lone surrogate, which UTF-8 cannot hold. Decode it with errors='replace'.",
             subject="text",
             index=index,
+        ) from None
+
+
+def read_lines(source: Path | BinaryIO, name: str) -> list[str]:
+    """Return the lines of a UTF-8 file or stream: one text a line, without a byte order mark.
+
+    Only LF, CR LF and CR end a line. `name` names the source in errors.
+
+    Raises:
+        InvalidInput: it cannot be read.
+        InvalidText: it is not UTF-8.
+    """
+    try:
+        data = source.read_bytes() if isinstance(source, Path) else source.read()
+    except (OSError, ValueError) as error:  # ValueError: the stream is closed
+        reason = getattr(error, "strerror", None) or "it is closed"
+        raise InvalidInput(f"{name} cannot be read: {reason}.") from None
+    lines = LINE_END.split(data.removeprefix(BOM))
+    if not lines[-1]:
+        lines.pop()
+    return [_decoded(line, number, name) for number, line in enumerate(lines, start=1)]
+
+
+def _decoded(line: bytes, number: int, name: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InvalidText(
+            f"{name} is not UTF-8 (line {number}). Convert it, for example with iconv."
         ) from None

@@ -8,16 +8,20 @@ like a new URL. Proxies of the environment are not used, because they would reso
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import functools
+import importlib
 import ipaddress
 import socket
-from typing import Any
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
-from halimede.extras import import_optional
 from halimede_ops.errors import FetchFailed, ImageTooLarge, InvalidImage, UrlRefused
 
+T = TypeVar("T")
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 AZURE = ipaddress.IPv4Address("168.63.129.16")
@@ -52,40 +56,45 @@ class Fetch:
     def __init__(self, options: UrlOptions) -> None:
         self.options = options
 
-    async def __call__(self, url: str, max_bytes: int) -> bytes:
-        """Return the content of a URL.
+    def __call__(self, url: str, max_bytes: int) -> bytes:
+        """Return the content of a URL. Blocks, at most `timeout_s`.
 
         Raises:
             UrlRefused: it is not https, or it or a redirect leads to an address that is not public.
             FetchFailed: the server did not answer, or did not send everything in time.
             InvalidImage: the content type is not an image's.
             ImageTooLarge: the content has more than `max_bytes`.
-            MissingExtra: httpx is not installed.
         """
-        httpx: Any = import_optional("httpx", "images")
+        # A loop of its own, in a thread without one: asyncio ends a fetch in time, whatever the
+        # server does. Closed without waiting for a thread that still asks for an address.
+        loop = asyncio.new_event_loop()
         try:
-            return await asyncio.wait_for(
-                self._follow(httpx, url, max_bytes), self.options.timeout_s
+            return loop.run_until_complete(
+                asyncio.wait_for(self._follow(url, max_bytes), self.options.timeout_s)
             )
         except TimeoutError:
             raise FetchFailed(
                 f"the URL did not send its whole image within {self.options.timeout_s:g} s. Try "
                 "again, or raise urls.timeout."
             ) from None
-        except httpx.InvalidURL:
+        except _httpx().InvalidURL:
             raise UrlRefused("the URL is invalid. Give https://host/path.") from None
-        except httpx.HTTPError as error:
+        except _httpx().HTTPError as error:
             raise FetchFailed(f"the URL could not be fetched ({type(error).__name__}).") from None
+        finally:
+            loop.close()
 
-    async def _follow(self, httpx: Any, url: str, max_bytes: int) -> bytes:
+    async def _follow(self, url: str, max_bytes: int) -> bytes:
         """Return the content at the end of the redirects."""
-        current = httpx.URL(url)
+        current = _httpx().URL(url)
         for _ in range(self.options.redirects + 1):
             self._check_form(current)
             addresses = await self._addresses(current)
             # One client per redirect: hosts share no cookie and no connection.
-            async with httpx.AsyncClient(verify=self._tls, trust_env=False, timeout=None) as client:
-                response = await _respond(httpx, client, current, addresses)
+            # The time limit is that of the whole, not of a step.
+            client_class = _httpx().AsyncClient
+            async with client_class(verify=self._tls, trust_env=False, timeout=None) as client:
+                response = await _respond(client, current, addresses)
                 if not response.has_redirect_location:
                     return await _body(response, max_bytes)
                 current = current.join(response.headers["Location"])
@@ -102,10 +111,12 @@ class Fetch:
 
     async def _addresses(self, url: Any) -> list[str]:
         """Resolve the URL's host. Every address is allowed, or UrlRefused is raised."""
-        loop = asyncio.get_running_loop()
         host = url.raw_host.decode("ascii")
         try:
-            resolved = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            # Not the loop's executor: the end of the program waits for its threads.
+            resolved = await asyncio.wrap_future(
+                _in_thread(lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
+            )
         except (OSError, UnicodeError):
             raise FetchFailed("the URL's host has no address.") from None
         addresses = [str(socket_address[0]) for *_, socket_address in resolved]
@@ -123,7 +134,30 @@ class Fetch:
     @functools.cached_property
     def _tls(self) -> Any:
         """Trusted certificates, loaded once: loading takes longer than a fetch."""
-        return import_optional("httpx", "images").create_ssl_context()
+        return _httpx().create_ssl_context()
+
+
+def _in_thread(call: Callable[[], T]) -> concurrent.futures.Future[T]:
+    """Return the future of a call in a daemon thread."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    try:
+        threading.Thread(target=run, name="halimede-fetch", daemon=True).start()
+    except RuntimeError:  # the interpreter is shutting down
+        run()
+    return future
+
+
+def _httpx() -> Any:
+    """httpx, imported on first use: it takes as long as all of halimede."""
+    return importlib.import_module("httpx")
 
 
 def is_public(address: str) -> bool:
@@ -156,7 +190,7 @@ def _reachable(address: Address) -> list[Address]:
     return [address, *(ipv4 for ipv4 in embedded if ipv4 is not None)]
 
 
-async def _respond(httpx: Any, client: Any, url: Any, addresses: list[str]) -> Any:
+async def _respond(client: Any, url: Any, addresses: list[str]) -> Any:
     """Send the request to the addresses in turn until one answers. The body is not read yet."""
     for address in addresses:
         request = client.build_request(
@@ -168,7 +202,7 @@ async def _respond(httpx: Any, client: Any, url: Any, addresses: list[str]) -> A
         )
         try:
             return await client.send(request, stream=True)
-        except httpx.ConnectError:
+        except _httpx().ConnectError:
             if address == addresses[-1]:
                 raise
     raise FetchFailed("the URL's host has no address.")

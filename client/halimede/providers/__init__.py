@@ -9,7 +9,7 @@ from typing import Any
 from halimede.providers.base import Answer, Options, Provider, Request
 from halimede_ops.errors import InvalidConfig
 
-__all__ = ["KINDS", "Answer", "Options", "Provider", "Request", "open_provider", "options_of"]
+__all__ = ["KINDS", "Answer", "Options", "Provider", "Request", "open_providers", "options_of"]
 
 KINDS = ("triton", "onnx", "sentence_transformers", "openai", "ollama", "huggingface", "hash")
 
@@ -23,15 +23,18 @@ def options_of(kind: str) -> type[Options]:
     return _module(kind).Options
 
 
-def open_provider(options: Options) -> Provider:
-    """Create the provider that the options describe. It connects on first use.
+def open_providers(options: Options) -> list[Provider]:
+    """Create what the options describe: one provider, or one for each server that shares a load.
+
+    Each connects on first use.
 
     Raises:
-        MissingExtra: its optional package is not installed.
-        InvalidConfig: the file or variable of its key does not exist.
-        AccessDenied: it needs a key and has none.
+        MissingExtra: an optional package is not installed.
+        InvalidConfig: the file or variable of the key does not exist.
+        AccessDenied: a key is needed and there is none.
     """
-    return _module(options.provider).connect(options)
+    providers: list[Provider] = _module(options.provider).connect(options)
+    return providers
 
 
 def _module(kind: str) -> Any:

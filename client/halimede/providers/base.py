@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -10,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from halimede.inputs.content import Content, InputKind
+from halimede.pipeline.waiting import Future
 from halimede.results import ServedModel
 from halimede_ops.errors import InvalidInput
 
@@ -29,6 +31,11 @@ class Request(NamedTuple):
     """Leading components to keep. None keeps all."""
     sticky_key: bytes | None = None
     """Key that decides whether a canary answers all inputs. None decides by each input."""
+    model: ServedModel | None = None
+    """The model to ask, as the provider described it. None: the provider's current one."""
+    may_block: bool = False
+    """Whether the caller's thread waits for this request alone: `embed` may then do the work in
+    it, and return when it is done."""
 
     def select(self, rows: slice | np.ndarray) -> Request:
         """Return the same request for some of its inputs, given a slice or `[n]` indices."""
@@ -49,6 +56,9 @@ class Answer(NamedTuple):
     """`[inputs]` of `results.IMAGE`. None for texts, and where the provider does not know."""
     versions: np.ndarray | None = None
     """`[inputs]` int64: model version of each vector. None where it is `model.version` for all."""
+    is_proven: bool = True
+    """Whether the answer itself proves that `model` gave it. False: the model is described again,
+    and the answer counts if it is still the same."""
 
     @property
     def row_versions(self) -> np.ndarray:
@@ -93,38 +103,38 @@ def reindexed(rows: Sequence[int]) -> Iterator[None]:
 
 
 class Provider(Protocol):
-    """Something that embeds. All calls come from the client's event loop."""
+    """Something that embeds. Its methods start work and return futures.
+
+    They may be called from several threads. A method that has its result already returns
+    `completed(result)`. One that needs to block does so in a thread of its own.
+    """
 
     name: str
     """Kind and model, for results, statistics and errors."""
 
-    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
-        """Return the current model for inputs of this kind. None asks for the configured model.
+    def describe(self, timeout_s: float, kind: InputKind | None = None) -> Future[ServedModel]:
+        """Start to read the current model for inputs of this kind.
+
+        None asks for the configured model.
 
         Raises:
-            UnsupportedInput: no model embeds this kind.
+            UnsupportedInput: no model embeds this kind. As all errors, raised here or by the
+                future.
         """
         ...
 
-    async def embed(self, request: Request, timeout_s: float) -> Answer:
-        """Return the answer to a request.
+    def embed(self, request: Request, timeout_s: float) -> Future[Answer]:
+        """Start to embed a request. The caller gives up after `timeout_s`, and cancels the future.
 
         Raises:
             UnsupportedInput: the provider does not embed inputs of this kind.
+            ModelChanged: `request.model` is not the provider's model any more.
             HalimedeError: every other failure. An SDK's own error is never raised.
         """
         ...
 
-    async def health(self, timeout_s: float) -> None:
-        """Raise unless a probe can be embedded.
-
-        Raises:
-            HalimedeError: the reason.
-        """
-        ...
-
-    async def close(self) -> None:
-        """Release connections and processes. A second call does nothing."""
+    def close(self) -> None:
+        """Release connections, threads and processes. A second call does nothing."""
         ...
 
 
@@ -155,3 +165,8 @@ class Options(BaseModel):
     """Seconds that a vector of this model stays in the cache. None leaves it to the tiers."""
     other_space: bool = False
     """Allow fallback to this model although its space differs."""
+
+    @property
+    def refresh_s(self) -> float:
+        """Age in seconds at which a model is described again, beside the calls."""
+        return math.inf

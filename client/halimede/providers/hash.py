@@ -12,14 +12,17 @@ a vector are the same on every platform.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
+import os
 from collections.abc import Sequence
 
 import numpy as np
 from pydantic import Field
 
 from halimede.inputs.content import InputKind, serialise
+from halimede.pipeline.pool import Pool
+from halimede.pipeline.sharing import completed
+from halimede.pipeline.waiting import Future
 from halimede.providers.answers import truncate, unknown_tokens
 from halimede.providers.base import Answer, Request
 from halimede.providers.base import Options as BaseOptions
@@ -31,7 +34,7 @@ MIN_DIMS, MAX_DIMS = 384, 3072
 VERSION = 1
 """Raised when the vectors change: vectors of another version have another space."""
 MAX_BATCH_SIZE = 1024
-"""Computed at once on the client's event loop, in about 10 ms."""
+"""Computed at once, in about 10 ms."""
 BLOCK_TEXTS = 256
 """Texts computed together: their arrays stay in the processor's cache."""
 UNLIMITED_TOKENS = 2**31 - 1
@@ -46,9 +49,9 @@ class Options(BaseOptions):
     """Length of a vector."""
 
 
-def connect(options: Options) -> Hash:
+def connect(options: Options) -> list[Hash]:
     """Return the provider for these options."""
-    return Hash(options)
+    return [Hash(options)]
 
 
 class Hash:
@@ -56,6 +59,7 @@ class Hash:
 
     def __init__(self, options: Options) -> None:
         self.name = f"hash:{options.model_id}"
+        self._pool = Pool(len(os.sched_getaffinity(0)), "hash")
         self._model = ServedModel(
             name=options.model_id,
             space=hash_space(options.dims),
@@ -66,24 +70,26 @@ class Hash:
             provider="hash",
         )
 
-    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
+    def describe(self, timeout_s: float, kind: InputKind | None = None) -> Future[ServedModel]:
         """Return the model, the same for every kind."""
-        return self._model
+        return completed(self._model)
 
-    async def health(self, timeout_s: float) -> None:
-        """Do nothing: it is always healthy."""
-
-    async def close(self) -> None:
-        """Do nothing: it holds nothing."""
-
-    async def embed(self, request: Request, timeout_s: float) -> Answer:
-        """Return the answer to a request.
+    def embed(self, request: Request, timeout_s: float) -> Future[Answer]:
+        """Compute the answer to a request: here if the caller waits for it, else in a thread.
 
         Raises:
             UnknownInputType: its input type is neither `query` nor `document`.
         """
         check_input_type(request.input_type, self._model.name)
-        await asyncio.sleep(0)  # lets other calls and their deadlines run
+        if request.may_block:
+            return completed(self._answer(request))
+        return self._pool.submit(self._answer, request)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.close()
+
+    def _answer(self, request: Request) -> Answer:
         contents = [serialise(content) for content in request.inputs]
         vectors = hash_embeddings(contents, self._model.dims)
         return Answer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from halimede.providers.http_errors import (
     timed_out,
     unreachable,
 )
+from halimede.providers.proxies import is_local
 from halimede.providers.text_api import TextApi
 from halimede_ops import errors
 
@@ -25,6 +25,8 @@ MAX_TOKENS = 512
 MAX_BATCH_SIZE = 32
 """Default limit of Text Embeddings Inference."""
 KEY_ENV = "HF_TOKEN"
+HOST = "https://huggingface.co"
+"""Host of the inference API, for the choice of a proxy."""
 
 
 class Options(ApiOptions):
@@ -36,10 +38,9 @@ class Options(ApiOptions):
     provider: str = "huggingface"
 
 
-def connect(options: Options) -> HuggingFace:
+def connect(options: Options) -> list[HuggingFace]:
     """Return the provider for these options."""
-    import_optional("aiohttp", "huggingface")
-    return HuggingFace(options, import_optional("huggingface_hub", "huggingface"))
+    return [HuggingFace(options, import_optional("huggingface_hub", "huggingface"))]
 
 
 class HuggingFace(TextApi):
@@ -47,34 +48,36 @@ class HuggingFace(TextApi):
 
     def __init__(self, options: Options, sdk: Any) -> None:
         super().__init__(options, MAX_TOKENS, MAX_BATCH_SIZE)
-        self._client = sdk.AsyncInferenceClient(
-            options.url or options.model_id, provider="hf-inference", token=options.key(KEY_ENV)
+        self._url = options.url or HOST
+        self._client = sdk.InferenceClient(
+            options.url or options.model_id,
+            provider="hf-inference",
+            token=options.key(KEY_ENV),
+            timeout=options.timeout_s,
+            proxies={"http": None, "https": None} if is_local(self._url) else None,
         )
 
-    async def _request(
+    def _request(
         self, texts: Sequence[str], dimensions: int | None, timeout_s: float
     ) -> tuple[np.ndarray, np.ndarray]:
         try:
-            vectors = await asyncio.wait_for(
-                self._client.feature_extraction(texts, truncate=True), timeout_s
-            )
-        except TimeoutError:
-            raise timed_out(self.name, timeout_s) from None
-        except Exception as error:  # aiohttp's, requests' or the SDK's own, by its version
-            raise self._translated(error, timeout_s) from None
+            vectors = self._client.feature_extraction(texts, truncate=True)
+        except Exception as error:  # requests', or the SDK's own, by its version
+            raise self._translated(error) from None
+        if not isinstance(vectors, np.ndarray) or vectors.dtype.kind not in "fiu":
+            raise invalid_answer(self.name, TypeError())
         if vectors.ndim == 3:
             raise errors.InvalidModel(
                 f"{self.name} gives a vector a token. Use a sentence-transformers model."
             )
         return to_matrix(vectors, len(texts)), unknown_tokens(len(texts))
 
-    def _translated(self, error: Exception, timeout_s: float) -> errors.HalimedeError:
+    def _translated(self, error: Exception) -> errors.HalimedeError:
         response = getattr(error, "response", None)
-        status = getattr(error, "status", None) or getattr(response, "status_code", None)
-        if type(error).__name__ == "InferenceTimeoutError":
-            return timed_out(self.name, timeout_s)
-        if status is not None:
-            return from_status(self.name, int(status))
-        if is_connection_error(error, "aiohttp"):
-            return unreachable(self.name)
+        if "Timeout" in type(error).__name__:
+            return timed_out(self.name, self._options.timeout_s)
+        if response is not None:
+            return from_status(self.name, response.status_code, response.headers)
+        if is_connection_error(error, "requests") and not isinstance(error, ValueError):
+            return unreachable(self.name, self._url)
         return invalid_answer(self.name, error)

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
+import atexit
+import contextlib
 import json
 import os
-import weakref
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Future
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future as ConcurrentFuture
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 from pydantic import Field, PositiveInt
 
 from halimede.config.environment import Settings
 from halimede.extras import import_optional
-from halimede.inputs.content import InputKind
+from halimede.inputs.content import InputKind, Pair
+from halimede.pipeline.batching import IMAGES_IN_FLIGHT
+from halimede.pipeline.forks import ForkGate
+from halimede.pipeline.pool import Pool
+from halimede.pipeline.sharing import Mapped, completed
+from halimede.pipeline.waiting import Future
 from halimede.providers import input_kinds
 from halimede.providers.answers import unknown_tokens
 from halimede.providers.base import Answer, Request, reindexed
 from halimede.providers.base import Options as BaseOptions
-from halimede.providers.http_errors import timed_out
-from halimede.providers.probe import PROBES
 from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
 from halimede_ops import errors, vectors
 from halimede_repository import configs
@@ -41,7 +45,10 @@ MAX_TWO_SESSIONS_BYTES = 256_000_000
 """Largest model.onnx that gets a second session, which takes that memory again."""
 MEMORY_WORDS = ("memory", "alloc")
 """Words in onnxruntime's errors when an allocation fails."""
+EXIT_WAIT_S = 10.0
+"""Maximum time that the end of a program waits for a model that is being opened."""
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Options(BaseOptions):
@@ -60,11 +67,15 @@ class Options(BaseOptions):
     session that runs a lone text on all threads."""
 
 
-def connect(options: Options) -> Onnx:
+def connect(options: Options) -> list[Onnx]:
     """Return the provider for these options. The model is opened on first use."""
     import_optional("onnxruntime", "onnx")
     import_optional("tokenizers", "onnx")
-    return Onnx(options)
+    return [Onnx(options)]
+
+
+_runs = ForkGate()
+"""A child that is forked during a run of onnxruntime or OpenVINO may hang in its own."""
 
 
 class _Stamp(NamedTuple):
@@ -82,32 +93,17 @@ class _OpenModel(NamedTuple):
     spec: Any
     reader: Any
     """A TextTokenizer for texts, an ImageReader for images, the _FusedModels for pairs."""
-    engine: _Engine | None
-    """The running model. None for pairs."""
+    engine: Any
+    """The SharedEngine that runs the model. It ends with the last reference. None for pairs."""
     stamp: _Stamp
 
-
-class _Engine:
-    """A SharedEngine that batches the requests of all callers. It ends with the last reference."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        weakref.finalize(self, engine.close)
-
-    async def embed(self, inputs: Sequence[Any], dimensions: int | None) -> Any:
-        """Return the `Embeddings` of the inputs, in order, or raise what the run raised."""
-        future: Future[Any] = Future()
-
-        def answer(outcome: Any) -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            if isinstance(outcome, Exception):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
-
-        self._engine.submit(inputs, dimensions, answer, future.cancelled)
-        return await asyncio.wrap_future(future)
+    def close(self) -> None:
+        """Stop the engine's threads. Its memory is released with the last reference."""
+        if self.engine is not None:
+            self.engine.close()
+        else:
+            self.reader.text.close()
+            self.reader.image.close()
 
 
 class _FusedModels(NamedTuple):
@@ -126,46 +122,73 @@ class Onnx:
         self._options = options
         self._threads = options.threads or len(os.sched_getaffinity(0))
         self._streams = min(options.streams or self._threads, self._threads)
-        self._opening = asyncio.Lock()
+        self._opener = Pool(1, "open")
+        self._workers = Pool(IMAGES_IN_FLIGHT, "decode")
+        self._lock = threading.Lock()
+        """Guards all attributes below."""
         self._open_models: dict[InputKind, _OpenModel] = {}
+        self._closed = False
 
-    async def close(self) -> None:
-        """Release the models. A second call does nothing."""
-        self._open_models.clear()
+    def close(self) -> None:
+        """Release the models and the threads. A second call does nothing."""
+        self._opener.close()
+        self._workers.close()
+        with self._lock:
+            self._closed = True
+            opened = list(self._open_models.values())
+            self._open_models.clear()
+        for model in opened:
+            model.close()
 
-    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
-        """Return the model that its folder holds now. It is opened again if its files changed.
+    def describe(self, timeout_s: float, kind: InputKind | None = None) -> Future[ServedModel]:
+        """Start to read the model that its folder holds now. It is opened again if files changed.
+
+        An opening goes on when its caller has given up: the next call finds the model open.
 
         Raises:
             ModelNotFound: the repository has no such model.
             InvalidModel: one of its files cannot be read.
             UnsupportedInput: neither it nor its image model embeds this kind.
         """
-        return (await self._model(kind, timeout_s, check_files=True)).served
+        return Mapped(self._opener.submit(self._current, kind), lambda done: done.result().served)
 
-    async def health(self, timeout_s: float) -> None:
-        """Raise unless a probe can be embedded."""
-        kind = (await self.describe(timeout_s)).input
-        await self.embed(Request([PROBES[kind]], kind), timeout_s)
+    def embed(self, request: Request, timeout_s: float) -> Future[Answer]:
+        """Start to embed a request by the model in memory, or by the folder's if none is open.
 
-    async def embed(self, request: Request, timeout_s: float) -> Answer:
-        """Return the answer of the model in memory."""
-        opened = await self._model(request.kind, timeout_s, check_files=False)
-        return await self._within(timeout_s, EMBED[request.kind](opened, request))
+        Raises:
+            ModelChanged: `request.model` has another space or precision than that model.
+        """
+        opened = self._open_models.get(request.kind)
+        if opened is None:
+            return self._workers.submit(self._embed_first, request)
+        return self._start(opened, request)
 
-    async def _model(
-        self, kind: InputKind | None, timeout_s: float, *, check_files: bool
-    ) -> _OpenModel:
-        async with self._opening:
-            opened = self._open_models.get(kind) if kind else None
-            if opened is None or check_files:
-                kind, name = self._ensemble(kind)
-                opened = self._open_models.get(kind)
-                if opened is None or opened.stamp != self._stamp(name):
-                    opening = asyncio.to_thread(self._open, kind, name)
-                    opened = await self._within(timeout_s, opening)
+    def _embed_first(self, request: Request) -> Answer:
+        opened = self._opener.submit(self._current, request.kind).result()
+        return self._start(opened, request._replace(may_block=False)).result()
+
+    def _start(self, opened: _OpenModel, request: Request) -> Future[Answer]:
+        expected = request.model
+        if expected is not None and not expected.is_alike(opened.served):
+            raise errors.ModelChanged(f"{self.name} changed its model. Send again.")
+        if request.kind == "text":
+            return _start_texts(opened, request)
+        embed = _embed_images if request.kind == "image" else _embed_pairs
+        if request.may_block:
+            return completed(embed(opened, request))
+        return self._workers.submit(embed, opened, request)
+
+    def _current(self, kind: InputKind | None) -> _OpenModel:
+        """Return the model that the folder holds now. Only the opener's one thread calls this."""
+        kind, name = self._ensemble(kind)
+        opened = self._open_models.get(kind)
+        if opened is None or opened.stamp != self._stamp(name):
+            with _finished_before_exit():
+                opened = self._open(kind, name)
+            with self._lock:
+                if not self._closed:
                     self._open_models[kind] = opened
-            return opened
+        return opened
 
     def _ensemble(self, kind: InputKind | None) -> tuple[InputKind, str]:
         """Return the kind and name of the ensemble for a kind of inputs.
@@ -181,12 +204,6 @@ class Onnx:
         if kind not in (None, own):
             raise input_kinds.unsupported(kind, self.name, own)
         return own, name
-
-    async def _within(self, timeout_s: float, work: Awaitable[T]) -> T:
-        try:
-            return await asyncio.wait_for(work, timeout_s)
-        except TimeoutError:
-            raise timed_out(self.name, timeout_s) from None
 
     def _open(self, kind: InputKind, name: str) -> _OpenModel:
         stamp = self._stamp(name)
@@ -213,18 +230,20 @@ class Onnx:
         model = steps[f"{name}-onnx"] / session.FILE_NAME
         names = self._accelerators()
         accelerators = [session.Accelerator(name) for name in names]
+        threads = self._threads  # `open_session` must not keep self: the engine's threads keep it
         on_cpu = not {"cuda", "tensorrt"} & set(names)
         is_tight = on_cpu and served.precision in session.TIGHT_PADDING
 
         def open_session(streams: int) -> tuple[Any, list[str]]:
-            return session.open_session(
-                model,
-                accelerators,
-                self._threads,
-                streams,
-                facts.max_tokens,
-                tight_padding=is_tight and streams == 1,
-            )
+            with _runs.work():
+                return session.open_session(
+                    model,
+                    accelerators,
+                    threads,
+                    streams,
+                    facts.max_tokens,
+                    tight_padding=is_tight and streams == 1,
+                )
 
         opened, missing = open_session(self._streams)
         if missing and self._options.device != "auto":
@@ -237,15 +256,14 @@ class Onnx:
             adaptive = session.AdaptiveSession(opened, lambda: open_session(1)[0])
             run, run_alone = adaptive.run_together, adaptive.run_alone
         shared = scheduler.Scheduler(
-            run,
+            _runs.around(run),
             opened.plan,
             self._streams,
             make_rows=make_rows,
-            run_alone=run_alone,
+            run_alone=_runs.around(run_alone),
             cancel_check_runs=0,
         )
-        shared_engine = _Engine(engine.SharedEngine(shared, facts))
-        return _OpenModel(served, facts, reader, shared_engine, stamp)
+        return _OpenModel(served, facts, reader, engine.SharedEngine(shared, facts), stamp)
 
     def _opens_twice(self, size_bytes: int) -> bool:
         shared = self._options.streams is None and self._streams > 1
@@ -330,36 +348,58 @@ class Onnx:
         return DEVICES["openvino" if "OpenVINOExecutionProvider" in available else "cpu"]
 
 
-async def _embed_texts(opened: _OpenModel, request: Request) -> Answer:
+def _start_texts(opened: _OpenModel, request: Request) -> Future[Answer]:
     """Tokenize, run, truncate, normalise, as the three steps on Triton."""
     from halimede_ops import text
 
     texts = input_kinds.texts_of(request, opened.served.name)
     decoded = [text.decode(value, row, opened.spec) for row, value in enumerate(texts)]
     prompted = opened.reader.prompted(decoded, [request.input_type or None] * len(decoded))
-    embeddings = await _run(opened, prompted, request.dimensions)
-    return Answer(embeddings.vectors, embeddings.tokens, opened.served)
+    return _run(
+        opened, prompted, request, lambda done: Answer(done.vectors, done.tokens, opened.served)
+    )
 
 
-async def _embed_images(opened: _OpenModel, request: Request) -> Answer:
+def _embed_images(opened: _OpenModel, request: Request) -> Answer:
     """Decode, resize, run, truncate, normalise, as the three steps on Triton."""
-    pictures = await asyncio.to_thread(lambda: list(opened.reader.read(request.inputs)))
-    pixels = [picture.pixels for picture in pictures]
-    embeddings = await _run(opened, pixels, request.dimensions)
+    images = cast(Sequence[bytes], request.inputs)
+    if len(images) == 1:
+        pictures = [opened.reader.prepare(images[0])]
+    else:
+        pictures = list(opened.reader.read(images))
     facts = [(picture.width, picture.height, picture.format.encode()) for picture in pictures]
-    return Answer(
-        embeddings.vectors,
-        unknown_tokens(len(pictures)),
-        opened.served,
-        np.array(facts, IMAGE),
-    )
+    pixels = [picture.pixels for picture in pictures]
+    count = unknown_tokens(len(pictures))
+    return _run(
+        opened,
+        pixels,
+        request,
+        lambda done: Answer(done.vectors, count, opened.served, np.array(facts, IMAGE)),
+    ).result()
 
 
-async def _embed_pairs(opened: _OpenModel, request: Request) -> Answer:
-    """Embed each pair's text and image, fuse, truncate, normalise, as the fusion on Triton."""
-    fused = await asyncio.gather(
-        *[_fused(opened.reader, row, pair, request) for row, pair in enumerate(request.inputs)]
-    )
+def _embed_pairs(opened: _OpenModel, request: Request) -> Answer:
+    """Embed the texts and the images, fuse, truncate, normalise, as the fusion on Triton."""
+    models: _FusedModels = opened.reader
+    pairs = cast(Sequence[Pair], request.inputs)
+    texts = [row for row, pair in enumerate(pairs) if pair.text is not None]
+    images = [row for row, pair in enumerate(pairs) if pair.image is not None]
+    by_row: list[dict[int, np.ndarray]] = [{}, {}]
+    with reindexed(texts):
+        if texts:
+            inputs = cast(Sequence[bytes], [pairs[row].text for row in texts])
+            part = Request(inputs, "text", request.input_type)
+            answer = _start_texts(models.text, part).result()
+            by_row[0] = dict(zip(texts, answer.vectors[:, None], strict=True))
+    with reindexed(images):
+        if images:
+            inputs = cast(Sequence[bytes], [pairs[row].image for row in images])
+            answer = _embed_images(models.image, Request(inputs, "image"))
+            by_row[1] = dict(zip(images, answer.vectors[:, None], strict=True))
+    fused = [
+        vectors.fuse(by_row[0].get(row), by_row[1].get(row), models.fusion)
+        for row in range(len(pairs))
+    ]
     return Answer(
         vectors.embed(np.concatenate(fused), opened.spec, request.dimensions),
         unknown_tokens(len(fused)),
@@ -367,37 +407,59 @@ async def _embed_pairs(opened: _OpenModel, request: Request) -> Answer:
     )
 
 
-async def _fused(models: _FusedModels, row: int, pair: Any, request: Request) -> np.ndarray:
-    """Vector `[1, dims]` of the pair in a row of the request."""
-    text = image = None
-    with reindexed([row]):
-        if pair.text is not None:
-            text_request = Request([pair.text], "text", request.input_type)
-            text = (await _embed_texts(models.text, text_request)).vectors
-        if pair.image is not None:
-            image = (await _embed_images(models.image, Request([pair.image], "image"))).vectors
-    return vectors.fuse(text, image, models.fusion)
+def _run(
+    opened: _OpenModel, inputs: Sequence[Any], request: Request, to_answer: Callable[[Any], Answer]
+) -> Future[Answer]:
+    """Run in the caller's thread if it may block and the engine is idle, else with others."""
+    if request.may_block:
+        try:
+            embeddings = opened.engine.embed_now(inputs, request.dimensions)
+        except Exception as error:
+            raise _engine_error(error, opened.served.name) from None
+        if embeddings is not None:
+            return completed(to_answer(embeddings))
+    future: ConcurrentFuture[Any] = ConcurrentFuture()
+
+    def answer(outcome: Any) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        if isinstance(outcome, Exception):
+            future.set_exception(_engine_error(outcome, opened.served.name))
+        else:
+            future.set_result(outcome)
+
+    opened.engine.submit(inputs, request.dimensions, answer, future.cancelled)
+    return Mapped(future, lambda done: to_answer(done.result()))
 
 
-EMBED: Mapping[InputKind, Callable[[_OpenModel, Request], Awaitable[Answer]]] = {
-    "text": _embed_texts,
-    "image": _embed_images,
-    "pair": _embed_pairs,
-}
+def _engine_error(error: Exception, name: str) -> Exception:
+    """Return the error to raise for one of a run."""
+    if isinstance(error, (MemoryError, errors.HalimedeError)):
+        return error
+    # onnxruntime raises its own, undocumented classes.
+    if any(word in str(error).lower() for word in MEMORY_WORDS):
+        return MemoryError()
+    return errors.ServerError(f"{name} could not be run ({type(error).__name__}).")
 
 
-async def _run(opened: _OpenModel, inputs: Sequence[Any], dimensions: int | None) -> Any:
-    assert opened.engine is not None
+@contextlib.contextmanager
+def _finished_before_exit() -> Iterator[None]:
+    """Let the end of the program wait for what this thread does.
+
+    A thread that is ended inside onnxruntime aborts the process.
+    """
+    pid, done = os.getpid(), threading.Event()
+
+    def wait() -> None:
+        if os.getpid() == pid:  # a forked child has no such thread
+            done.wait(EXIT_WAIT_S)
+
+    atexit.register(wait)
     try:
-        return await opened.engine.embed(inputs, dimensions)
-    except (MemoryError, errors.InvalidDimensions):
-        raise
-    except Exception as error:  # onnxruntime raises its own, undocumented classes
-        if any(word in str(error).lower() for word in MEMORY_WORDS):
-            raise MemoryError from None
-        raise errors.ServerError(
-            f"{opened.served.name} could not be run ({type(error).__name__})."
-        ) from None
+        yield
+    finally:
+        done.set()
+        atexit.unregister(wait)
 
 
 def _package(accelerator: str) -> str:

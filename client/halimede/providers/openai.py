@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from halimede.extras import import_optional
 from halimede.providers.answers import to_matrix, unknown_tokens
 from halimede.providers.api_keys import ApiOptions
 from halimede.providers.http_errors import from_status, invalid_answer, timed_out, unreachable
+from halimede.providers.proxies import is_local
 from halimede.providers.text_api import TextApi
 from halimede_ops import errors
 
@@ -37,9 +39,17 @@ class Options(ApiOptions):
     provider: str = "openai"
 
 
-def connect(options: Options) -> OpenAI:
+def connect(options: Options) -> list[OpenAI]:
     """Return the provider for these options."""
-    return OpenAI(options, import_optional("openai", "openai"))
+    return [OpenAI(options, import_optional("openai", "openai"))]
+
+
+_in_request = contextvars.ContextVar("_in_request", default=False)
+
+
+def _is_not_ours(_: logging.LogRecord) -> bool:
+    """Whether a record is of another call than ours: the SDK's debug records hold the texts."""
+    return not _in_request.get()
 
 
 class OpenAI(TextApi):
@@ -48,40 +58,62 @@ class OpenAI(TextApi):
     def __init__(self, options: Options, sdk: Any) -> None:
         super().__init__(options, MAX_TOKENS, MAX_BATCH_SIZE)
         self._sdk = sdk
-        key = options.key(KEY_ENV)
-        # The SDK's debug lines hold the texts.
-        logging.getLogger("openai").setLevel(logging.INFO)
-        self._client = sdk.AsyncOpenAI(
-            api_key=key, base_url=options.url, max_retries=0, timeout=options.timeout_s
+        self._base64_works: bool | None = None
+        logging.getLogger("openai._base_client").addFilter(_is_not_ours)
+        self._client = sdk.OpenAI(
+            api_key=options.key(KEY_ENV),
+            base_url=options.url,
+            max_retries=0,
+            timeout=options.timeout_s,
+            http_client=sdk.DefaultHttpxClient(trust_env=not is_local(options.url or "")),
         )
         if options.model_id in DIMS:
             self._model = self._described(DIMS[options.model_id])
 
-    async def _request(
+    def _request(
         self, texts: Sequence[str], dimensions: int | None, timeout_s: float
     ) -> tuple[np.ndarray, np.ndarray]:
         model = self._options.model_id
-        is_truncated = dimensions is not None and model.startswith(TRUNCATABLE)
+        given: dict[str, Any] = {"model": model, "input": texts, "timeout": timeout_s}
+        if dimensions is not None and model.startswith(TRUNCATABLE):
+            given["dimensions"] = dimensions
+        if self._base64_works is False:
+            given["encoding_format"] = "float"
+        token = _in_request.set(True)
         try:
-            answer = await self._client.embeddings.create(
-                model=model,
-                input=texts,
-                timeout=timeout_s,
-                **({"dimensions": dimensions} if is_truncated else {}),
-            )
+            answer = self._asked(given)
             rows = sorted(answer.data, key=lambda row: row.index)
+            if [row.index for row in rows] != list(range(len(texts))):
+                raise ValueError
+            embeddings = [row.embedding for row in rows]
         except (self._sdk.OpenAIError, ValueError, TypeError, AttributeError) as error:
             raise self._translated(error, timeout_s) from None
+        finally:
+            _in_request.reset(token)
         tokens = unknown_tokens(len(texts))
         if len(texts) == 1 and answer.usage is not None:
             tokens[0] = answer.usage.prompt_tokens
-        return to_matrix([row.embedding for row in rows], len(texts)), tokens
+        return to_matrix(embeddings, len(texts)), tokens
+
+    def _asked(self, given: dict[str, Any]) -> Any:
+        """Return the answer. The SDK asks for base64, which not every server knows."""
+        create = self._client.embeddings.create
+        if self._base64_works is not None:
+            return create(**given)
+        try:
+            answer = create(**given)
+        except (self._sdk.BadRequestError, self._sdk.UnprocessableEntityError):
+            answer = create(**given, encoding_format="float")
+            self._base64_works = False
+        else:
+            self._base64_works = True
+        return answer
 
     def _translated(self, error: Exception, timeout_s: float) -> errors.HalimedeError:
         if isinstance(error, self._sdk.APITimeoutError):
             return timed_out(self.name, timeout_s)
         if isinstance(error, self._sdk.APIConnectionError):
-            return unreachable(self.name)
+            return unreachable(self.name, str(self._client.base_url))
         if isinstance(error, self._sdk.APIStatusError):
-            return from_status(self.name, error.status_code)
+            return from_status(self.name, error.status_code, error.response.headers)
         return invalid_answer(self.name, error)

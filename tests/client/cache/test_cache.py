@@ -14,9 +14,11 @@ import resource
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ from halimede.cache import (
 from halimede.cache.entries import is_intact, pack, unpack
 from halimede.cache.redis import TEMPERATURES
 from halimede.inputs.content import Pair
+from halimede.pipeline.waiting import Flow, Wait, drive_async, shared_result
 from halimede.results import IMAGE
 from halimede_ops.errors import HalimedeError, InvalidInput, MissingExtra
 from halimede_tools.bench import redis_server
@@ -67,6 +70,24 @@ def vector(text: bytes, dims: int = DIMS) -> np.ndarray:
     return np.random.default_rng(list(text)).standard_normal(dims).astype(np.float32)
 
 
+class Latch:
+    """What flows wait for until it is set."""
+
+    def __init__(self) -> None:
+        self._future: Future[None] = Future()
+
+    def set(self) -> None:
+        self._future.set_result(None)
+
+    def wait(self) -> Flow[None]:
+        yield from shared_result(self._future)
+
+
+def nothing() -> Flow[None]:
+    """A flow that does not wait."""
+    yield from ()
+
+
 class Engine:
     """Computes the vectors of texts and remembers which."""
 
@@ -75,9 +96,9 @@ class Engine:
         self.dims = dims
         self.computed: list[bytes] = []
 
-    async def compute(self, rows: list[int]) -> Entries:
+    def compute(self, rows: list[int]) -> Flow[Entries]:
         self.computed += [self.texts[row] for row in rows]
-        await asyncio.sleep(0)
+        yield Wait((), time.monotonic())
         return self.entries(rows)
 
     def entries(self, rows: Sequence[int]) -> Entries:
@@ -91,7 +112,7 @@ async def ask(
     """The texts that were computed and the hits; every vector is checked to be its text's own."""
     engine = Engine(texts, expect.dims)
     call = cache.get_or_compute(wanted(texts, dims=expect.dims), engine.compute, expect)
-    entries, hits = await asyncio.wait_for(call, PATIENCE_S)
+    entries, hits = await asyncio.wait_for(drive_async(call), PATIENCE_S)
     expected = engine.entries(range(len(texts)))
     np.testing.assert_array_equal(entries.vectors, expected.vectors)
     np.testing.assert_array_equal(entries.tokens, expected.tokens)
@@ -156,28 +177,28 @@ class Slow:
     timeout_s = PATIENCE_S
 
     def __init__(self, reads: bool = False, writes: bool = False) -> None:
-        self.reads, self.writes = asyncio.Event(), asyncio.Event()
+        self.reads, self.writes = threading.Event(), threading.Event()
         if not reads:
             self.reads.set()
         if not writes:
             self.writes.set()
         self.held: dict[bytes, bytes] = {}
 
-    async def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        await self.reads.wait()
+    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        self.reads.wait()
         return [self.held.get(key) for key in keys]
 
-    async def put(self, items: Sequence[tuple[bytes, bytes]]) -> None:
-        await self.writes.wait()
+    def put(self, items: Sequence[tuple[bytes, bytes]]) -> None:
+        self.writes.wait()
         self.held.update(items)
 
     def stats(self) -> dict[str, Any]:
         return {"size_bytes": None}
 
-    async def clear(self) -> None:
+    def clear(self) -> None:
         self.held.clear()
 
-    async def close(self) -> None: ...
+    def close(self) -> None: ...
 
 
 # --- keys and values
@@ -281,18 +302,18 @@ def test_a_tier_holds_what_it_was_given(make_tier: Callable[[], Tier]) -> None:
 
     async def flow() -> None:
         tier = make_tier()
-        await tier.put([(b"a", b"1"), (b"b", bytes(range(256)))])
-        await tier.put([(b"a", b"2")])
-        assert list(await tier.get([b"b", b"x", b"a", b"a"])) == [
+        tier.put([(b"a", b"1"), (b"b", bytes(range(256)))])
+        tier.put([(b"a", b"2")])
+        assert list(tier.get([b"b", b"x", b"a", b"a"])) == [
             bytes(range(256)),
             None,
             b"2",
             b"2",
         ]
-        await tier.clear()
-        assert list(await tier.get([b"a", b"b"])) == [None, None]
-        await tier.close()
-        await tier.close()
+        tier.clear()
+        assert list(tier.get([b"a", b"b"])) == [None, None]
+        tier.close()
+        tier.close()
 
     asyncio.run(flow())
 
@@ -310,13 +331,13 @@ def test_hits_are_bit_equal_and_misses_computed_once(make_tier: Callable[[], Tie
         assert hits.tolist() == [False, *[True] * 700, False]
         name = next(iter(cache.stats()["tiers"]))
         assert tier_stats(cache, name)["hits"] == 700
-        await cache.close()
+        await asyncio.to_thread(cache.close)
         if name != "memory":  # what was queued is written before the cache is closed
             cache = Cache([make_tier()])
             computed, hits = await ask(cache, some(700))
             assert not computed and hits.all()
             assert tier_stats(cache, name)["hit_rate"] == 1.0
-            await cache.close()
+            await asyncio.to_thread(cache.close)
 
     asyncio.run(flow())
 
@@ -327,12 +348,12 @@ def test_age_is_bounded_in_every_tier(make_tier: Callable[[], Tier]) -> None:
     async def flow() -> None:
         cache = Cache([make_tier()])
         await ask(cache, some(3))
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         await asyncio.sleep(0.05)
         assert (await ask(cache, some(3), Expect(DIMS, max_age_s=600.0)))[0] == []
         assert (await ask(cache, some(3), Expect(DIMS, max_age_s=0.04)))[0] == some(3)
         assert (await ask(cache, some(3), Expect(DIMS, max_age_s=600.0)))[0] == []
-        await cache.close()
+        await asyncio.to_thread(cache.close)
 
     asyncio.run(flow())
 
@@ -343,9 +364,9 @@ def test_clear_forgets_everything(make_tier: Callable[[], Tier]) -> None:
     async def flow() -> None:
         cache = Cache([make_tier()])
         await ask(cache, some(2000))
-        await cache.clear()
+        await asyncio.to_thread(cache.clear)
         assert (await ask(cache, some(2000)))[0] == some(2000)
-        await cache.close()
+        await asyncio.to_thread(cache.close)
 
     asyncio.run(flow())
 
@@ -353,18 +374,19 @@ def test_clear_forgets_everything(make_tier: Callable[[], Tier]) -> None:
 def test_what_is_not_finite_is_not_kept(make_tier: Callable[[], Tier]) -> None:
     """A NaN is given back as it was computed, and computed again the next time."""
 
-    async def compute(rows: list[int]) -> Entries:
+    def compute(rows: list[int]) -> Flow[Entries]:
         vectors = np.ones((len(rows), DIMS), np.float32)
         vectors[0, 7] = np.nan
+        yield from nothing()
         return Entries(vectors, np.zeros(len(rows), np.int32))
 
     async def flow() -> None:
         cache = Cache([make_tier()])
-        entries, _ = await cache.get_or_compute(wanted(some(2)), compute, EXPECT)
+        entries, _ = await drive_async(cache.get_or_compute(wanted(some(2)), compute, EXPECT))
         assert np.isnan(entries.vectors[0, 7])
-        _, hits = await cache.get_or_compute(wanted(some(2)), compute, EXPECT)
+        _, hits = await drive_async(cache.get_or_compute(wanted(some(2)), compute, EXPECT))
         assert hits.tolist() == [False, True]
-        await cache.close()
+        await asyncio.to_thread(cache.close)
 
     asyncio.run(flow())
 
@@ -377,7 +399,9 @@ def test_nothing_is_asked_for_nothing(tiers: list[Tier]) -> None:
     """No keys: no rows, no computation."""
 
     async def flow() -> None:
-        entries, hits = await Cache(tiers).get_or_compute([], Engine([]).compute, EXPECT)
+        entries, hits = await drive_async(
+            Cache(tiers).get_or_compute([], Engine([]).compute, EXPECT)
+        )
         assert entries.vectors.shape == (0, DIMS) and hits.shape == (0,)
 
     asyncio.run(flow())
@@ -401,7 +425,7 @@ def test_another_space_is_another_vector() -> None:
         cache = Cache([Memory(MIB)])
         await ask(cache, some(3))
         engine = Engine(some(3))
-        await cache.get_or_compute(wanted(some(3), "another"), engine.compute, EXPECT)
+        await drive_async(cache.get_or_compute(wanted(some(3), "another"), engine.compute, EXPECT))
         assert engine.computed == some(3)
 
     asyncio.run(flow())
@@ -410,16 +434,17 @@ def test_another_space_is_another_vector() -> None:
 def test_wrong_use_is_named() -> None:
     """Tiers of one name, a computation of another shape, and keys of other dims are refused."""
 
-    async def short(rows: list[int]) -> Entries:
+    def short(rows: list[int]) -> Flow[Entries]:
+        yield from nothing()
         return Entries(np.ones((1, DIMS), np.float32), np.ones(1, np.int32))
 
     async def flow() -> None:
         cache = Cache([Memory(MIB)])
         with pytest.raises(InvalidInput, match=r"\(1, 384\).*for 2 items of 384 dims"):
-            await cache.get_or_compute(wanted(some(2)), short, EXPECT)
+            await drive_async(cache.get_or_compute(wanted(some(2)), short, EXPECT))
         await ask(cache, some(2))
         with pytest.raises(InvalidInput, match="other dims than 385"):
-            await cache.get_or_compute(wanted(some(2)), short, Expect(385))
+            await drive_async(cache.get_or_compute(wanted(some(2)), short, Expect(385)))
 
     asyncio.run(flow())
     with pytest.raises(InvalidInput, match="memory, memory"):
@@ -436,9 +461,7 @@ def test_memory_stays_within_its_bytes() -> None:
         tracemalloc.start()
         for start in range(0, 20_000, 500):
             names = wanted([f"{row}".encode() for row in range(start, start + 500)])
-            await tier.put(
-                list(zip(names, pack(names, Entries(np.ones((500, DIMS)), np.ones(500)))))
-            )
+            tier.put(list(zip(names, pack(names, Entries(np.ones((500, DIMS)), np.ones(500))))))
             assert (await ask(cache, [b"used"]))[1].all()
             assert tier.size_bytes <= 4 * MIB
         held_bytes = tracemalloc.get_traced_memory()[0]
@@ -457,7 +480,7 @@ def test_a_hit_is_written_to_the_tiers_above(tmp_path: Path, url: str) -> None:
     async def flow() -> None:
         first = Cache([patient_redis(url, name="far")])
         await ask(first, some(600))
-        await first.close()
+        await asyncio.to_thread(first.close)
         tiers: list[Tier] = [
             Memory(64 * MIB),
             patient_disk(tmp_path),
@@ -466,15 +489,15 @@ def test_a_hit_is_written_to_the_tiers_above(tmp_path: Path, url: str) -> None:
         ]
         cache = Cache(tiers)
         assert (await ask(cache, some(600)))[1].all()
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         counts = cache.stats()["tiers"]
         assert [counts[tier.name]["hits"] for tier in tiers] == [0, 0, 0, 600]
         assert [counts[tier.name]["written"] for tier in tiers] == [600, 600, 600, 0]
         for tier in tiers:
-            assert None not in await tier.get(wanted(some(600)))
+            assert None not in tier.get(wanted(some(600)))
         assert (await ask(cache, some(600)))[1].all()
         assert tier_stats(cache, "memory")["hits"] == 600
-        await cache.close()
+        await asyncio.to_thread(cache.close)
 
     asyncio.run(flow())
 
@@ -508,7 +531,7 @@ def test_redis_has_one_entry_that_a_hit_renews(url: str) -> None:
     async def flow() -> None:
         cache = Cache([patient_redis(url, prefix="h[1]*")])
         assert (await ask(cache, some(1)))[0] == some(1)
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         [name] = client.scan_iter()
         for unused_s, hits in uses:
             assert client.ttl(name) == pytest.approx(7 * DAY_S, abs=60)
@@ -517,7 +540,7 @@ def test_redis_has_one_entry_that_a_hit_renews(url: str) -> None:
             assert temperature_hits(cache) == hits
         assert client.ttl(name) == pytest.approx(7 * DAY_S, abs=60)
         assert list(client.scan_iter()) == [name]
-        await cache.close()
+        await asyncio.to_thread(cache.close)
 
     asyncio.run(flow())
 
@@ -529,21 +552,21 @@ def test_the_three_times_to_live_are_configurable(url: str) -> None:
     async def flow() -> None:
         cache = Cache([patient_redis(url, ttl_s=100.0, hot_ttl_s=10.0, warm_ttl_s=50.0)])
         await ask(cache, some(1))
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         [name] = client.scan_iter()
         for unused_s, hits in ((5, [1, 0, 0]), (20, [1, 1, 0]), (60, [1, 1, 1])):
             assert 90 < client.ttl(name) <= 100
             client.expire(name, 100 - unused_s)
             assert (await ask(cache, some(1)))[1].all()
             assert temperature_hits(cache) == hits
-        await cache.close()
+        await asyncio.to_thread(cache.close)
         cache = Cache([patient_redis(url, ttl_s=None, name="forever")])
         await ask(cache, some(1))
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         assert (await ask(cache, some(1)))[1].all()
         [name] = client.scan_iter("halimede:forever:*")
         assert client.ttl(name) == -1
-        await cache.close()
+        await asyncio.to_thread(cache.close)
 
     asyncio.run(flow())
 
@@ -554,14 +577,14 @@ def test_a_hit_renews_its_own_entry_alone(url: str) -> None:
 
     async def flow() -> None:
         tier = patient_redis(url)
-        await tier.put([(b"used", b"1"), (b"unused", b"2")])
+        tier.put([(b"used", b"1"), (b"unused", b"2")])
         for name in client.scan_iter():
             client.expire(name, 1000)
-        assert await tier.get([b"used", b"unknown", b"used"]) == [b"1", None, b"1"]
+        assert tier.get([b"used", b"unknown", b"used"]) == [b"1", None, b"1"]
         assert client.ttl("halimede:redis:used") == pytest.approx(7 * DAY_S, abs=60)
         assert 900 < client.ttl("halimede:redis:unused") <= 1000
         assert client.dbsize() == 2
-        await tier.close()
+        tier.close()
 
     asyncio.run(flow())
 
@@ -571,11 +594,11 @@ def test_redis_loses_its_scripts_without_a_miss(url: str) -> None:
 
     async def flow() -> None:
         tier = patient_redis(url)
-        await tier.put([(b"a", b"1")])
-        assert await tier.get([b"a"]) == [b"1"]
+        tier.put([(b"a", b"1")])
+        assert tier.get([b"a"]) == [b"1"]
         Client.from_url(url).script_flush()
-        assert await tier.get([b"a"]) == [b"1"]
-        await tier.close()
+        assert tier.get([b"a"]) == [b"1"]
+        tier.close()
 
     asyncio.run(flow())
 
@@ -585,10 +608,10 @@ def test_each_tier_forgets_after_its_time(tmp_path: Path, url: str) -> None:
 
     async def flow() -> None:
         for tier in (Disk(tmp_path, 64 * MIB, ttl_s=0.05), patient_redis(url, ttl_s=0.05)):
-            await tier.put([(b"a", b"1")])
+            tier.put([(b"a", b"1")])
             await asyncio.sleep(1.1)  # SQLite's row holds whole seconds
-            assert await tier.get([b"a"]) == [None]
-            await tier.close()
+            assert tier.get([b"a"]) == [None]
+            tier.close()
 
     asyncio.run(flow())
 
@@ -599,7 +622,7 @@ def test_neither_keys_nor_values_hold_a_text(tmp_path: Path, url: str) -> None:
     async def flow() -> str:
         cache = Cache([Memory(MIB), patient_disk(tmp_path), patient_redis(url)])
         await ask(cache, [SECRET])
-        await cache.close()
+        await asyncio.to_thread(cache.close)
         return str(cache.stats())
 
     stats = asyncio.run(flow())
@@ -618,11 +641,11 @@ def test_clear_leaves_what_is_not_ours(url: str) -> None:
         client = Client.from_url(url)
         for name in (b"other", b"h?[a]*:redisX", b"hXa:redis:1", b"h?[a]*:redis2:1"):
             client.set(name, b"theirs")
-        await tier.put([(os.urandom(20), b"ours") for _ in range(2500)])
+        tier.put([(os.urandom(20), b"ours") for _ in range(2500)])
         assert client.dbsize() == 2504
-        await tier.clear()
+        tier.clear()
         assert client.dbsize() == 4
-        await tier.close()
+        tier.close()
 
     asyncio.run(flow())
 
@@ -641,10 +664,10 @@ def test_concurrent_calls_compute_each_text_once() -> None:
             rounds = [texts[start : start + 30] for start in range(31)]
 
             async def call(part: list[bytes], start: int) -> None:
-                async def compute(rows: list[int]) -> Entries:
-                    return await engine.compute([start + row for row in rows])
+                def compute(rows: list[int]) -> Flow[Entries]:
+                    return (yield from engine.compute([start + row for row in rows]))
 
-                entries, _ = await cache.get_or_compute(wanted(part), compute, EXPECT)
+                entries, _ = await drive_async(cache.get_or_compute(wanted(part), compute, EXPECT))
                 expected = engine.entries(range(start, start + 30))
                 np.testing.assert_array_equal(entries.vectors, expected.vectors)
 
@@ -661,16 +684,17 @@ class Held(Engine):
 
     def __init__(self, texts: Sequence[bytes]) -> None:
         super().__init__(texts)
-        self.go = asyncio.Event()
+        self.go = Latch()
 
-    async def compute(self, rows: list[int]) -> Entries:
+    def compute(self, rows: list[int]) -> Flow[Entries]:
         self.computed += [self.texts[row] for row in rows]
-        await self.go.wait()
+        yield from self.go.wait()
         return self.entries(rows)
 
 
 def call(cache: Cache, engine: Engine) -> asyncio.Task:
-    return asyncio.create_task(cache.get_or_compute(wanted(engine.texts), engine.compute, EXPECT))
+    flow = cache.get_or_compute(wanted(engine.texts), engine.compute, EXPECT)
+    return asyncio.create_task(drive_async(flow))
 
 
 @pytest.mark.parametrize("held", ["lookup", "computation"])
@@ -702,13 +726,15 @@ def test_a_failed_call_fails_alone() -> None:
 
     async def flow() -> None:
         cache = Cache([Memory(MIB)])
-        fails = asyncio.Event()
+        fails = Latch()
 
-        async def fail(rows: list[int]) -> Entries:
-            await fails.wait()
+        def fail(rows: list[int]) -> Flow[Entries]:
+            yield from fails.wait()
             raise HalimedeError("theirs")
 
-        failing = asyncio.create_task(cache.get_or_compute(wanted(some(3)), fail, EXPECT))
+        failing = asyncio.create_task(
+            drive_async(cache.get_or_compute(wanted(some(3)), fail, EXPECT))
+        )
         await asyncio.sleep(0.01)
         engine = Engine(some(4)[1:])
         waiting = call(cache, engine)
@@ -776,16 +802,18 @@ def test_a_storm_of_calls_is_answered(tmp_path: Path, url: str) -> None:
         part = chance.sample(texts, chance.randint(1, 60))
         engine, fails = Engine(part), chance.random() < 0.2
 
-        async def compute(rows: list[int]) -> Entries:
-            await asyncio.sleep(chance.uniform(0, 0.01))
+        def compute(rows: list[int]) -> Flow[Entries]:
+            yield Wait((), time.monotonic() + chance.uniform(0, 0.01))
             if fails:
                 raise HalimedeError("own")
-            return await engine.compute(rows)
+            return (yield from engine.compute(rows))
 
         max_age_s = chance.choice([None, 0.05])
         call = cache.get_or_compute(wanted(part), compute, Expect(DIMS, max_age_s))
         try:
-            entries, _ = await asyncio.wait_for(call, chance.choice([0.005, 0.02, PATIENCE_S]))
+            entries, _ = await asyncio.wait_for(
+                drive_async(call), chance.choice([0.005, 0.02, PATIENCE_S])
+            )
         except TimeoutError:
             return "cancelled"
         except HalimedeError:
@@ -810,7 +838,7 @@ def test_a_storm_of_calls_is_answered(tmp_path: Path, url: str) -> None:
             assert min(seen) > 10
             await ask(cache, texts)
             assert not any(value["corrupt"] for value in cache.stats()["tiers"].values())
-            await cache.close()
+            await asyncio.to_thread(cache.close)
 
     asyncio.run(flow())
 
@@ -828,7 +856,7 @@ def test_an_answer_waits_for_no_write() -> None:
         assert (await ask(cache, some(5)))[1].all()
         assert not slow.held and tier_stats(cache, "slow")["queue_bytes"] > 0
         slow.writes.set()
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         assert len(slow.held) == 5 and tier_stats(cache, "slow")["queue_bytes"] == 0
 
     asyncio.run(flow())
@@ -842,14 +870,17 @@ def test_what_waits_to_be_written_is_bounded() -> None:
         cache = Cache([slow])
         dims, texts = 3072, guarded.QUEUE_BYTES // (4 * 3072) + 500
 
-        async def compute(rows: list[int]) -> Entries:
+        def compute(rows: list[int]) -> Flow[Entries]:
+            yield from nothing()
             return Entries(np.ones((len(rows), dims), np.float32), np.ones(len(rows), np.int32))
 
-        await cache.get_or_compute(wanted(some(texts), dims=dims), compute, Expect(dims))
+        await drive_async(
+            cache.get_or_compute(wanted(some(texts), dims=dims), compute, Expect(dims))
+        )
         stats = tier_stats(cache, "slow")
         assert 0.99 * guarded.QUEUE_BYTES < stats["queue_bytes"] <= guarded.QUEUE_BYTES
         slow.writes.set()
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         stats = tier_stats(cache, "slow")
         assert stats["unwritten"] >= 500 and stats["written"] == len(slow.held)
         assert stats["written"] + stats["unwritten"] == texts
@@ -882,13 +913,13 @@ def test_corrupt_values_in_redis_are_misses(url: str, change: Callable) -> None:
     async def flow() -> None:
         cache = Cache([patient_redis(url)])
         await ask(cache, some(10))
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         corrupt_redis(url, change)
         assert (await ask(cache, some(10)))[0] == some(10)
         assert tier_stats(cache, "redis")["corrupt"] == 10
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         assert (await ask(cache, some(10)))[1].all()
-        await cache.close()
+        await asyncio.to_thread(cache.close)
 
     asyncio.run(flow())
 
@@ -899,12 +930,12 @@ def test_another_type_in_redis_is_a_miss(url: str) -> None:
     async def flow() -> None:
         cache = Cache([patient_redis(url)])
         await ask(cache, some(3))
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         corrupt_redis(url, lambda client, name: (client.delete(name), client.rpush(name, b"x")))
         assert (await ask(cache, some(3)))[0] == some(3)
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         assert (await ask(cache, some(3)))[1].all()
-        await cache.close()
+        await asyncio.to_thread(cache.close)
 
     asyncio.run(flow())
 
@@ -916,14 +947,14 @@ def test_corrupt_values_on_disk_are_misses(tmp_path: Path, bad: object) -> None:
     async def flow() -> None:
         cache = Cache([patient_disk(tmp_path)])
         await ask(cache, some(10))
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         with contextlib.closing(sqlite3.connect(tmp_path / disk.FILE_NAME)) as database, database:
             database.execute("UPDATE vectors SET value = ?", (bad,))
         assert (await ask(cache, some(10)))[0] == some(10)
         assert tier_stats(cache, "disk")["corrupt"] == 10
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         assert (await ask(cache, some(10)))[1].all()
-        await cache.close()
+        await asyncio.to_thread(cache.close)
 
     asyncio.run(flow())
 
@@ -958,9 +989,9 @@ def test_a_broken_file_is_made_anew(tmp_path: Path, damage: Callable, open_befor
     async def flow() -> None:
         filled = Cache([patient_disk(tmp_path, timeout_s=10)])
         await ask(filled, some(500))
-        await filled.flush()
+        await asyncio.to_thread(filled.flush)
         if not open_before:
-            await filled.close()
+            await asyncio.to_thread(filled.close)
         else:  # merge the log, so that the damage is to what is read
             with contextlib.closing(sqlite3.connect(tmp_path / disk.FILE_NAME)) as database:
                 database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -971,11 +1002,11 @@ def test_a_broken_file_is_made_anew(tmp_path: Path, damage: Callable, open_befor
         await until(lambda: tier_stats(cache, "disk")["queue_bytes"] == 0)
         await until(lambda: tier_stats(cache, "disk")["is_read"])
         assert (await ask(cache, some(500, "more")))[1].all()
-        await cache.close()
+        await asyncio.to_thread(cache.close)
         again = Cache([patient_disk(tmp_path, timeout_s=10)])
         assert (await ask(again, some(500, "more")))[1].all()
         assert tier_stats(again, "disk")["errors"] == 0
-        await again.close()
+        await asyncio.to_thread(again.close)
 
     asyncio.run(flow())
 
@@ -993,7 +1024,7 @@ def test_redis_that_dies_is_left_out_until_it_is_back(
             url = stack.enter_context(redis_server.serve(tmp_path, port=port))
             cache = Cache([patient_redis(url)])
             await ask(cache, some(5))
-            await cache.flush()
+            await asyncio.to_thread(cache.flush)
             busy = [asyncio.create_task(ask(cache, some(300, str(part)))) for part in range(10)]
             await asyncio.sleep(0)
             stack.close()
@@ -1007,11 +1038,11 @@ def test_redis_that_dies_is_left_out_until_it_is_back(
         with redis_server.serve(tmp_path, port=port):
             await until(lambda: tier_stats(cache, "redis")["is_read"])
             await until(lambda: tier_stats(cache, "redis")["queue_bytes"] == 0)
-            assert await patient_redis(url).get(wanted([SECRET])) != [None]
+            assert patient_redis(url).get(wanted([SECRET])) != [None]
             await ask(cache, some(5))
-            await cache.flush()
+            await asyncio.to_thread(cache.flush)
             assert (await ask(cache, some(5)))[1].all()
-            await cache.close()
+            await asyncio.to_thread(cache.close)
 
     asyncio.run(flow())
     warnings = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
@@ -1027,10 +1058,10 @@ def test_a_full_redis_is_still_read(tmp_path: Path) -> None:
     async def flow(url: str) -> None:
         cache = Cache([patient_redis(url)])
         await ask(cache, some(100))
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         Client.from_url(url).config_set("maxmemory", 1)
         assert (await ask(cache, some(300, "more")))[0] == some(300, "more")
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         for _ in range(3):
             assert (await ask(cache, some(100)))[1].all()
         stats = tier_stats(cache, "redis")
@@ -1042,7 +1073,7 @@ def test_a_full_redis_is_still_read(tmp_path: Path) -> None:
         await until(lambda: tier_stats(cache, "redis")["queue_bytes"] == 0)
         assert Client.from_url(url).dbsize() == 400
         assert tier_stats(cache, "redis")["is_written"]
-        await cache.close()
+        await asyncio.to_thread(cache.close)
 
     with redis_server.serve(tmp_path, "--maxmemory-policy", "noeviction") as url:
         asyncio.run(flow(url))
@@ -1086,7 +1117,7 @@ def test_redis_that_stalls_makes_one_call_wait(url: str) -> None:
         async with proxy.listening() as stalling:
             cache = Cache([Redis(stalling, timeout_s=1.0)])
             await ask(cache, some(5))
-            await cache.flush()
+            await asyncio.to_thread(cache.flush)
             assert (await ask(cache, some(5)))[1].all()
             proxy.flows.clear()
             await ask(cache, some(5))
@@ -1099,7 +1130,7 @@ def test_redis_that_stalls_makes_one_call_wait(url: str) -> None:
             proxy.flows.set()
             await until(lambda: tier_stats(cache, "redis")["is_read"])
             assert (await ask(cache, some(5)))[1].all()
-            await cache.close()
+            await asyncio.to_thread(cache.close)
 
     asyncio.run(flow())
 
@@ -1111,21 +1142,21 @@ def test_a_disk_that_is_full_is_still_read(tmp_path: Path) -> None:
     async def flow() -> None:
         cache = Cache([patient_disk(tmp_path)])
         await ask(cache, some(100))
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         largest = max(path.stat().st_size for path in tmp_path.iterdir())
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
         assert (await ask(cache, some(2000, "more")))[0] == some(2000, "more")
-        await cache.flush()
+        await asyncio.to_thread(cache.flush)
         assert (await ask(cache, some(100)))[1].all()
         stats = tier_stats(cache, "disk")
         assert stats["is_read"] and not stats["is_written"] and stats["queue_bytes"] > 0
         await until(lambda: tier_stats(cache, "disk")["errors"] > stats["errors"] + 2)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         await until(lambda: tier_stats(cache, "disk")["queue_bytes"] == 0)
-        await cache.close()
+        await asyncio.to_thread(cache.close)
         cache = Cache([patient_disk(tmp_path)])
         assert (await ask(cache, some(2000, "more")))[1].all()
-        await cache.close()
+        await asyncio.to_thread(cache.close)
 
     try:
         asyncio.run(flow())
@@ -1143,15 +1174,15 @@ def test_a_folder_that_cannot_be_made_is_no_outage(
         cache = Cache([Memory(MIB), Disk(tmp_path / "file" / "cache", 64 * MIB)])
         for part in range(5):
             assert (await ask(cache, some(2, f"{part}")))[0]
-            await cache.flush()
+            await asyncio.to_thread(cache.flush)
         stats = tier_stats(cache, "disk")
         assert not stats["is_read"] and stats["skipped"] == 10 and stats["written"] == 0
         with pytest.raises(HalimedeError, match="tier disk could not be cleared") as raised:
-            await cache.clear()
+            await asyncio.to_thread(cache.clear)
         assert str(tmp_path) not in str(raised.value)
         assert tier_stats(cache, "memory")["size_bytes"] == 0
         await ask(cache, some(2))
-        await cache.close()
+        await asyncio.to_thread(cache.close)
         assert tier_stats(cache, "disk")["unwritten"] == 2
 
     asyncio.run(flow())
@@ -1166,13 +1197,13 @@ def test_disk_stays_within_its_bytes(tmp_path: Path) -> None:
         largest = 0
         for start in range(0, 30_000, 500):
             names = [row.to_bytes(20, "big") for row in range(start, start + 500)]
-            await tier.put([(name, os.urandom(1560)) for name in names])
+            tier.put([(name, os.urandom(1560)) for name in names])
             largest = max(largest, sum(path.stat().st_size for path in tmp_path.iterdir()))
-            assert None not in await tier.get(names)
+            assert None not in tier.get(names)
         assert disk.MIN_BYTES * 0.7 < largest <= disk.MIN_BYTES
-        assert await tier.get([bytes(20)]) == [None]
+        assert tier.get([bytes(20)]) == [None]
         assert tier.size_bytes <= disk.MIN_BYTES
-        await tier.close()
+        tier.close()
 
     asyncio.run(flow())
     with pytest.raises(InvalidInput, match="max_bytes is 1000"):
@@ -1186,15 +1217,15 @@ def test_a_cleared_disk_holds_nothing(tmp_path: Path) -> None:
         tier, other = patient_disk(tmp_path), patient_disk(tmp_path)
         value = bytes(range(256)) * 4
         for tier_ in (tier, other):
-            await tier_.put([(os.urandom(20), value) for _ in range(2000)])
-            await tier_.get([b"a"])
+            tier_.put([(os.urandom(20), value) for _ in range(2000)])
+            tier_.get([b"a"])
         assert any(value in path.read_bytes() for path in tmp_path.iterdir())
-        await tier.clear()
+        tier.clear()
         assert not any(value in path.read_bytes() for path in tmp_path.iterdir())
-        await other.put([(b"a", b"1")])
-        assert await tier.get([b"a"]) == [b"1"]
-        await tier.close()
-        await other.close()
+        other.put([(b"a", b"1")])
+        assert tier.get([b"a"]) == [b"1"]
+        tier.close()
+        other.close()
 
     asyncio.run(flow())
 
@@ -1208,11 +1239,11 @@ def fill(folder: Path, part: int) -> None:
             shared, own = some(1000)[start : start + 100], some(50, f"{part} {start}")
             await ask(cache, shared)
             await ask(cache, own)
-            await cache.flush()
+            await asyncio.to_thread(cache.flush)
             assert (await ask(cache, own))[1].all()
         stats = tier_stats(cache, "disk")
         assert stats["errors"] == stats["corrupt"] == stats["unwritten"] == 0
-        await cache.close()
+        await asyncio.to_thread(cache.close)
 
     asyncio.run(flow())
 
@@ -1233,8 +1264,8 @@ def open_together(folder: Path, together: multiprocessing.synchronize.Barrier) -
         for turn in range(30):
             disk = patient_disk(folder / str(turn))
             together.wait(PATIENCE_S)
-            assert await disk.get([b"a"]) == [None]
-            await disk.close()
+            assert disk.get([b"a"]) == [None]
+            disk.close()
 
     asyncio.run(flow())
 
@@ -1254,7 +1285,7 @@ def test_processes_share_a_disk(tmp_path: Path) -> None:
     async def flow() -> None:
         cache = Cache([patient_disk(tmp_path)])
         assert (await ask(cache, some(1000)))[1].all()
-        await cache.close()
+        await asyncio.to_thread(cache.close)
 
     asyncio.run(flow())
 
@@ -1267,7 +1298,7 @@ def write_forever(folder: Path, started: multiprocessing.synchronize.Event) -> N
         for start in itertools.count(0, 100):
             texts = [f"{row % 5000}".encode() for row in range(start, start + 100)]
             names = wanted(texts)
-            await tier.put(list(zip(names, pack(names, Engine(texts).entries(range(100))))))
+            tier.put(list(zip(names, pack(names, Engine(texts).entries(range(100))))))
             started.set()
 
     asyncio.run(flow())
@@ -1290,7 +1321,7 @@ def test_a_killed_writer_leaves_whole_values(tmp_path: Path) -> None:
             _, hits = await ask(cache, [f"{row}".encode() for row in range(5000)])
             stats = tier_stats(cache, "disk")
             assert hits.any() and stats["corrupt"] == stats["errors"] == 0
-            await cache.close()
+            await asyncio.to_thread(cache.close)
 
         asyncio.run(flow())
 
@@ -1300,8 +1331,8 @@ def test_the_folder_is_for_its_owner_alone(tmp_path: Path) -> None:
 
     async def flow() -> None:
         tier = patient_disk(tmp_path / "deep" / "cache")
-        await tier.put([(b"a", b"1")])
-        await tier.close()
+        tier.put([(b"a", b"1")])
+        tier.close()
 
     asyncio.run(flow())
     assert (tmp_path / "deep" / "cache").stat().st_mode & 0o777 == 0o700

@@ -37,7 +37,7 @@ from halimede import (
     ServerOverloaded,
     ServerUnreachable,
 )
-from halimede.providers import open_provider, options_of
+from halimede.providers import open_providers, options_of
 from halimede.providers.sentence_transformers.provider import WORKER
 from halimede_engine import session
 from halimede_ops import vectors
@@ -320,7 +320,7 @@ def test_onnx_runs_together_what_many_callers_ask(
 
     def embed(row: int) -> np.ndarray | type:
         try:
-            return embedder.embed(b"\xff" if row == 7 else texts[row]).vectors[0]
+            return embedder.embed([b"\xff"] if row == 7 else texts[row]).vectors[0]
         except HalimedeError as error:
             return type(error)
 
@@ -366,7 +366,7 @@ def test_a_missing_extra_is_named() -> None:
 
 def test_providers_are_opened_by_kind() -> None:
     """The registry opens a provider from its options."""
-    hashed = open_provider(options_of("hash").model_validate({}))
+    [hashed] = open_providers(options_of("hash").model_validate({}))
     assert hashed.name == "hash:hash"
     with contextlib.suppress(HalimedeError):
         options_of("nothing")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import statistics
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from halimede.cache import Cache, Disk, Entries, Expect, Memory, Redis, Tier, keys
+from halimede.cache.cache import Compute
+from halimede.pipeline.waiting import Flow, drive
 from halimede.providers.hash import hash_embeddings, hash_space
 from halimede_ops.errors import HalimedeError
 from halimede_tools.bench import closed_loop, redis_server
@@ -38,7 +39,7 @@ def bench_cache() -> None:
     texts = [f"text {row}: ".encode() + b"lorem ipsum " * 15 for row in range(TEXTS)]
     with tempfile.TemporaryDirectory() as folder, redis_server.serve(Path(folder)) as url:
         with Progress("bench cache", list(BARS), ROUNDS) as progress:
-            rates = asyncio.run(_cache_rates(texts, Path(folder), url, progress))
+            rates = _cache_rates(texts, Path(folder), url, progress)
             rates["hash"] = _hash_rates(texts, progress)
     table = Table("what", "texts/s", "lowest", "highest", "must", title=_title())
     for name, bar in BARS.items():
@@ -50,37 +51,35 @@ def bench_cache() -> None:
         raise HalimedeError(f"{', '.join(missed)} missed the bar. Run it on an idle machine.")
 
 
-async def _cache_rates(
+def _cache_rates(
     texts: Sequence[bytes], folder: Path, url: str, progress: Progress
 ) -> dict[str, list[float]]:
     tiers: list[Tier] = [Memory(256 * MIB), Disk(folder, 256 * MIB), Redis(url)]
-    return {tier.name: await _hit_rates(texts, tier, progress) for tier in tiers}
+    return {tier.name: _hit_rates(texts, tier, progress) for tier in tiers}
 
 
-async def _hit_rates(texts: Sequence[bytes], tier: Tier, progress: Progress) -> list[float]:
+def _hit_rates(texts: Sequence[bytes], tier: Tier, progress: Progress) -> list[float]:
     """Texts/s of hits in a tier: keys, lookup, arrays."""
     console.print(f"  {tier.name}: filling it")
     cache = Cache([tier])
-    await _read(cache, texts, _compute)
-    await cache.flush()
+    _read(cache, texts, _compute)
+    cache.flush()
     rates = []
     for _ in range(ROUNDS):
         with progress.step(tier.name):
-            rates.append(len(texts) / await _read(cache, texts, _never))
-    await cache.close()
+            rates.append(len(texts) / _read(cache, texts, _never))
+    cache.close()
     return rates
 
 
-async def _read(
-    cache: Cache, texts: Sequence[bytes], compute: Callable[[list[int]], Awaitable[Entries]]
-) -> float:
+def _read(cache: Cache, texts: Sequence[bytes], compute: Compute) -> float:
     """Seconds for all texts, a batch after the other."""
 
-    async def read(batch: Sequence[bytes]) -> None:
+    def read(batch: Sequence[bytes]) -> None:
         wanted = keys(batch, space=hash_space(), precision="fp32", input_type=None, dims=DIMS)
-        await cache.get_or_compute(wanted, compute, Expect(DIMS))
+        drive(cache.get_or_compute(wanted, compute, Expect(DIMS)))
 
-    load = await closed_loop.coroutines(read, _batches(texts), 1)
+    load = closed_loop.threads(read, _batches(texts), 1)
     load.raise_errors()
     return load.seconds
 
@@ -89,12 +88,14 @@ def _batches(texts: Sequence[bytes]) -> list[Sequence[bytes]]:
     return [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
 
 
-async def _compute(rows: list[int]) -> Entries:
+def _compute(rows: list[int]) -> Flow[Entries]:
+    yield from ()
     vectors = hash_embeddings([str(row).encode() for row in rows], DIMS)
     return Entries(vectors, np.zeros(len(rows), np.int32))
 
 
-async def _never(rows: list[int]) -> Entries:
+def _never(rows: list[int]) -> Flow[Entries]:
+    yield from ()
     raise HalimedeError(f"{len(rows)} texts were not in the cache; the figures would be wrong.")
 
 

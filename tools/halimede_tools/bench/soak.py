@@ -20,7 +20,7 @@ from typing import NamedTuple, NotRequired, TypedDict
 import grpc  # type: ignore[import-untyped]
 import numpy as np
 
-from halimede.providers.triton.connection import CHANNEL_OPTIONS
+from halimede.providers.triton.grpc_connection import CHANNEL_OPTIONS
 from halimede.providers.triton.provider import BULK_PRIORITY
 from halimede_engine import batching
 from halimede_ops import vectors

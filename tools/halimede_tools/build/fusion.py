@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from halimede.inputs.texts import read_lines
 from halimede_engine import session
 from halimede_ops import spec, vectors
 from halimede_ops.errors import InvalidInput, QualityError
@@ -291,7 +292,7 @@ class _Views(NamedTuple):
 
 def _read(path: Path) -> tuple[_Views, _Views]:
     try:
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in read_lines(path, "--pairs") if line.strip()]
         first, second = (
             _Views([line["text"][side] for line in lines], [line["image"][side] for line in lines])
             for side in (0, 1)

@@ -62,6 +62,17 @@ def server(
 
 
 @app.command()
+def lone(
+    model: Model = DEFAULT_MODEL, precisions: Precisions = "fp32,int8", rounds: Rounds = 20
+) -> None:
+    """Measure one text alone: what the client adds to the model and to a bare stub."""
+    with needs_extra(EXTRA):
+        from halimede_tools.bench.lone import lone as bench_lone
+
+        bench_lone(Settings(), model, names(precisions), rounds)
+
+
+@app.command()
 def designs(
     model: Model = DEFAULT_MODEL, precisions: Precisions = "fp32,int8", rounds: Rounds = 3
 ) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from halimede.cli.options import AsJson, print_rows, read_texts
 from halimede.config.file import parse
-from halimede.providers.triton.canary import CHECK_S
+from halimede.pipeline.canary import REFRESH_S
 from halimede.providers.triton.provider import Options
 from halimede_ops.errors import InvalidInput
 from halimede_tools.settings import Settings
@@ -111,7 +111,8 @@ def canary(
     with _locked_deployment(context, model) as deployment:
         for name, version in deployment.canary(share).items():
             print(
-                f"{name}: candidate {version} answers {share:.1%}; clients follow in {CHECK_S:g} s"
+                f"{name}: candidate {version} answers {share:.1%}; "
+                f"clients follow in {REFRESH_S:g} s"
             )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable
 from typing import Any
 
-from halimede.pipeline import loop
-from halimede.providers.triton.connection import Connection, Send, Tls
+from tritonclient.grpc import service_pb2 as messages
+
+from halimede.providers.triton import connection
 from halimede_launch.start import CONTROL_HEADER
 from halimede_ops.errors import AccessDenied, DeployError, HalimedeError, ServerError
 
@@ -20,24 +20,24 @@ TIMEOUT_S = 30.0
 class Control:
     """Model control of one server. The first call connects."""
 
-    def __init__(self, url: str, tls: Tls | None = None, key: str = "") -> None:
+    def __init__(self, url: str, tls: connection.Tls | None = None, key: str = "") -> None:
         """Send nothing yet. `key` is the server's key for model control; empty: none."""
-        self._triton = Connection(url, tls or Tls())
+        self._triton = connection.connect(url, tls or connection.Tls())
         header = CONTROL_HEADER
-        if self._triton.is_grpc:
+        if self._triton.address.is_grpc:
             header = f"triton-grpc-protocol-{CONTROL_HEADER}"
-        self._headers = {header: key} if key else None
+        self._headers = {header: key} if key else {}
 
     def __enter__(self) -> Control:
         return self
 
     def __exit__(self, *error: object) -> None:
-        loop.shared().wait(self._triton.close())
+        self._triton.close()
 
     @property
     def address(self) -> str:
         """host:port of the server."""
-        return self._triton.address
+        return str(self._triton.address)
 
     def loaded(self) -> dict[str, set[int]]:
         """Model → its versions that are ready.
@@ -46,18 +46,11 @@ class Control:
             ServerUnreachable: the server does not answer.
             AccessDenied: the key is missing or wrong.
         """
-        index = self._call(
-            lambda client, limit: client.get_model_repository_index(headers=self._headers, **limit),
-            TIMEOUT_S,
-        )
-        if self._triton.is_grpc:
-            rows = [(row.name, row.version, row.state) for row in index.models]
-        else:
-            rows = [(row["name"], row.get("version"), row.get("state")) for row in index]
+        index = self._ask("RepositoryIndex", messages.RepositoryIndexRequest(), TIMEOUT_S)
         ready: dict[str, set[int]] = {}
-        for name, version, state in rows:
-            if state == "READY":
-                ready.setdefault(name, set()).add(int(version))
+        for model in index.models:
+            if model.state == "READY":
+                ready.setdefault(model.name, set()).add(int(model.version))
         return ready
 
     def load(self, models: Iterable[str]) -> None:
@@ -69,7 +62,8 @@ class Control:
         """
         for model in models:
             try:
-                self._call(functools.partial(self._load, model), LOAD_TIMEOUT_S)
+                message = messages.RepositoryModelLoadRequest(model_name=model)
+                self._ask("RepositoryModelLoad", message, LOAD_TIMEOUT_S)
             except (ServerError, AccessDenied):
                 raise
             except HalimedeError as error:
@@ -84,16 +78,13 @@ class Control:
             HalimedeError: as `loaded`.
         """
         for model in models:
-            self._call(functools.partial(self._unload, model), TIMEOUT_S)
+            message = messages.RepositoryModelUnloadRequest(model_name=model)
+            message.parameters["unload_dependents"].bool_param = True
+            self._ask("RepositoryModelUnload", message, TIMEOUT_S)
 
-    def _load(self, model: str, client: Any, limit: dict[str, float]) -> Any:
-        return client.load_model(model, headers=self._headers, **limit)
-
-    def _unload(self, model: str, client: Any, limit: dict[str, float]) -> Any:
-        return client.unload_model(model, headers=self._headers, unload_dependents=True, **limit)
-
-    def _call(self, send: Send, timeout_s: float) -> Any:
-        return loop.shared().wait(self._triton.call(send, timeout_s))
+    def _ask(self, method: str, message: Any, timeout_s: float) -> Any:
+        start = self._triton.start
+        return start(method, message, timeout_s, headers=self._headers, may_block=True).result()
 
 
 def _reason(message: str) -> str:

@@ -6,13 +6,16 @@ again.
 
 from __future__ import annotations
 
-import asyncio
 import base64
+import contextlib
 import dataclasses
 import itertools
 import json
+import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future as ConcurrentFuture
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from pydantic import PositiveFloat
 
 from halimede.extras import check_installed
 from halimede.inputs.content import InputKind, serialise
+from halimede.pipeline.pool import Pool
+from halimede.pipeline.waiting import Future
 from halimede.providers.answers import fingerprint, truncate, unknown_tokens
 from halimede.providers.base import Answer, Request
 from halimede.providers.base import Options as BaseOptions
@@ -31,7 +36,7 @@ from halimede_ops import errors
 
 WORKER = "halimede.providers.sentence_transformers.worker"
 MAX_BATCH_SIZE = 128
-MAX_LINE_BYTES = 2**30
+REQUESTS_IN_FLIGHT = 32
 CLOSE_TIMEOUT_S = 5.0
 
 
@@ -47,10 +52,10 @@ class Options(BaseOptions):
     """Maximum time for the subprocess to load the model."""
 
 
-def connect(options: Options) -> SentenceTransformers:
+def connect(options: Options) -> list[SentenceTransformers]:
     """Return the provider for these options. Its subprocess starts on first use."""
     check_installed("sentence_transformers", "sentence-transformers")
-    return SentenceTransformers(options)
+    return [SentenceTransformers(options)]
 
 
 class SentenceTransformers:
@@ -59,38 +64,42 @@ class SentenceTransformers:
     def __init__(self, options: Options) -> None:
         self.name = f"sentence_transformers:{options.model_id}"
         self._options = options
-        self._starting = asyncio.Lock()
+        self._pool = Pool(REQUESTS_IN_FLIGHT, "worker")
+        self._starting = threading.Lock()
         self._worker: _Worker | None = None
+        self._is_closed = False
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """End the subprocess. A second call does nothing."""
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            await worker.close()
+        self._is_closed = True
+        self._pool.close()
+        self._end_worker()
 
-    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
-        """Return the loaded model.
+    def describe(self, timeout_s: float, kind: InputKind | None = None) -> Future[ServedModel]:
+        """Start to read the loaded model.
 
         Raises:
             UnsupportedInput: it does not embed this kind.
         """
-        model = (await self._running()).model
+        return self._pool.submit(self._describe, kind)
+
+    def embed(self, request: Request, timeout_s: float) -> Future[Answer]:
+        """Start to embed a request in the subprocess.
+
+        Raises:
+            UnsupportedInput: the model does not embed this kind.
+        """
+        return self._pool.submit(self._embed, request, timeout_s)
+
+    def _describe(self, kind: InputKind | None) -> ServedModel:
+        model = self._running().model
         if kind == "image" and model.image_model:
             return dataclasses.replace(model, input="image", max_tokens=0)
         check_texts(kind, self.name)
         return model
 
-    async def health(self, timeout_s: float) -> None:
-        """Raise unless a probe text can be embedded."""
-        await self.embed(Request([b"health"]), timeout_s)
-
-    async def embed(self, request: Request, timeout_s: float) -> Answer:
-        """Return the answer of the subprocess.
-
-        Raises:
-            UnsupportedInput: the model does not embed this kind.
-        """
-        worker = await self._running()
+    def _embed(self, request: Request, timeout_s: float) -> Answer:
+        worker = self._running()
         message: dict[str, Any]
         if request.kind == "image" and worker.model.image_model:
             images = [serialise(image) for image in request.inputs]
@@ -99,10 +108,10 @@ class SentenceTransformers:
             texts = texts_of(request, self.name)
             message = {"texts": [text.decode() for text in texts], "input_type": request.input_type}
         try:
-            answer = await asyncio.wait_for(worker.request(message), timeout_s)
+            answer = worker.request(message).result(timeout_s)
         except TimeoutError:
             if worker.is_stuck(timeout_s):
-                await self.close()
+                self._end_worker()
             raise timed_out(self.name, timeout_s) from None
         count = len(request.inputs)
         vectors = np.frombuffer(base64.b64decode(answer["vectors"]), "<f4").reshape(count, -1)
@@ -114,36 +123,32 @@ class SentenceTransformers:
             _images(answer["images"]) if "images" in answer else None,
         )
 
-    async def _running(self) -> _Worker:
-        async with self._starting:
+    def _running(self) -> _Worker:
+        with self._starting:
             if self._worker is None or not self._worker.is_running:
-                await self.close()
-                self._worker = await self._started()
+                self._end_worker()
+                self._worker = self._started()
             return self._worker
 
-    async def _started(self) -> _Worker:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            WORKER,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            # Libraries may print a text there.
-            stderr=asyncio.subprocess.DEVNULL,
-            limit=MAX_LINE_BYTES,
-        )
-        worker = _Worker(self.name, process)
+    def _end_worker(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.close()
+
+    def _started(self) -> _Worker:
+        if self._is_closed:
+            raise errors.ServerUnreachable(f"{self.name} is closed.")
+        worker = _Worker(self.name)
         opening = {"model": str(self._options.path or self._options.model_id)}
         try:
-            facts = await asyncio.wait_for(
-                worker.request({**opening, "device": self._options.device}),
-                self._options.start_timeout_s,
+            facts = worker.request({**opening, "device": self._options.device}).result(
+                self._options.start_timeout_s
             )
         except TimeoutError:
-            await worker.close()
+            worker.close()
             raise timed_out(self.name, self._options.start_timeout_s) from None
         except BaseException:
-            await worker.close()
+            worker.close()
             raise
         worker.model = self._served(facts)
         return worker
@@ -167,75 +172,86 @@ def _images(facts: list[tuple[int, int, str]]) -> np.ndarray:
 
 
 class _Worker:
-    """A subprocess and the requests that it has not answered."""
+    """A subprocess and the requests that it has not answered. It ends with this process."""
 
     model: ServedModel
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, name: str) -> None:
         self._name = name
-        self._process = process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # libraries may print a text there
+        )
         self._ids = itertools.count()
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._answered_at = time.monotonic()
-        self._listening = asyncio.ensure_future(self._listen())
+        self._sending = threading.Lock()
+        self._waiting: dict[int, ConcurrentFuture[dict[str, Any]]] = {}
+        self._answered_s = time.monotonic()
+        self._has_ended = False
+        self._listening = threading.Thread(target=self._listen, name="halimede-worker", daemon=True)
+        self._listening.start()
 
     @property
     def is_running(self) -> bool:
         """Whether it accepts requests."""
-        return self._process.returncode is None and not self._listening.done()
+        return self._process.poll() is None and not self._has_ended
 
     def is_stuck(self, timeout_s: float) -> bool:
         """Whether it has answered no request for this long."""
-        return time.monotonic() - self._answered_at > timeout_s
+        return time.monotonic() - self._answered_s > timeout_s
 
-    async def request(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Return the answer to a message.
+    def request(self, message: dict[str, Any]) -> ConcurrentFuture[dict[str, Any]]:
+        """Return the future of the answer to a message.
 
         Raises:
             ServerUnreachable: it died.
         """
-        stdin = self._process.stdin
-        if stdin is None or not self.is_running:
+        answer: ConcurrentFuture[dict[str, Any]] = ConcurrentFuture()
+        assert self._process.stdin is not None
+        with self._sending:
+            number = next(self._ids)
+            self._waiting[number] = answer
+            try:
+                self._process.stdin.write(json.dumps({"id": number, **message}).encode() + b"\n")
+                self._process.stdin.flush()
+            except (OSError, ValueError):  # it died, or was closed
+                self._waiting.pop(number, None)
+                raise self._died() from None
+        if self._has_ended and self._waiting.pop(number, None) is not None:
             raise self._died()
-        number = next(self._ids)
-        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = answer
-        try:
-            stdin.write(json.dumps({"id": number, **message}).encode() + b"\n")
-            await stdin.drain()
-            return await answer
-        except OSError:
-            raise self._died() from None
-        finally:
-            self._waiting.pop(number, None)
+        return answer
 
-    async def close(self) -> None:
-        if self._process.stdin is not None:
+    def close(self) -> None:
+        """End the process."""
+        with contextlib.suppress(OSError):
+            assert self._process.stdin is not None
             self._process.stdin.close()
         try:
-            await asyncio.wait_for(self._process.wait(), CLOSE_TIMEOUT_S)
-        except TimeoutError:
+            self._process.wait(CLOSE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
             self._process.kill()
-            await self._process.wait()
-        await asyncio.wait({self._listening})
+            self._process.wait()
+        self._listening.join(CLOSE_TIMEOUT_S)
 
-    async def _listen(self) -> None:
+    def _listen(self) -> None:
         """Give each answer to the request that waits for it, until the process ends."""
-        out = self._process.stdout
-        while out is not None and (line := await out.readline()):
-            self._answered_at = time.monotonic()
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._answered_s = time.monotonic()
             answer = json.loads(line)
-            waiting = self._waiting.get(answer["id"])
-            if waiting is None or waiting.done():
+            waiting = self._waiting.pop(answer["id"], None)
+            if waiting is None:
                 continue
             if "error" in answer:
                 error_class = getattr(errors, answer["error"])
                 waiting.set_exception(error_class(answer["message"], **answer.get("place", {})))
             else:
                 waiting.set_result(answer)
-        for waiting in self._waiting.values():
-            if not waiting.done():
-                waiting.set_exception(self._died())
+        self._has_ended = True
+        while self._waiting:
+            with contextlib.suppress(KeyError):
+                self._waiting.popitem()[1].set_exception(self._died())
 
     def _died(self) -> errors.ServerUnreachable:
         return errors.ServerUnreachable(

@@ -1,35 +1,22 @@
-"""A connection to one Triton server, over gRPC or HTTP, that raises halimede's errors."""
+"""A connection to one Triton server, over gRPC or HTTP.
+
+Requests and answers are the messages of Triton's gRPC service, over HTTP too.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import importlib
-import json
 import re
 import ssl
-from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, FilePath, model_validator
-from tritonclient.utils import InferenceServerException
 
-from halimede.providers.http_errors import is_connection_error, timed_out
+from halimede.pipeline.waiting import Future
+from halimede.providers.proxies import is_loopback, proxy_for
 from halimede_ops import errors
 
-CODES = {
-    "INVALID_ARGUMENT": errors.InvalidInput,
-    "400": errors.InvalidInput,
-    "NOT_FOUND": errors.ModelNotFound,
-    "404": errors.ModelNotFound,
-    "UNAVAILABLE": errors.ServerUnreachable,
-    "CANCELLED": errors.ServerUnreachable,
-    "503": errors.ServerUnreachable,
-    "DEADLINE_EXCEEDED": errors.DeadlineExceeded,
-    "499": errors.DeadlineExceeded,
-    "RESOURCE_EXHAUSTED": errors.OutOfMemory,
-}
-"""Error class of a gRPC status name or an HTTP status code."""
 MESSAGES: tuple[tuple[str, type[errors.HalimedeError], str], ...] = (
     (
         "maximum queue size",
@@ -67,29 +54,42 @@ MESSAGES: tuple[tuple[str, type[errors.HalimedeError], str], ...] = (
 """Pattern of a message of Triton's, whatever its code → error class → message, with the address."""
 PLACE = re.compile(r"(text|image) (\d+) (.*)", re.DOTALL)
 """Subject, index and rest of a message about one text or image."""
-SCHEMES = ("grpc", "grpcs", "http", "https")
-LARGEST_MESSAGE_BYTES = 2**31 - 1
-CHANNEL_OPTIONS = [
-    ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
-    # gRPC waits up to two minutes between attempts, so that a restarted server is found late.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    # Behind a load balancer a connection may die unnoticed. While a call waits, gRPC pings twice at
-    # most (max_pings_without_data), which is within a server's default limit of ping strikes.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 0),
-    # Requests go in turn to all addresses of a name, such as a headless service's.
-    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
-    # A dead connection must not be shared with another embedder.
-    ("grpc.use_local_subchannel_pool", 1),
-]
+GRPC_PROXIES = ("grpc", "https", "http")
+"""The variables that gRPC reads, with or without TLS."""
+DEFAULT_PORTS = {"grpc": 8001, "grpcs": 443, "http": 80, "https": 443}
 
 
-Send = Callable[[Any, dict[str, float]], Awaitable[Any]]
-"""Calls a method of tritonclient's client with the keywords that limit its time."""
+class Connection(Protocol):
+    """A connection to one server. The first request opens it."""
+
+    address: Address
+
+    def start(
+        self,
+        method: str,
+        message: Any,
+        timeout_s: float,
+        *,
+        headers: Mapping[str, str] | None = None,
+        may_block: bool = False,
+    ) -> Future[Any]:
+        """Start a request. Return the future of its answer.
+
+        Args:
+            method: name of a method of Triton's gRPC service, such as ModelInfer.
+            message: its request.
+            timeout_s: maximum time.
+            headers: further headers.
+            may_block: whether the caller's thread may wait for the answer.
+
+        Raises:
+            HalimedeError: the request failed. As all errors, raised here or by the future.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the requests under way and close the connection. A second call does nothing."""
+        ...
 
 
 class Tls(BaseModel):
@@ -110,11 +110,10 @@ class Tls(BaseModel):
             raise ValueError("cert_file and key_file belong together; give both")
         return self
 
-    def for_grpc(self) -> dict[str, Any]:
-        """Return the arguments for tritonclient's gRPC client."""
-        named = {"root_certificates": self.ca_file, "certificate_chain": self.cert_file}
-        named["private_key"] = self.key_file
-        return {name: str(path) for name, path in named.items() if path is not None}
+    def for_grpc(self) -> list[bytes | None]:
+        """Return the authorities' certificates, the client's key, and its certificate."""
+        files = (self.ca_file, self.key_file, self.cert_file)
+        return [None if path is None else path.read_bytes() for path in files]
 
     def for_http(self) -> ssl.SSLContext:
         """Return the context for an HTTP client."""
@@ -124,136 +123,131 @@ class Tls(BaseModel):
         return context
 
 
-class Connection:
-    """A connection to one server. It is opened by the first call."""
+class Address(NamedTuple):
+    """Where a server is."""
 
-    def __init__(self, url: str, tls: Tls) -> None:
-        """Prepare a connection to a URL.
+    scheme: str
+    """grpc, grpcs, http or https."""
+    host: str
+    """`host:port`, with brackets around an IPv6 address."""
+    prefix: str
+    """Path in front of every request, for HTTP behind a gateway. Empty: there is none."""
 
-        Raises:
-            InvalidInput: the URL is invalid, or is without TLS although certificates are given.
-        """
-        scheme, self.address = parse(url, tls)
-        self.is_grpc = scheme.startswith("grpc")
-        self.api: Any = importlib.import_module(f"tritonclient.{scheme.rstrip('s')}.aio")
-        """tritonclient's module of the protocol."""
-        self._tls = tls if scheme.endswith("s") else None
-        self._client: Any = None
+    def __str__(self) -> str:
+        return self.host + self.prefix
 
-    async def call(self, send: Send, timeout_s: float) -> Any:
-        """Return what `send` returns.
+    @property
+    def is_secure(self) -> bool:
+        """Whether the connection uses TLS."""
+        return self.scheme.endswith("s")
 
-        Args:
-            send: calls a method of tritonclient's client, given the client and the keywords that
-                limit its time.
-            timeout_s: maximum time.
+    @property
+    def is_grpc(self) -> bool:
+        """Whether the protocol is gRPC."""
+        return self.scheme.startswith("grpc")
 
-        Raises:
-            HalimedeError: the call failed.
-        """
-        # gRPC tells the server its deadline; HTTP has none to tell.
-        time_limit = {"client_timeout": timeout_s} if self.is_grpc else {}
-        with _Translated(self.address, timeout_s):
-            answer = send(self._connected(), time_limit)
-            return await (answer if self.is_grpc else asyncio.wait_for(answer, timeout_s))
+    @property
+    def is_loopback(self) -> bool:
+        """Whether it is this machine, which no proxy is asked for."""
+        return is_loopback(str(urlsplit(f"//{self.host}").hostname))
 
-    async def close(self) -> None:
-        """Close the connection. A second call does nothing."""
-        if self._client is not None:
-            client, self._client = self._client, None
-            await client.close()
+    @property
+    def url(self) -> str:
+        """URL for an HTTP client."""
+        scheme = self.scheme.replace("grpc", "http")
+        return f"{scheme}://{self.host}{self.prefix}"
 
-    def _connected(self) -> Any:
-        if self._client is None:
-            self._client = self.api.InferenceServerClient(self.address, **self._client_options())
-        return self._client
+    @property
+    def proxy(self) -> str | None:
+        """`host:port` of the proxy that requests go through. None: they go to the server."""
+        return proxy_for(self.url, GRPC_PROXIES if self.is_grpc else ())
 
-    def _client_options(self) -> dict[str, Any]:
-        if self.is_grpc:
-            certificates = self._tls.for_grpc() if self._tls else {}
-            return {"channel_args": CHANNEL_OPTIONS, "ssl": self._tls is not None, **certificates}
-        context = self._tls.for_http() if self._tls else None
-        return {"conn_timeout": None, "ssl": context is not None, "ssl_context": context}
-
-
-class _Translated:
-    """Context in which what tritonclient raises becomes an error of `halimede_ops.errors`."""
-
-    def __init__(self, address: str, timeout_s: float) -> None:
-        self.address = address
-        self.timeout_s = timeout_s
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, errors.HalimedeError) or not isinstance(error, Exception):
-            return
-        if isinstance(error, InferenceServerException):
-            self._from_triton(error)
-        if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
-            raise timed_out(self.address, self.timeout_s) from None
-        if is_connection_error(error, "aiohttp"):
-            raise self._unreachable() from None
-        if isinstance(error, MemoryError):
-            raise errors.OutOfMemory("the client has no memory for this request.") from None
-
-    def _from_triton(self, error: InferenceServerException) -> NoReturn:
-        status = str(error.status() or "").removeprefix("StatusCode.")
-        message = re.sub(r"^in ensemble '[^']*', ", "", _plain(error.message()))
-        for pattern, worded_class, explanation in MESSAGES:
-            if re.search(pattern, message, re.IGNORECASE):
-                raise worded_class(explanation.format(self.address)) from None
-        class_name, _, rest = message.partition(": ")
-        error_class = getattr(errors, class_name, None)
-        if isinstance(error_class, type) and issubclass(error_class, errors.HalimedeError):
-            raise _placed(error_class, rest) from None
-        error_class = CODES.get(status, errors.HalimedeError)
-        if error_class is errors.DeadlineExceeded:
-            raise timed_out(self.address, self.timeout_s) from None
-        if error_class is errors.ServerUnreachable:
-            raise self._unreachable() from None
-        raise error_class(message) from None
-
-    def _unreachable(self) -> errors.ServerUnreachable:
+    def unreachable(self) -> errors.ServerUnreachable:
+        """Return the error for a server that does not answer."""
+        proxy = proxy_for(self.url)
+        way = f" through the proxy {proxy} of the environment" if proxy else ""
+        advice = (
+            "Check the proxy, or add the host to no_proxy"
+            if proxy
+            else "Start one with `make serve`"
+        )
         return errors.ServerUnreachable(
-            f"no Triton answers at {self.address}. Start one with `make serve`, or give its "
-            "address as url."
+            f"no Triton answers at {self}{way}. {advice}, or give its address as url."
+        )
+
+    def not_triton(self, reason: str) -> errors.HalimedeError:
+        """Return the error for a server that is something else."""
+        return errors.HalimedeError(
+            f"{self} is not a Triton server's {'gRPC' if self.is_grpc else 'HTTP'} port: {reason}. "
+            "Check the url; Triton's ports are 8000 for http://, 8001 for grpc:// and 8002 for "
+            "metrics."
         )
 
 
-def _placed(error_class: type[errors.HalimedeError], message: str) -> errors.HalimedeError:
-    """The server's error. Its text is all that Triton passes on, so the index is read from it."""
-    place = PLACE.fullmatch(message)
-    if place is None or not issubclass(error_class, errors.InvalidInput):
-        return error_class(message)
-    return error_class(place[3], subject=place[1], index=int(place[2]))
-
-
-def _plain(message: str) -> str:
-    """Return the text of an error: over HTTP tritonclient sometimes gives the JSON around it."""
-    try:
-        return str(json.loads(message)["error"])
-    except (ValueError, KeyError, TypeError):
-        return message
-
-
-def parse(url: str, tls: Tls | None = None) -> tuple[str, str]:
-    """Split a server's URL into its protocol (grpc, grpcs, http or https) and `host:port`.
+def parse(url: str, tls: Tls | None = None) -> Address:
+    """Parse the URL of a server.
 
     Raises:
-        InvalidInput: the URL is invalid, or is without TLS although `tls` has certificates.
+        InvalidInput: it is invalid, or is without TLS although `tls` has certificates.
     """
-    parts = urlsplit(url if "://" in url else f"grpc://{url}")
-    if parts.scheme not in SCHEMES or not parts.netloc or "@" in parts.netloc:
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        scheme, rest = "grpc", url
+    try:
+        parts = urlsplit(f"//{rest}")
+        port = DEFAULT_PORTS.get(scheme, 0) if parts.port is None else parts.port
+        is_valid = bool(port and parts.hostname and "@" not in parts.netloc)
+        is_valid &= scheme in DEFAULT_PORTS
+    except ValueError:  # a port that is none, brackets that are not closed
+        is_valid = False
+    if not is_valid or parts.query or parts.fragment or re.search(r"\s", url):
         given = "has a user or password" if "@" in url else f"is {url!r}"
         raise errors.InvalidInput(
             f"url {given}; give host:port, grpc://host:port or http://host:port, with TLS "
-            "grpcs:// or https://."
+            "grpcs:// or https://. A port is 1 to 65535."
         )
-    if tls not in (None, Tls()) and not parts.scheme.endswith("s"):
+    prefix = parts.path.rstrip("/")
+    if prefix and scheme.startswith("grpc"):
         raise errors.InvalidInput(
-            f"certificates are given, but {url} is without TLS; "
-            f"write {parts.scheme}s://{parts.netloc}."
+            f"url {url!r} has a path, which gRPC does not have; give host:port, or http:// for a "
+            "server behind a path."
         )
-    return parts.scheme, parts.netloc
+    if tls not in (None, Tls()) and not scheme.endswith("s"):
+        raise errors.InvalidInput(
+            f"certificates are given, but {url} is without TLS; write {scheme}s://{rest}."
+        )
+    name = f"[{parts.hostname}]" if ":" in str(parts.hostname) else str(parts.hostname)
+    return Address(scheme, f"{name}:{port}", prefix)
+
+
+def connect(url: str, tls: Tls) -> Connection:
+    """Return a connection to the server at a URL. The first request opens it.
+
+    Raises:
+        InvalidInput: the URL is invalid, or is without TLS although certificates are given.
+    """
+    address = parse(url, tls)
+    if address.is_grpc:
+        from halimede.providers.triton.grpc_connection import GrpcConnection
+
+        return GrpcConnection(address, tls)
+    from halimede.providers.triton.http_connection import HttpConnection
+
+    return HttpConnection(address, tls)
+
+
+def explained(message: str, address: Address) -> errors.HalimedeError | None:
+    """Return the error that Triton's message stands for. None if it is none that we know."""
+    message = re.sub(r"^in ensemble '[^']*', ", "", message)
+    for pattern, error_class, explanation in MESSAGES:
+        if re.search(pattern, message, re.IGNORECASE):
+            return error_class(explanation.format(address))
+    name, _, rest = message.partition(": ")
+    ours = getattr(errors, name, None)
+    if not isinstance(ours, type) or not issubclass(ours, errors.HalimedeError):
+        return None
+    # The text is all that Triton passes on, so the index is read from it.
+    place = PLACE.fullmatch(rest)
+    if place is None or not issubclass(ours, errors.InvalidInput):
+        return ours(rest)
+    return ours(place[3], subject=place[1], index=int(place[2]))

@@ -1,49 +1,46 @@
-"""Triton as a provider: one model on one or several servers, over gRPC or HTTP.
+"""Triton as a provider: one model on one server, over gRPC or HTTP.
 
 Every answer is tied to the space that produced it. If the config pins a version
 (`version_policy { specific { versions: [n] } }`, n unique to the content), the answer's own version
-proves it. Otherwise the config is read again after the answer, and the answer counts only if the
-config did not change. Answers that arrive at the same time share one such read.
+proves it. Otherwise the answer is not proven, and the model is described again after it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import functools
-import itertools
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
+from tritonclient.grpc import service_pb2 as messages
 
 from halimede.inputs.content import Content, InputKind, Pair
 from halimede.observability import tracing
-from halimede.pipeline.breaker import Breaker, Breakers, is_down
-from halimede.pipeline.latest import Latest
+from halimede.pipeline import canary
+from halimede.pipeline.pool import Pool
+from halimede.pipeline.sharing import Mapped
+from halimede.pipeline.waiting import Future
 from halimede.providers import input_kinds
 from halimede.providers.answers import unknown_tokens
-from halimede.providers.base import Answer, Request
+from halimede.providers.base import DEFAULT_TIMEOUT_S, Answer, Request
 from halimede.providers.base import Options as BaseOptions
-from halimede.providers.probe import PROBES
-from halimede.providers.triton import canary, served_model
-from halimede.providers.triton.connection import Connection, Tls, parse
+from halimede.providers.triton import connection, served_model
+from halimede.providers.triton.connection import Tls
 from halimede.results import IMAGE, ServedModel
 from halimede_engine import batching
 from halimede_ops import errors
 from halimede_repository import configs
 
-T = TypeVar("T")
-
 BULK_PRIORITY = 2
 """Priority of bulk requests. Triton's default priority overtakes it in the queue."""
-INPUTS: Mapping[InputKind, str] = {"text": "TEXT", "image": "IMAGE"}
-OUTPUTS: Mapping[InputKind, tuple[str, ...]] = {
+OUTPUTS: dict[InputKind, tuple[str, ...]] = {
     "text": ("EMBEDDING", "TOKENS"),
     "image": ("EMBEDDING", "WIDTH", "HEIGHT", "FORMAT"),
     "pair": ("EMBEDDING",),
 }
+DTYPES = {"FP32": "<f4", "INT32": "<i4"}
 
 
 class Options(BaseOptions):
@@ -53,10 +50,15 @@ class Options(BaseOptions):
     tls: Tls = Field(default_factory=Tls)
     """Certificates, for `grpcs://` and `https://`."""
     url: tuple[str, ...] = Field(("127.0.0.1:8001",), validate_default=True)
-    """Servers: `host:port` or `grpc://host:port` for gRPC, `http://host:port` for HTTP. With TLS:
-    `grpcs://` and `https://`."""
+    """Servers: `host:port` or `grpc://host:port` for gRPC, `http://host:port` for HTTP, with a path
+    where a gateway has one. With TLS: `grpcs://` and `https://`."""
     follow_canary: bool = True
     """Let a candidate that is served beside the model answer its share of the requests."""
+
+    @property
+    def refresh_s(self) -> float:
+        """Age in seconds at which a model is described again, beside the calls."""
+        return canary.REFRESH_S if self.follow_canary else math.inf
 
     @field_validator("url", mode="before")
     @classmethod
@@ -69,261 +71,184 @@ class Options(BaseOptions):
         if not value:
             raise ValueError("is empty; give at least one address")
         for url in value:
-            parse(url, info.data.get("tls"))  # None if tls itself is invalid
+            connection.parse(url, info.data.get("tls"))  # None if tls itself is invalid
         return value
 
 
-def connect(options: Options) -> Triton:
-    """Return the provider for these options."""
-    return Triton(options.model_id, options.url, options.tls, options.follow_canary)
+def connect(options: Options) -> list[Triton]:
+    """Return a provider for each of the options' servers."""
+    return [
+        Triton(options.model_id, url, options.tls, options.follow_canary) for url in options.url
+    ]
 
 
-async def models(options: Options) -> list[ServedModel]:
-    """List the embedding models that are ready on the options' server, by name."""
-    triton = connect(options)
-    try:
-        return await triton.models(options.timeout_s)
-    finally:
-        await triton.close()
+def served_models(options: Options) -> list[ServedModel]:
+    """List the embedding models that are ready on the options' first server that answers.
+
+    Raises:
+        HalimedeError: none answers. It is the last server's error.
+    """
+    *others, last = connect(options)
+    for server in others:
+        try:
+            return server.models(options.timeout_s)
+        except errors.ServerUnreachable:
+            continue
+    return last.models(options.timeout_s)
 
 
 class Triton:
-    """One model on one or several Triton servers."""
+    """One model on one Triton server."""
 
     def __init__(
-        self,
-        model: str,
-        urls: Sequence[str],
-        tls: Tls | None = None,
-        follow_canary: bool = True,
+        self, model: str, url: str, tls: Tls | None = None, follow_canary: bool = True
     ) -> None:
         self.name = f"triton:{model}"
-        self._servers = [_Server(url, model, tls or Tls(), follow_canary) for url in urls]
-        self._turn = itertools.count()
-        self.breaker = Breakers([server.breaker for server in self._servers])
-        """The servers' own breakers. There is no second one around the provider."""
+        self._model = model
+        self._follow_canary = follow_canary
+        self._connection = connection.connect(url, tls or Tls())
+        self._pool = Pool(2, "describe")
 
-    async def close(self) -> None:
-        """Close every connection. A second call does nothing."""
-        await asyncio.gather(*[server.close() for server in self._servers])
+    def close(self) -> None:
+        """Close the connection. A second call does nothing."""
+        self._pool.close()
+        self._connection.close()
 
-    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
-        """Return the model that a server's config describes now.
+    def describe(self, timeout_s: float, kind: InputKind | None = None) -> Future[ServedModel]:
+        """Start to read the model's config, and that of its candidate.
 
         Raises:
             ModelNotFound: the server has no such model, or it is not one of halimede's ensembles.
             UnsupportedInput: neither it nor its image model embeds this kind.
         """
-        return await self._on_any_server(lambda server: server.describe(timeout_s, kind))
+        return self._pool.submit(self._describe, timeout_s, kind)
 
-    async def health(self, timeout_s: float) -> None:
-        """Raise unless a server can embed a probe."""
-        await self._on_any_server(lambda server: server.probe(timeout_s))
+    def embed(self, request: Request, timeout_s: float) -> Future[Answer]:
+        """Start to embed a request."""
+        model = request.model or self._describe(timeout_s, request.kind)
+        answer = self._connection.start(
+            "ModelInfer",
+            _infer_request(model.name, request),
+            timeout_s,
+            headers=tracing.headers(),
+            may_block=request.may_block,
+        )
+        return Mapped(answer, lambda done: self._answer(done.result(), request, model))
 
-    async def embed(self, request: Request, timeout_s: float) -> Answer:
-        """Return the answer of the least busy server."""
-        return await self._on_any_server(lambda server: server.embed(request, timeout_s))
-
-    async def models(self, timeout_s: float) -> list[ServedModel]:
+    def models(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[ServedModel]:
         """List the embedding models that are ready, by name."""
-        return await self._on_any_server(lambda server: server.models(timeout_s))
+        index = self._ask("RepositoryIndex", messages.RepositoryIndexRequest(), timeout_s)
+        names = sorted(entry.name for entry in index.models if entry.state == "READY")
+        models = [self._served(name, timeout_s) for name in names]
+        return [model for model in models if model is not None]
 
-    async def _on_any_server(self, ask: Callable[[_Server], Awaitable[T]]) -> T:
-        """Return the answer of the least busy server that can be reached."""
-        *others, last = self._by_load()
-        for server in others:
-            with contextlib.suppress(errors.ServerUnreachable):
-                return await server.guarded(ask(server))
-        return await last.guarded(ask(last))
+    def _describe(self, timeout_s: float, kind: InputKind | None) -> ServedModel:
+        configured = self._ensemble(self._model, timeout_s)
+        model = configured
+        if kind == "image" and configured.input == "text" and configured.image_model:
+            model = self._ensemble(configured.image_model, timeout_s)
+        if kind not in (None, model.input):
+            raise input_kinds.unsupported(kind, self.name, configured.input)
+        if self._follow_canary and model.version and not model.name.endswith(configs.CANDIDATE):
+            candidate = self._candidate(model.name + configs.CANDIDATE, timeout_s)
+            model = dataclasses.replace(model, candidate=candidate)
+        return model
 
-    def _by_load(self) -> list[_Server]:
-        """Servers in the order to try them: by open breaker, then by requests in flight."""
-        turn = next(self._turn)
-        count = len(self._servers)
-        rotated = [self._servers[(turn + index) % count] for index in range(count)]
-        return sorted(rotated, key=lambda server: (server.breaker.is_open, server.in_flight))
+    def _candidate(self, name: str, timeout_s: float) -> ServedModel | None:
+        ready = self._ask("ModelReady", messages.ModelReadyRequest(name=name), timeout_s)
+        return self._served(name, timeout_s) if ready.ready else None
 
+    def _ensemble(self, name: str, timeout_s: float) -> ServedModel:
+        model = self._served(name, timeout_s)
+        if model is None:
+            raise errors.ModelNotFound(f"{name!r} is a step of a model; ask for the model itself.")
+        return model
 
-class _Server:
-    """One address: its connection, its breaker, and its models as last described."""
+    def _served(self, name: str, timeout_s: float) -> ServedModel | None:
+        answer = self._ask("ModelConfig", messages.ModelConfigRequest(name=name), timeout_s)
+        return served_model.from_config(answer.config)
 
-    def __init__(self, url: str, model: str, tls: Tls, follow_canary: bool) -> None:
-        self.model = model
-        self.in_flight = 0
-        self.breaker = Breaker(self.probe)
-        self._triton = Connection(url, tls)
-        self._models: dict[InputKind, ServedModel] = {}
-        self._readers: dict[InputKind | None, Latest[ServedModel]] = {}
-        self._follow_canary = follow_canary
-        self._candidates: dict[str, canary.Watch] = {}
-        self._timeout_s = 30.0
+    def _ask(self, method: str, message: Any, timeout_s: float) -> Any:
+        return self._connection.start(method, message, timeout_s, may_block=True).result()
 
-    async def guarded(self, request: Awaitable[T]) -> T:
-        """Await a request, count it as in flight, and tell the breaker how it went."""
-        self.in_flight += 1
-        try:
-            answer = await request
-        except errors.HalimedeError as error:
-            if is_down(error):
-                self.breaker.failed()
-            raise
-        finally:
-            self.in_flight -= 1
-        self.breaker.succeeded()
-        return answer
-
-    async def close(self) -> None:
-        await self.breaker.close()
-        await self._triton.close()
-
-    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
-        self._timeout_s = timeout_s
-        if kind not in self._readers:
-            self._readers[kind] = Latest(functools.partial(self._read, kind))
-        return await self._readers[kind].read()
-
-    async def probe(self, timeout_s: float) -> None:
-        model = await self.describe(timeout_s)
-        await self._infer(model.name, Request([PROBES[model.input]], model.input), timeout_s)
-
-    async def embed(self, request: Request, timeout_s: float) -> Answer:
-        kind = request.kind
-        served = self._models.get(kind) or await self.describe(timeout_s, kind)
-        candidate = await self._candidate(served)
-        if candidate is None:
-            return await self._ask(served, timeout_s, request)
-        by_candidate = functools.partial(self._ask, candidate, timeout_s)
-        by_served = functools.partial(self._ask, served, timeout_s)
-        return await canary.split(request, candidate, by_candidate, by_served)
-
-    async def _ask(self, model: ServedModel, timeout_s: float, request: Request) -> Answer:
-        """Return the answer of exactly this model.
+    def _answer(self, response: Any, request: Request, model: ServedModel) -> Answer:
+        """Return the answer in a response.
 
         Raises:
-            ModelChanged: another model has its name now.
+            ModelChanged: another model gave it.
         """
-        kind = request.kind
-        result = await self._infer(model.name, request, timeout_s)
-        if model.version:
-            is_same = self._version(result) == model.version
-        else:
-            is_same = await self.describe(timeout_s, kind) == model
-        if not is_same:
-            self._models.clear()
-            self._candidates.clear()
+        if model.version and response.model_version != model.version:
             raise errors.ModelChanged(
-                f"{self.model} at {self._triton.address} changed during the request. Send again."
+                f"{model.name} at {self._connection.address} changed during the request. Send "
+                "again."
             )
-        # Copied, since an array over the response's buffer keeps all of it in memory.
-        vectors = np.array(result.as_numpy("EMBEDDING"))
-        if kind == "text":
-            return Answer(vectors, np.array(result.as_numpy("TOKENS")).reshape(-1), model)
-        images = _images(result) if kind == "image" else None
-        return Answer(vectors, unknown_tokens(len(vectors)), model, images)
-
-    async def _candidate(self, served: ServedModel) -> ServedModel | None:
-        """Return the candidate that answers a share of this model's requests, if there is one."""
-        if not self._follow_canary or not served.version or served.name.endswith(configs.CANDIDATE):
-            return None
-        if served.name not in self._candidates:
-            name = served.name + configs.CANDIDATE
-            self._candidates[served.name] = canary.Watch(lambda: self._ready(name))
-        candidate = await self._candidates[served.name].candidate()
-        return candidate if candidate and canary.may_answer(candidate, served) else None
-
-    async def _ready(self, model: str) -> ServedModel | None:
-        """Return the model that the config describes. None if it is not ready."""
-        is_ready = await self._triton.call(
-            lambda client, limit: client.is_model_ready(model, **limit), self._timeout_s
-        )
-        return await self._served(model, self._timeout_s) if is_ready else None
-
-    async def models(self, timeout_s: float) -> list[ServedModel]:
-        index = await self._triton.call(
-            lambda client, limit: client.get_model_repository_index(**limit), timeout_s
-        )
-        listed = index
-        if self._triton.is_grpc:
-            listed = [{"name": entry.name, "state": entry.state} for entry in index.models]
-        names = sorted(entry["name"] for entry in listed if entry["state"] == "READY")
-        served = [await self._served(name, timeout_s) for name in names]
-        return [model for model in served if model is not None]
-
-    async def _read(self, kind: InputKind | None) -> ServedModel:
-        """Read the configured model's config, or its image model's for images."""
-        named = await self._ensemble(self.model)
-        served = named
-        if kind == "image" and named.input == "text" and named.image_model:
-            served = await self._ensemble(named.image_model)
-        if kind not in (None, served.input):
-            raise input_kinds.unsupported(kind, f"triton:{self.model}", named.input)
-        self._models[served.input] = served
-        return served
-
-    async def _ensemble(self, model: str) -> ServedModel:
-        served = await self._served(model, self._timeout_s)
-        if served is None:
-            raise errors.ModelNotFound(f"{model!r} is a step of a model; ask for the model itself.")
-        return served
-
-    async def _served(self, model: str, timeout_s: float) -> ServedModel | None:
-        """Return the model that the config describes. None for a step of a model."""
-        answer = await self._triton.call(
-            lambda client, limit: client.get_model_config(model, **limit), timeout_s
-        )
-        return (
-            served_model.from_message(answer.config)
-            if self._triton.is_grpc
-            else served_model.from_json(answer)
-        )
-
-    async def _infer(self, model: str, request: Request, timeout_s: float) -> Any:
-        rows = len(request.inputs)
-        inputs = [
-            self._input(name, "BYTES", np.array(values, np.object_).reshape(rows, 1))
-            for name, values in _columns(request).items()
-        ]
-        if request.input_type is not None:
-            value = np.full((rows, 1), request.input_type.encode(), np.object_)
-            inputs.append(self._input("INPUT_TYPE", "BYTES", value))
-        if request.dimensions is not None:
-            value = np.full((rows, 1), request.dimensions, np.int32)
-            inputs.append(self._input("DIMENSIONS", "INT32", value))
-        outputs = [self._triton.api.InferRequestedOutput(name) for name in OUTPUTS[request.kind]]
-        priority = 0 if rows <= batching.INTERACTIVE_ROWS else BULK_PRIORITY
-        headers = tracing.headers()
-        return await self._triton.call(
-            lambda client, limit: client.infer(
-                model, inputs, outputs=outputs, priority=priority, headers=headers, **limit
-            ),
-            timeout_s,
-        )
-
-    def _input(self, name: str, datatype: str, value: np.ndarray) -> Any:
-        tensor = self._triton.api.InferInput(name, list(value.shape), datatype)
-        tensor.set_data_from_numpy(value)
-        return tensor
-
-    def _version(self, result: Any) -> str:
-        answer = result.get_response()
-        return str(answer.model_version if self._triton.is_grpc else answer["model_version"])
+        outputs = _arrays(response)
+        try:
+            vectors = outputs["EMBEDDING"]
+            if request.kind == "text":
+                tokens, images = outputs["TOKENS"].reshape(-1), None
+            else:
+                tokens = unknown_tokens(len(vectors))
+                images = _images(outputs) if request.kind == "image" else None
+        except KeyError as missing:
+            raise errors.ServerError(f"{model.name} gave no {missing.args[0]}.") from None
+        return Answer(vectors, tokens, model, images, is_proven=bool(model.version))
 
 
-def _columns(request: Request) -> Mapping[str, Sequence[Content]]:
-    """Values of each input tensor of a request. A tensor that no pair has is left out."""
-    if request.kind != "pair":
-        return {INPUTS[request.kind]: request.inputs}
-    columns = {}
-    for name, values in zip(Pair._fields, zip(*request.inputs, strict=True), strict=True):
-        if None not in values:
-            columns[name.upper()] = values
-    return columns
+def _infer_request(model: str, request: Request) -> Any:
+    """Return the request as a `ModelInferRequest`."""
+    rows = len(request.inputs)
+    message = messages.ModelInferRequest(model_name=model)
+    if request.kind == "pair":
+        for field, values in zip(Pair._fields, zip(*request.inputs, strict=True), strict=True):
+            if None not in values:  # a tensor that no pair has is left out
+                _add_bytes(message, field.upper(), values)
+    else:
+        _add_bytes(message, request.kind.upper(), request.inputs)
+    if request.input_type is not None:
+        _add_bytes(message, "INPUT_TYPE", [request.input_type.encode()] * rows)
+    if request.dimensions is not None:
+        message.inputs.add(name="DIMENSIONS", datatype="INT32", shape=[rows, 1])
+        message.raw_input_contents.append(np.full(rows, request.dimensions, "<i4").tobytes())
+    for name in OUTPUTS[request.kind]:
+        message.outputs.add(name=name)
+    if rows > batching.INTERACTIVE_ROWS:
+        message.parameters["priority"].uint64_param = BULK_PRIORITY
+    return message
 
 
-def _images(result: Any) -> np.ndarray:
+def _add_bytes(message: Any, name: str, values: Sequence[Content | None]) -> None:
+    message.inputs.add(name=name, datatype="BYTES", shape=[len(values), 1])
+    message.raw_input_contents.append(
+        b"".join([len(value).to_bytes(4, "little") + value for value in values])  # type: ignore
+    )
+
+
+def _arrays(response: Any) -> dict[str, np.ndarray]:
+    """The outputs by name, as arrays of their own."""
+    arrays = {}
+    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
+        if output.datatype == "BYTES":
+            arrays[output.name] = np.array(list(_split(raw)), np.object_)
+        else:
+            # A copy: an array over the response's buffer keeps all of it in memory.
+            buffer = bytearray(raw)
+            arrays[output.name] = np.ndarray(output.shape, DTYPES[output.datatype], buffer)
+    return arrays
+
+
+def _split(raw: bytes) -> Iterable[bytes]:
+    """The elements of a BYTES tensor, each behind its length."""
+    start = 0
+    while start < len(raw):
+        end = start + 4 + int.from_bytes(raw[start : start + 4], "little")
+        yield raw[start + 4 : end]
+        start = end
+
+
+def _images(outputs: dict[str, np.ndarray]) -> np.ndarray:
     """Size and format of each image, as `[rows]` of `results.IMAGE`."""
-    names = zip(IMAGE.names or (), OUTPUTS["image"][1:], strict=True)
-    columns = {name: result.as_numpy(output).reshape(-1) for name, output in names}
+    columns = {name: outputs[name.upper()].reshape(-1) for name in IMAGE.names or ()}
     images = np.zeros(len(columns["width"]), IMAGE)
     for name, values in columns.items():
         images[name] = values

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from halimede.inputs.texts import read_lines
 from halimede_ops.errors import InvalidInput
 
 SENTENCES = (Path(__file__).parent / "data" / "sentences.txt").read_text("utf-8").splitlines()
@@ -64,12 +65,7 @@ def calibration(file: Path | None) -> list[str]:
     """
     if file is None:
         return calibration_texts()
-    try:
-        lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InvalidInput(
-            f"the calibration file cannot be read as UTF-8 text ({type(error).__name__})."
-        ) from None
+    lines = [line for line in read_lines(file, "the calibration file") if line.strip()]
     if not lines:
         raise InvalidInput("the calibration file has no text; give one text a line.")
     return lines

@@ -1,4 +1,4 @@
-"""A chain of providers: what it falls back to, what it refuses, and how soon it comes back."""
+"""A fallback of providers: what it falls back to, what it refuses, and how soon it comes back."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from halimede import (
     Answer,
     Embedder,
     Embeddings,
+    Future,
     InvalidInput,
     InvalidText,
     OutOfMemory,
@@ -30,6 +31,7 @@ from halimede import (
     ServerError,
     ServerUnreachable,
     SpaceRefused,
+    completed,
 )
 from halimede.config.file import parse
 from halimede.inputs.content import InputKind
@@ -58,12 +60,12 @@ class Scripted:
         self.fails_after: int | None = None
         self.refused: bytes | None = None
 
-    async def describe(self, timeout_s: float, kind: InputKind | None = None) -> ServedModel:
+    def describe(self, timeout_s: float, kind: InputKind | None = None) -> Future[ServedModel]:
         if self.error is not None:
             raise self.error
-        return self.model
+        return completed(self.model)
 
-    async def embed(self, request: Request, timeout_s: float) -> Answer:
+    def embed(self, request: Request, timeout_s: float) -> Future[Answer]:
         texts = request.inputs
         self.asked.append(len(texts))
         if self.fails_after is not None and len(self.asked) > self.fails_after:
@@ -75,13 +77,10 @@ class Scripted:
         if self.refused in texts:
             raise InvalidText("is wrong.", subject="text", index=texts.index(self.refused))
         rows = [np.resize(np.frombuffer(text or b" ", np.uint8), 8) for text in texts]
-        return Answer(np.array(rows, np.float32), np.full(len(texts), 3, np.int32), self.model)
+        tokens = np.full(len(texts), 3, np.int32)
+        return completed(Answer(np.array(rows, np.float32), tokens, self.model))
 
-    async def health(self, timeout_s: float) -> None:
-        if self.error is not None:
-            raise self.error
-
-    async def close(self) -> None:
+    def close(self) -> None:
         pass
 
 

@@ -1,0 +1,74 @@
+"""Work of libraries that must not be under way when the process forks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+FORK_WAIT_S = 5.0
+"""Longest wait of a fork for the work under way."""
+
+
+class ForkGate:
+    """Counts the work under way. A fork waits until there is none, and new work for the fork."""
+
+    def __init__(self) -> None:
+        self._reset()
+        os.register_at_fork(
+            before=self._pause, after_in_parent=self._resume, after_in_child=self._reset
+        )
+
+    def begin(self) -> None:
+        """Note that work begins. Wait for a fork under way."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._forking, FORK_WAIT_S)
+            self._count += 1
+
+    def end(self, _: object = None) -> None:
+        """Note that work has ended."""
+        with self._changed:
+            self._count -= 1
+            if self._forking:
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def work(self) -> Iterator[None]:
+        """Do work between `begin` and `end`."""
+        self.begin()
+        try:
+            yield
+        finally:
+            self.end()
+
+    def around(self, run: Callable[[A], R]) -> Callable[[A], R]:
+        """Return a function that does its work between `begin` and `end`."""
+
+        def guarded(argument: A) -> R:
+            self.begin()
+            try:
+                return run(argument)
+            finally:
+                self.end()
+
+        return guarded
+
+    def _pause(self) -> None:
+        with self._changed:
+            self._forking = True
+            self._changed.wait_for(lambda: not self._count, FORK_WAIT_S)
+
+    def _resume(self) -> None:
+        with self._changed:
+            self._forking = False
+            self._changed.notify_all()
+
+    def _reset(self) -> None:
+        self._changed = threading.Condition()
+        self._count = 0
+        self._forking = False

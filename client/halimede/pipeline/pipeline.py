@@ -1,0 +1,456 @@
+"""The pipeline: from the inputs of a call to its labelled embeddings.
+
+A call is cut into windows, a window is looked up in the cache and cut into requests, and each
+request is sent to a provider. All of it is a flow: see `halimede.pipeline.waiting`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from halimede.cache import Cache, Entries, Expect
+from halimede.cache import keys as cache_keys
+from halimede.inputs.content import Content, Input, InputKind, ReadOptions
+from halimede.inputs.options import CallOptions
+from halimede.inputs.urls import Fetch
+from halimede.observability import tracing
+from halimede.observability.progress import Progress
+from halimede.observability.statistics import Statistics
+from halimede.pipeline import batching
+from halimede.pipeline.fallback import Fallback, Rules
+from halimede.pipeline.guard import GuardedProvider
+from halimede.pipeline.pool import Pool
+from halimede.pipeline.sharing import Gate, Lifetime
+from halimede.pipeline.waiting import Flow, result_of, together
+from halimede.providers.base import Answer, Options, Provider, Request, reindexed
+from halimede.results import IMAGE, Embeddings, ImageInfo, ServedModel
+from halimede_ops.errors import (
+    DeadlineExceeded,
+    FetchFailed,
+    HalimedeError,
+    ImageTooLarge,
+    InvalidImage,
+    InvalidInput,
+    InvalidText,
+    ModelChanged,
+    ServerError,
+    SpaceRefused,
+    UrlRefused,
+)
+from halimede_ops.quantise import quantise
+from halimede_ops.vectors import check_dimensions
+
+MODEL_CHANGES = 5
+"""Times that a call begins anew because the model changed during it."""
+CLOCK_S = 0.005
+"""A request that ends this shortly before the call's deadline ended because of it."""
+ABOUT_ONE_INPUT = (InvalidImage, ImageTooLarge, InvalidText, UrlRefused, FetchFailed)
+"""Errors about one input, which say nothing of the others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a caller asks for."""
+
+    inputs: Sequence[Input]
+    kind: InputKind
+    options: CallOptions
+    first: int = 0
+    """Index of the first input in its stream."""
+    progress: Progress | None = None
+    may_block: bool = False
+    """Whether the caller's thread waits for this call."""
+
+
+class Pipeline:
+    """Embeds calls through a fallback of providers. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        options: Sequence[Options],
+        rules: Rules,
+        fetch: Fetch,
+        *,
+        providers: Sequence[Provider] = (),
+        cache: Cache | None = None,
+        model_check_s: float = 1.0,
+    ) -> None:
+        """A pipeline over these providers, or over those that the options describe.
+
+        `model_check_s` is explained in `CacheConfig`.
+        """
+        self.statistics = Statistics()
+        self._lifetime = Lifetime()
+        guarded = [
+            GuardedProvider(
+                one, self.statistics, self._lifetime, providers[place] if providers else None
+            )
+            for place, one in enumerate(options)
+        ]
+        self._fallback = Fallback(guarded, rules)
+        self._cache = cache
+        self._model_check_s = model_check_s
+        self.fetch = fetch
+        self.readers = Pool(batching.IMAGES_IN_FLIGHT, "read")
+        self.images = Gate(batching.IMAGES_IN_FLIGHT)
+        """Entered by each window of images."""
+
+    def embed(self, call: Call) -> Flow[Embeddings]:
+        """Return the embeddings of a call: all from one provider, in one space and precision.
+
+        Raises:
+            DeadlineExceeded: it was not done within `deadline_s`.
+            HalimedeError: no provider could answer. It is the first provider's error.
+        """
+        self._lifetime.check()
+        deadline_s = call.options.deadline_s
+        until_s = math.inf if deadline_s is None else time.monotonic() + deadline_s
+        began_s = time.perf_counter()
+        with tracing.span("halimede.embed", call.kind, len(call.inputs)) as facts:
+            try:
+                flow = self._on_any(call, until_s)
+                provider, result = yield from self._lifetime.run(flow, until_s)
+            except (TimeoutError, HalimedeError) as error:
+                if isinstance(error, TimeoutError) or time.monotonic() >= until_s - CLOCK_S:
+                    error = DeadlineExceeded(
+                        f"{len(call.inputs)} {call.kind}s were not embedded within "
+                        f"{deadline_s:g} s. Raise deadline_s, or give fewer {call.kind}s."
+                    )
+                self.statistics.gave_up(type(error).__name__)
+                raise error from None
+            cached = int(np.count_nonzero(result.cached))
+            facts |= {
+                "halimede.model": result.model,
+                "halimede.provider": result.provider,
+                "halimede.space": result.space,
+                "halimede.cached": cached,
+            }
+        self.statistics.answered(
+            provider.name,
+            call.kind,
+            len(result),
+            cached,
+            time.perf_counter() - began_s,
+            fallback=provider is not self._fallback.first,
+        )
+        for left_out in result.errors.values():
+            self.statistics.left_out(type(left_out).__name__)
+        return result
+
+    def describe(self) -> Flow[ServedModel]:
+        """Return the first provider's current model."""
+        self._lifetime.check()
+        return (yield from self._fallback.first.model(None, math.inf, max_age_s=0))
+
+    def health(self) -> Flow[list[dict[str, Any]]]:
+        """Return a report of each provider, in the order of the fallback."""
+        self._lifetime.check()
+        providers = self._fallback.providers
+        reports = together([provider.report() for provider in providers], len(providers))
+        return (yield from self._lifetime.run(reports, math.inf))
+
+    def stats(self) -> dict[str, Any]:
+        """Return the statistics so far, and the models that were described, as JSON types."""
+        models = {
+            f"{model.provider}:{model.name}": dataclasses.asdict(model)
+            for provider in self._fallback.providers
+            for model in provider.models
+        }
+        cache = {} if self._cache is None else self._cache.stats()
+        return {**self.statistics.summary(), "models": models, "cache": cache}
+
+    def clear_cache(self) -> None:
+        """Delete every cached vector in every tier.
+
+        Raises:
+            HalimedeError: a tier failed. The others are cleared.
+        """
+        if self._cache is not None:
+            self._cache.clear()
+
+    def close(self) -> None:
+        """End the calls under way and close cache and providers. A second call does nothing."""
+        self._lifetime.close()
+        self.readers.close()
+        if self._cache is not None:
+            self._cache.close()
+        for provider in self._fallback.providers:
+            provider.close()
+
+    def _on_any(self, call: Call, until_s: float) -> Flow[tuple[GuardedProvider, Embeddings]]:
+        """Return the result of the first provider that gives one. Each begins the call anew."""
+        failures: dict[GuardedProvider, HalimedeError] = {}
+        for provider in self._fallback.in_order():
+            try:
+                return provider, (yield from self._on(provider, call, until_s))
+            except HalimedeError as error:
+                if isinstance(error, InvalidInput) and provider is self._fallback.first:
+                    raise
+                self._lifetime.check()
+                failures[provider] = error
+                if call.progress is not None:
+                    call.progress.restart()
+        raise self._fallback.failed(failures)
+
+    def _on(self, provider: GuardedProvider, call: Call, until_s: float) -> Flow[Embeddings]:
+        """Return the result of one provider. It begins anew when the model changes."""
+        cache = self._cache if provider.options.cache_enabled else None
+        max_age_s = math.inf if cache is None else self._model_check_s
+        for _ in range(MODEL_CHANGES):
+            model = yield from provider.model(call.kind, until_s, max_age_s)
+            try:
+                self._fallback.admit(provider, model)
+            except SpaceRefused:
+                provider.forget()
+                raise
+            asked = call.options.dimensions
+            dimensions = provider.options.dimensions if asked is None else asked
+            attempt = _Attempt(
+                provider,
+                model,
+                call,
+                dimensions,
+                check_dimensions(dimensions, model),
+                until_s,
+                cache,
+                self,
+                [],
+            )
+            try:
+                return (yield from attempt.result())
+            except ModelChanged:
+                provider.forget()
+                if call.progress is not None:
+                    call.progress.restart()
+        raise ServerError(
+            f"{provider.name} changed its model {MODEL_CHANGES} times during one call. Do its "
+            "addresses serve the same model?"
+        )
+
+
+class _Attempt(NamedTuple):
+    """One call at one provider, while that has this model."""
+
+    provider: GuardedProvider
+    model: ServedModel
+    call: Call
+    dimensions: int | None
+    """As the provider is asked."""
+    dims: int
+    """Length of a vector."""
+    until_s: float
+    cache: Cache | None
+    pipeline: Pipeline
+    failed: list[int]
+    """Indices of inputs that end the call."""
+
+    def result(self) -> Flow[Embeddings]:
+        """Return the embeddings of the call's inputs.
+
+        Raises:
+            ModelChanged: the provider has another model now.
+        """
+        call, model = self.call, self.model
+        step, in_flight = batching.WINDOWING[call.kind]
+        count = len(call.inputs)
+        errors: dict[int, HalimedeError] = {}
+        if call.kind == "text" and 0 < count <= step:
+            part = yield from self._window(range(count), call.inputs, call.may_block)
+        else:
+            windows = [range(start, min(start + step, count)) for start in range(0, count, step)]
+            results = yield from together([self._read(rows) for rows in windows], in_flight)
+            part = _joined([part for part in results if isinstance(part, _Part)], self.dims)
+            for rows, error in zip(windows, results, strict=True):
+                if isinstance(error, HalimedeError):
+                    errors[rows.start + call.first] = error
+            if errors and call.options.errors == "raise":
+                raise errors[min(errors)]
+        vectors, tokens, images = part.entries
+        return Embeddings(
+            vectors=quantise(vectors, call.options.output_type, call.options.ranges),
+            tokens=tokens,
+            cached=part.cached,
+            indices=part.rows + call.first,
+            versions=part.versions,
+            images=() if call.kind == "text" or images is None else _image_infos(images),
+            errors=errors,
+            dims=self.dims,
+            model=model.name,
+            space=model.space,
+            precision=model.precision,
+            max_tokens=model.max_tokens,
+            provider=model.provider,
+            output_type=call.options.output_type,
+        )
+
+    def _read(self, rows: range) -> Flow[_Part | HalimedeError | None]:
+        """Return a window's entries, or what is wrong with the only image or pair in it.
+
+        None if the call has failed already.
+        """
+        if self.failed:
+            return None
+        values = self.call.inputs[rows.start : rows.stop]
+        if self.call.kind == "text":
+            return (yield from self._window(rows, values, False))
+        index = rows.start + self.call.first
+        read_options = ReadOptions(self.model.max_image_bytes, self.pipeline.fetch)
+        yield from self.pipeline.images.enter()
+        try:
+            read = self.pipeline.readers.submit(values[0].read, read_options)  # type: ignore[union-attr]
+            content = yield from result_of(read)
+            return (yield from self._window(rows, [content], False))
+        except ABOUT_ONE_INPUT as error:
+            if error.index is None:  # while the input was read, its index was not known
+                error = type(error)(f"{self.call.kind} {index}: {error}", index=index)
+            if self.call.options.errors == "raise":
+                self.failed.append(index)  # those under way may be before it
+            self._advance(1)
+            return error
+        finally:
+            self.pipeline.images.leave()
+
+    def _window(self, rows: range, contents: Sequence[Any], may_block: bool) -> Flow[_Part]:
+        """Return the entries of some contents, from the cache or from the provider."""
+        indices = np.arange(rows.start, rows.stop)
+        try:
+            if self.cache is None:
+                entries, versions = yield from self._compute(contents, may_block)
+                return _Part(indices, entries, np.zeros(len(rows), np.bool_), versions)
+            return (yield from self._cached(self.cache, indices, contents, may_block))
+        except InvalidInput as error:
+            if error.index is None:
+                raise
+            raise error.at(rows.start + self.call.first + error.index) from None
+
+    def _cached(
+        self, cache: Cache, indices: np.ndarray, contents: Sequence[Content], may_block: bool
+    ) -> Flow[_Part]:
+        made_by: dict[bytes, int] = {}
+
+        def compute(missing: Sequence[int]) -> Flow[Entries]:
+            with reindexed(missing):
+                entries, versions = yield from self._compute(
+                    [contents[row] for row in missing], may_block
+                )
+            made_by.update(zip((keys[row] for row in missing), versions.tolist(), strict=True))
+            return entries
+
+        keys = cache_keys(
+            contents,
+            kind=self.call.kind,
+            space=self.model.space,
+            precision=self.model.precision,
+            input_type=self.call.options.input_type,
+            dims=self.dims,
+        )
+        expect = Expect(self.dims, self.provider.options.cache_ttl_s)
+        entries, cached = yield from cache.get_or_compute(keys, compute, expect)
+        self._advance(int(cached.sum()))
+        versions = np.array([made_by.get(key, 0) for key in keys], np.int64)
+        return _Part(indices, entries, cached, versions)
+
+    def _compute(
+        self, contents: Sequence[Content], may_block: bool
+    ) -> Flow[tuple[Entries, np.ndarray]]:
+        """Return the entries of the contents, asked of the provider, and their versions."""
+        if len(contents) == 1:
+            answer = yield from self._send(contents, may_block)
+            return Entries(answer.vectors, answer.tokens, answer.images), answer.row_versions
+        versions = np.zeros(len(contents), np.int64)
+        vectors = np.empty((len(contents), self.dims), np.float32)
+        tokens = np.empty(len(contents), np.int32)
+        images = np.zeros(len(contents), IMAGE)
+        requests = batching.plan_requests(
+            contents, self.provider.max_texts(self.model), self.model.max_tokens
+        )
+        may_block &= len(requests) == 1
+
+        def send(rows: list[int]) -> Flow[None]:
+            with reindexed(rows):
+                answer = yield from self._send([contents[row] for row in rows], may_block)
+            vectors[rows], tokens[rows] = answer.vectors, answer.tokens
+            versions[rows] = answer.row_versions
+            if answer.images is not None:
+                images[rows] = answer.images
+
+        yield from together([send(rows) for rows in requests], batching.REQUESTS_IN_FLIGHT)
+        return Entries(vectors, tokens, images), versions
+
+    def _send(self, contents: Sequence[Content], may_block: bool) -> Flow[Answer]:
+        """Return the provider's answer to one request."""
+        call = self.call
+        request = Request(
+            contents,
+            call.kind,
+            call.options.input_type,
+            self.dimensions,
+            call.options.sticky_key,
+            self.model,
+            may_block,
+        )
+        answer = yield from self.provider.embed(request, self.until_s)
+        _check(answer, self.model, len(contents), self.dims)
+        self._advance(len(contents))
+        return answer
+
+    def _advance(self, inputs: int) -> None:
+        if self.call.progress is not None:
+            self.call.progress.advance(inputs)
+
+
+class _Part(NamedTuple):
+    """Some rows of a call, embedded."""
+
+    rows: np.ndarray
+    """`[rows]` int64: their indices in the call."""
+    entries: Entries
+    cached: np.ndarray
+    """`[rows]` bool."""
+    versions: np.ndarray
+    """`[rows]` int64."""
+
+
+def _check(answer: Answer, model: ServedModel, rows: int, dims: int) -> None:
+    """Raise unless the answer is of this model, of this shape, and finite."""
+    if not answer.model.is_alike(model):
+        raise ModelChanged(f"{model.name} was changed. Send again.")
+    if answer.vectors.shape != (rows, dims):
+        raise ServerError(
+            f"{model.name} was asked for {rows} × {dims}; it gave {answer.vectors.shape}."
+        )
+    if not math.isfinite(np.add.reduce(answer.vectors, axis=None)):  # the cheapest check of all
+        raise ServerError(f"{model.name} gave a vector with NaN or infinity.")
+
+
+def _joined(parts: list[_Part], dims: int) -> _Part:
+    """Join parts, perhaps none."""
+    empty = Entries(np.empty((0, dims), np.float32), np.empty(0, np.int32))
+    nothing = np.empty(0, np.int64)
+    parts = [_Part(nothing, empty, np.empty(0, np.bool_), nothing), *parts]
+    rows, entries, cached, versions = zip(*parts, strict=True)
+    images = [
+        np.zeros(len(part.tokens), IMAGE) if part.images is None else part.images
+        for part in entries
+    ]
+    return _Part(
+        np.concatenate(rows),
+        Entries(
+            np.concatenate([part.vectors for part in entries]),
+            np.concatenate([part.tokens for part in entries]),
+            np.concatenate(images),
+        ),
+        np.concatenate(cached),
+        np.concatenate(versions),
+    )
+
+
+def _image_infos(facts: np.ndarray) -> tuple[ImageInfo, ...]:
+    """Return the size and format of each row's image."""
+    return tuple(ImageInfo(int(w), int(h), name.decode()) for w, h, name in facts.tolist())
