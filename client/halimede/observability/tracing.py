@@ -16,14 +16,18 @@ from halimede.inputs.content import InputKind
 API = "opentelemetry.trace"
 
 
-@contextlib.contextmanager
-def span(name: str, kind: InputKind, items: int) -> Iterator[dict[str, Any]]:
+def span(
+    name: str, kind: InputKind, items: int
+) -> contextlib.AbstractContextManager[dict[str, Any]]:
     """Open a span; the caller puts its attributes into the mapping that is yielded."""
-    attributes: dict[str, Any] = {f"halimede.{kind}s": items}
     trace = _api()
     if trace is None:
-        yield attributes
-        return
+        return contextlib.nullcontext({})
+    return _span(trace, name, {f"halimede.{kind}s": items})
+
+
+@contextlib.contextmanager
+def _span(trace: Any, name: str, attributes: dict[str, Any]) -> Iterator[dict[str, Any]]:
     # Only the class of an error: its message may contain what the caller gave.
     with trace.get_tracer("halimede").start_as_current_span(
         name, record_exception=False, set_status_on_exception=False

@@ -19,6 +19,7 @@ class ForkGate:
     """Counts the work under way. A fork waits until there is none, and new work for the fork."""
 
     def __init__(self) -> None:
+        self._within = threading.local()
         self._reset()
         os.register_at_fork(
             before=self._pause, after_in_parent=self._resume, after_in_child=self._reset
@@ -26,34 +27,42 @@ class ForkGate:
 
     def begin(self) -> None:
         """Note that work begins. Wait for a fork under way."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._forking, FORK_WAIT_S)
+        with self._lock:
+            if self._forking:
+                self._changed.wait_for(lambda: not self._forking, FORK_WAIT_S)
             self._count += 1
 
     def end(self, _: object = None) -> None:
         """Note that work has ended."""
-        with self._changed:
+        with self._lock:
             self._count -= 1
             if self._forking:
                 self._changed.notify_all()
 
     @contextlib.contextmanager
     def work(self) -> Iterator[None]:
-        """Do work between `begin` and `end`."""
+        """Do work of this thread between `begin` and `end`, unless it is part of such work."""
+        if getattr(self._within, "work", False):
+            yield
+            return
+        self._within.work = True
         self.begin()
         try:
             yield
         finally:
             self.end()
+            self._within.work = False
 
     def around(self, run: Callable[[A], R]) -> Callable[[A], R]:
-        """Return a function that does its work between `begin` and `end`."""
+        """Return a function that does `work`."""
 
         def guarded(argument: A) -> R:
             self.begin()
+            self._within.work = True
             try:
                 return run(argument)
             finally:
+                self._within.work = False
                 self.end()
 
         return guarded
@@ -69,6 +78,7 @@ class ForkGate:
             self._changed.notify_all()
 
     def _reset(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._count = 0
         self._forking = False

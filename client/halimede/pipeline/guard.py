@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import math
 import random
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
@@ -59,10 +58,12 @@ class Replica:
 
     def __init__(self, provider: Provider, options: Options, on_change: Callable[[], None]) -> None:
         self.breaker = CircuitBreaker(lambda timeout_s: drive(self.probe(timeout_s)))
-        self.in_flight = 0
+        self.in_flight: set[object] = set()
+        """One token for each request under way. Sets are changed without a lock."""
         self._provider = provider
         self._options = options
         self._on_change = on_change
+        self._refresh_s = options.refresh_s
         self._described: dict[InputKind, _Described] = {}
         self._reads: dict[InputKind | None, SharedRead[ServedModel]] = {}
         self._own_kind: InputKind = "text"
@@ -93,7 +94,7 @@ class Replica:
             model = yield from self.describe(request.kind, until_s)
         else:
             model = described.model
-            if time.monotonic() - described.read_s >= self._options.refresh_s:
+            if time.monotonic() - described.read_s >= self._refresh_s:
                 described.read_s = time.monotonic()
                 self._read(request.kind)  # beside the calls
         if model.candidate is None:
@@ -115,7 +116,10 @@ class Replica:
             if request.model is not model:
                 request = request._replace(model=model)
             future = self._provider.embed(request, timeout_s)
-            answer = yield from self._result(future, timeout_s)
+            # A future that is done needs no flow, which costs as much as the rest of this function.
+            answer = (
+                future.result() if future.done() else (yield from self._result(future, timeout_s))
+            )
             if not answer.is_proven:
                 again = yield from self.describe(request.kind, until_s, fresh=True)
                 if again != model:
@@ -124,6 +128,8 @@ class Replica:
         except ModelChanged:
             self.forget()
             raise
+        except CancelledError:
+            raise ServerUnreachable(f"{self._provider.name} was closed.") from None
         except MemoryError:
             count = len(request.inputs)
             raise OutOfMemory(
@@ -169,21 +175,19 @@ class Replica:
 
     def _confirm(self, kind: InputKind, model: ServedModel) -> None:
         described = self._described.get(kind)
-        if described is not None and described.model.is_alike(model):
+        if described is not None and (described.model is model or described.model.is_alike(model)):
             described.confirmed_s = time.monotonic()
 
     def _timeout_s(self, until_s: float) -> float:
+        if until_s == math.inf:
+            return self._options.timeout_s
         return min(self._options.timeout_s, max(until_s - time.monotonic(), 0.001))
 
     def _result(self, future: Future[T], timeout_s: float) -> Flow[T]:
         try:
-            if future.done():
-                return future.result()
             return (yield from result_of(future, time.monotonic() + timeout_s))
         except TimeoutError:
             raise timed_out(self._provider.name, timeout_s) from None
-        except CancelledError:
-            raise ServerUnreachable(f"{self._provider.name} was closed.") from None
 
     def _finished(self, read: Future[ServedModel], until_s: float) -> Flow[ServedModel]:
         timeout_s = self._timeout_s(until_s)
@@ -215,7 +219,6 @@ class GuardedProvider:
         self._pool = Pool(1, "open")
         self._opening = SharedRead(lambda: self._pool.submit(self._open))
         self._replicas = [self._replica(provider)] if provider else []
-        self._lock = threading.Lock()
         self._turn = itertools.count()
         self._max_texts = options.batch_size
         """Maximum texts in one request, after memory ran out perhaps fewer than configured."""
@@ -343,8 +346,7 @@ class GuardedProvider:
         replicas = self._by_load()
         began_s = time.monotonic()
         for replica in replicas:
-            with self._lock:
-                replica.in_flight += 1
+            replica.in_flight.add(token := object())
             try:
                 answer = yield from ask(replica)
             except HalimedeError as error:
@@ -356,8 +358,7 @@ class GuardedProvider:
                 replica.breaker.record_success()
                 return answer
             finally:
-                with self._lock:
-                    replica.in_flight -= 1
+                replica.in_flight.discard(token)
         raise AssertionError
 
     def _is_down(self, error: HalimedeError, seconds: float) -> bool:
@@ -373,7 +374,7 @@ class GuardedProvider:
             return self._replicas
         first = next(self._turn) % len(self._replicas)
         rotated = self._replicas[first:] + self._replicas[:first]
-        return sorted(rotated, key=lambda replica: (replica.breaker.is_open, replica.in_flight))
+        return sorted(rotated, key=lambda one: (one.breaker.is_open, len(one.in_flight)))
 
     def _retried(
         self,

@@ -28,7 +28,14 @@ from halimede.pipeline.guard import GuardedProvider
 from halimede.pipeline.pool import Pool
 from halimede.pipeline.sharing import Gate, Lifetime
 from halimede.pipeline.waiting import Flow, result_of, together
-from halimede.providers.base import Answer, Options, Provider, Request, reindexed
+from halimede.providers.base import (
+    Answer,
+    Options,
+    Provider,
+    Request,
+    concatenate,
+    reindexed,
+)
 from halimede.results import IMAGE, Embeddings, ImageInfo, ServedModel
 from halimede_ops.errors import (
     DeadlineExceeded,
@@ -124,7 +131,7 @@ class Pipeline:
                     )
                 self.statistics.gave_up(type(error).__name__)
                 raise error from None
-            cached = int(np.count_nonzero(result.cached))
+            cached = 0 if self._cache is None else int(result.cached.sum())
             facts |= {
                 "halimede.model": result.model,
                 "halimede.provider": result.provider,
@@ -261,24 +268,32 @@ class _Attempt(NamedTuple):
         count = len(call.inputs)
         errors: dict[int, HalimedeError] = {}
         if call.kind == "text" and 0 < count <= step:
-            part = yield from self._window(range(count), call.inputs, call.may_block)
+            answer, cached = yield from self._window(range(count), call.inputs, call.may_block)
+            indices = np.arange(call.first, call.first + count)
         else:
             windows = [range(start, min(start + step, count)) for start in range(0, count, step)]
             results = yield from together([self._read(rows) for rows in windows], in_flight)
-            part = _joined([part for part in results if isinstance(part, _Part)], self.dims)
+            parts = [
+                (rows, part)
+                for rows, part in zip(windows, results, strict=True)
+                if isinstance(part, _Part)
+            ]
+            answer, cached, indices = self._joined(parts)
             for rows, error in zip(windows, results, strict=True):
                 if isinstance(error, HalimedeError):
                     errors[rows.start + call.first] = error
             if errors and call.options.errors == "raise":
                 raise errors[min(errors)]
-        vectors, tokens, images = part.entries
+        vectors = answer.vectors
+        if call.options.output_type != "float32":
+            vectors = quantise(vectors, call.options.output_type, call.options.ranges)
         return Embeddings(
-            vectors=quantise(vectors, call.options.output_type, call.options.ranges),
-            tokens=tokens,
-            cached=part.cached,
-            indices=part.rows + call.first,
-            versions=part.versions,
-            images=() if call.kind == "text" or images is None else _image_infos(images),
+            vectors=vectors,
+            tokens=answer.tokens,
+            cached=cached,
+            indices=indices,
+            versions=answer.row_versions,
+            images=() if call.kind == "text" else _image_infos(answer),
             errors=errors,
             dims=self.dims,
             model=model.name,
@@ -288,6 +303,18 @@ class _Attempt(NamedTuple):
             provider=model.provider,
             output_type=call.options.output_type,
         )
+
+    def _joined(
+        self, parts: Sequence[tuple[range, _Part]]
+    ) -> tuple[Answer, np.ndarray, np.ndarray]:
+        """Return what the parts hold together: answer, `cached` and `indices`; perhaps no row."""
+        nothing = np.empty(0, np.int64)
+        empty = np.empty((0, self.dims), np.float32)
+        answers = [Answer(empty, np.empty(0, np.int32), self.model, None, nothing)]
+        answers += [part.answer for _, part in parts]
+        cached = [np.empty(0, np.bool_), *(part.cached for _, part in parts)]
+        rows = [nothing, *(np.arange(rows.start, rows.stop) for rows, _ in parts)]
+        return concatenate(answers), np.concatenate(cached), np.concatenate(rows) + self.call.first
 
     def _read(self, rows: range) -> Flow[_Part | HalimedeError | None]:
         """Return a window's entries, or what is wrong with the only image or pair in it.
@@ -317,30 +344,26 @@ class _Attempt(NamedTuple):
             self.pipeline.images.leave()
 
     def _window(self, rows: range, contents: Sequence[Any], may_block: bool) -> Flow[_Part]:
-        """Return the entries of some contents, from the cache or from the provider."""
-        indices = np.arange(rows.start, rows.stop)
+        """Return the answer for some contents, from the cache or from the provider."""
         try:
             if self.cache is None:
-                entries, versions = yield from self._compute(contents, may_block)
-                return _Part(indices, entries, np.zeros(len(rows), np.bool_), versions)
-            return (yield from self._cached(self.cache, indices, contents, may_block))
+                answer = yield from self._compute(contents, may_block)
+                return _Part(answer, np.zeros(len(contents), np.bool_))
+            return (yield from self._cached(self.cache, contents, may_block))
         except InvalidInput as error:
             if error.index is None:
                 raise
             raise error.at(rows.start + self.call.first + error.index) from None
 
-    def _cached(
-        self, cache: Cache, indices: np.ndarray, contents: Sequence[Content], may_block: bool
-    ) -> Flow[_Part]:
+    def _cached(self, cache: Cache, contents: Sequence[Content], may_block: bool) -> Flow[_Part]:
         made_by: dict[bytes, int] = {}
 
         def compute(missing: Sequence[int]) -> Flow[Entries]:
             with reindexed(missing):
-                entries, versions = yield from self._compute(
-                    [contents[row] for row in missing], may_block
-                )
-            made_by.update(zip((keys[row] for row in missing), versions.tolist(), strict=True))
-            return entries
+                answer = yield from self._compute([contents[row] for row in missing], may_block)
+            versions = answer.row_versions.tolist()
+            made_by.update(zip((keys[row] for row in missing), versions, strict=True))
+            return Entries(answer.vectors, answer.tokens, answer.images)
 
         keys = cache_keys(
             contents,
@@ -354,34 +377,28 @@ class _Attempt(NamedTuple):
         entries, cached = yield from cache.get_or_compute(keys, compute, expect)
         self._advance(int(cached.sum()))
         versions = np.array([made_by.get(key, 0) for key in keys], np.int64)
-        return _Part(indices, entries, cached, versions)
+        return _Part(
+            Answer(entries.vectors, entries.tokens, self.model, entries.images, versions), cached
+        )
 
-    def _compute(
-        self, contents: Sequence[Content], may_block: bool
-    ) -> Flow[tuple[Entries, np.ndarray]]:
-        """Return the entries of the contents, asked of the provider, and their versions."""
+    def _compute(self, contents: Sequence[Content], may_block: bool) -> Flow[Answer]:
+        """Return the provider's answer for the contents, asked in requests."""
         if len(contents) == 1:
-            answer = yield from self._send(contents, may_block)
-            return Entries(answer.vectors, answer.tokens, answer.images), answer.row_versions
-        versions = np.zeros(len(contents), np.int64)
-        vectors = np.empty((len(contents), self.dims), np.float32)
-        tokens = np.empty(len(contents), np.int32)
-        images = np.zeros(len(contents), IMAGE)
+            return (yield from self._send(contents, may_block))
         requests = batching.plan_requests(
             contents, self.provider.max_texts(self.model), self.model.max_tokens
         )
         may_block &= len(requests) == 1
 
-        def send(rows: list[int]) -> Flow[None]:
+        def send(rows: list[int]) -> Flow[Answer]:
             with reindexed(rows):
-                answer = yield from self._send([contents[row] for row in rows], may_block)
-            vectors[rows], tokens[rows] = answer.vectors, answer.tokens
-            versions[rows] = answer.row_versions
-            if answer.images is not None:
-                images[rows] = answer.images
+                return (yield from self._send([contents[row] for row in rows], may_block))
 
-        yield from together([send(rows) for rows in requests], batching.REQUESTS_IN_FLIGHT)
-        return Entries(vectors, tokens, images), versions
+        answers = yield from together(
+            [send(rows) for rows in requests], batching.REQUESTS_IN_FLIGHT
+        )
+        order = np.argsort([row for rows in requests for row in rows])
+        return concatenate(answers).select(order)
 
     def _send(self, contents: Sequence[Content], may_block: bool) -> Flow[Answer]:
         """Return the provider's answer to one request."""
@@ -406,20 +423,16 @@ class _Attempt(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Some rows of a call, embedded."""
+    """The answer for some inputs of a call."""
 
-    rows: np.ndarray
-    """`[rows]` int64: their indices in the call."""
-    entries: Entries
+    answer: Answer
     cached: np.ndarray
-    """`[rows]` bool."""
-    versions: np.ndarray
-    """`[rows]` int64."""
+    """`[inputs]` bool: whether each vector came from the cache."""
 
 
 def _check(answer: Answer, model: ServedModel, rows: int, dims: int) -> None:
     """Raise unless the answer is of this model, of this shape, and finite."""
-    if not answer.model.is_alike(model):
+    if answer.model is not model and not answer.model.is_alike(model):
         raise ModelChanged(f"{model.name} was changed. Send again.")
     if answer.vectors.shape != (rows, dims):
         raise ServerError(
@@ -429,28 +442,7 @@ def _check(answer: Answer, model: ServedModel, rows: int, dims: int) -> None:
         raise ServerError(f"{model.name} gave a vector with NaN or infinity.")
 
 
-def _joined(parts: list[_Part], dims: int) -> _Part:
-    """Join parts, perhaps none."""
-    empty = Entries(np.empty((0, dims), np.float32), np.empty(0, np.int32))
-    nothing = np.empty(0, np.int64)
-    parts = [_Part(nothing, empty, np.empty(0, np.bool_), nothing), *parts]
-    rows, entries, cached, versions = zip(*parts, strict=True)
-    images = [
-        np.zeros(len(part.tokens), IMAGE) if part.images is None else part.images
-        for part in entries
-    ]
-    return _Part(
-        np.concatenate(rows),
-        Entries(
-            np.concatenate([part.vectors for part in entries]),
-            np.concatenate([part.tokens for part in entries]),
-            np.concatenate(images),
-        ),
-        np.concatenate(cached),
-        np.concatenate(versions),
-    )
-
-
-def _image_infos(facts: np.ndarray) -> tuple[ImageInfo, ...]:
+def _image_infos(answer: Answer) -> tuple[ImageInfo, ...]:
     """Return the size and format of each row's image."""
+    facts = np.zeros(len(answer.vectors), IMAGE) if answer.images is None else answer.images
     return tuple(ImageInfo(int(w), int(h), name.decode()) for w, h, name in facts.tolist())

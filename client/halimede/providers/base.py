@@ -67,7 +67,7 @@ class Answer(NamedTuple):
             return self.versions
         version = self.model.version
         number = int(version) if version.isdecimal() else 0
-        return np.full(len(self.vectors), number, np.int64)
+        return np.array([number] * len(self.vectors), np.int64)
 
     def select(self, rows: np.ndarray) -> Answer:
         """Return the answer for the inputs at `[n]` indices, in their order."""

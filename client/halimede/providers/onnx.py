@@ -96,6 +96,8 @@ class _OpenModel(NamedTuple):
     engine: Any
     """The SharedEngine that runs the model. It ends with the last reference. None for pairs."""
     stamp: _Stamp
+    decode: Callable[[Any, int, Any], str]
+    """`halimede_ops.text.decode`, which needs the package tokenizers."""
 
     def close(self) -> None:
         """Stop the engine's threads. Its memory is released with the last reference."""
@@ -169,7 +171,11 @@ class Onnx:
 
     def _start(self, opened: _OpenModel, request: Request) -> Future[Answer]:
         expected = request.model
-        if expected is not None and not expected.is_alike(opened.served):
+        if (
+            expected is not None
+            and expected is not opened.served
+            and not expected.is_alike(opened.served)
+        ):
             raise errors.ModelChanged(f"{self.name} changed its model. Send again.")
         if request.kind == "text":
             return _start_texts(opened, request)
@@ -220,12 +226,13 @@ class Onnx:
     def _read(self, kind: InputKind, name: str, stamp: _Stamp) -> _OpenModel:
         from halimede_engine import engine, scheduler, session
         from halimede_ops import spec
+        from halimede_ops.text import decode
 
         steps = stamp.version.steps
         facts = spec.load(stamp.version.folder)
         served = self._served(kind, name, stamp.version, facts)
         if kind == "pair":
-            return _OpenModel(served, facts, self._fused_models(stamp.version), None, stamp)
+            return _OpenModel(served, facts, self._fused_models(stamp.version), None, stamp, decode)
         reader, make_rows = self._reader(kind, facts, steps)
         model = steps[f"{name}-onnx"] / session.FILE_NAME
         names = self._accelerators()
@@ -263,7 +270,8 @@ class Onnx:
             run_alone=_runs.around(run_alone),
             cancel_check_runs=0,
         )
-        return _OpenModel(served, facts, reader, engine.SharedEngine(shared, facts), stamp)
+        shared_engine = engine.SharedEngine(shared, facts)
+        return _OpenModel(served, facts, reader, shared_engine, stamp, decode)
 
     def _opens_twice(self, size_bytes: int) -> bool:
         shared = self._options.streams is None and self._streams > 1
@@ -350,10 +358,8 @@ class Onnx:
 
 def _start_texts(opened: _OpenModel, request: Request) -> Future[Answer]:
     """Tokenize, run, truncate, normalise, as the three steps on Triton."""
-    from halimede_ops import text
-
     texts = input_kinds.texts_of(request, opened.served.name)
-    decoded = [text.decode(value, row, opened.spec) for row, value in enumerate(texts)]
+    decoded = [opened.decode(value, row, opened.spec) for row, value in enumerate(texts)]
     prompted = opened.reader.prompted(decoded, [request.input_type or None] * len(decoded))
     return _run(
         opened, prompted, request, lambda done: Answer(done.vectors, done.tokens, opened.served)

@@ -29,6 +29,8 @@ from halimede_tools.settings import Settings
 TOKENS = (4, 15, 44, 128)
 CALLS = 12
 """Calls of one text in a row; the first two are not counted."""
+PAUSE_S = 0.2
+"""Torch's threads spin for a while after a call."""
 MAX_ADDED_MS = 0.3
 MIN_RATIO = 5.5
 """How many times as fast as sentence-transformers INT8 in process must be, on FEW_TOKENS."""
@@ -65,7 +67,7 @@ def lone(settings: Settings, model: str, precisions: Sequence[str], rounds: int)
         for precision in precisions:
             with progress.step(precision), ExitStack() as running:
                 name = served_name(model, precision)
-                callers = running.enter_context(_contestants(settings, name))
+                callers = running.enter_context(_contestants(settings, name, precision))
                 seconds[precision] = _measure(callers, torch, _texts(settings, name), rounds)
     rows = [row for precision, measured in seconds.items() for row in _rows(precision, measured)]
     columns = ["precision", "way", *(f"{tokens} tokens" for tokens in TOKENS)]
@@ -76,7 +78,8 @@ def lone(settings: Settings, model: str, precisions: Sequence[str], rounds: int)
         report.origin("halimede bench lone", model, PACKAGES),
         [
             f"Milliseconds, p50 of {rounds} rounds of {CALLS - 2} calls. In each round every "
-            "way has its turn with every text, in a new order. The server runs on the same cores. "
+            "way has its turn with every text; another one begins each round. The server runs on "
+            "the same cores. "
             "The bare stub's request is made, sent, and its vector read as an array.",
         ],
     )
@@ -86,14 +89,16 @@ def _measure(
     callers: Mapping[str, Call], torch: Callable[[str], list[float]], texts: Sequence[str],
     rounds: int,
 ) -> Seconds:  # fmt: skip
-    order = np.random.default_rng(0)
+    names = list(callers)
     seconds: Seconds = {}
     for number in range(rounds + 1):
+        first = number % len(names)
         for tokens, text in zip(TOKENS, texts, strict=True):
-            for name in order.permutation([*callers, TORCH]):
+            for name in names[first:] + names[:first] + [TORCH]:
                 taken = torch(text) if name == TORCH else _timed(callers[name], text)
                 if number:  # the first round warms
-                    seconds.setdefault((str(name), tokens), []).extend(taken[2:])
+                    seconds.setdefault((name, tokens), []).extend(taken[2:])
+            time.sleep(PAUSE_S)
     return seconds
 
 
@@ -107,7 +112,7 @@ def _timed(call: Call, text: str) -> list[float]:
 
 
 @contextmanager
-def _contestants(settings: Settings, name: str) -> Iterator[dict[str, Call]]:
+def _contestants(settings: Settings, name: str, precision: str) -> Iterator[dict[str, Call]]:
     """The four ways, with the model in this process and on a server."""
     http, grpc_port, metrics = free_ports(3)
     options = wheel.Options(
@@ -121,14 +126,14 @@ def _contestants(settings: Settings, name: str) -> Iterator[dict[str, Call]]:
         in_process = opened.enter_context(Embedder(config={"models": {"local": local}}))
         over_grpc = opened.enter_context(Embedder(server.grpc_address, name))
         yield {
-            DIRECT: _direct(settings.repository, name),
+            DIRECT: _direct(settings.repository, name, precision),
             IN_PROCESS: in_process.embed,
             STUB: _stub(server.grpc_address, name),
             OVER_GRPC: over_grpc.embed,
         }
 
 
-def _direct(repository: Path, name: str) -> Call:
+def _direct(repository: Path, name: str, precision: str) -> Call:
     """Tokenize, run, pool and normalise in the caller's thread, with all threads for one run."""
     from halimede_engine import engine, session
     from halimede_ops import spec, text
@@ -141,9 +146,9 @@ def _direct(repository: Path, name: str) -> Call:
         len(os.sched_getaffinity(0)),
         1,
         facts.max_tokens,
-        tight_padding=True,
+        tight_padding=precision in session.TIGHT_PADDING,
     )
-    tokenizer = text.load(version.steps[f"{name}-tokenizer"], facts)
+    tokenizer = text.load(version.steps[f"{facts.name}-tokenizer"], facts)
     alone = engine.Engine(opened, engine.text_rows(tokenizer), facts)
     return lambda value: alone.embed(tokenizer.prompted([value], [None]))
 
@@ -202,7 +207,8 @@ def _texts(settings: Settings, name: str) -> list[str]:
     from halimede_ops import spec, text
 
     version = configs.read(settings.repository, name)
-    tokenizer = text.load(version.steps[f"{name}-tokenizer"], spec.load(version.folder))
+    facts = spec.load(version.folder)
+    tokenizer = text.load(version.steps[f"{facts.name}-tokenizer"], facts)
     texts = []
     for tokens in TOKENS:
         value = " ".join(["word"] * (tokens - 2))

@@ -40,7 +40,7 @@ OUTPUTS: dict[InputKind, tuple[str, ...]] = {
     "image": ("EMBEDDING", "WIDTH", "HEIGHT", "FORMAT"),
     "pair": ("EMBEDDING",),
 }
-DTYPES = {"FP32": "<f4", "INT32": "<i4"}
+FLOAT, INTEGER = np.dtype("<f4"), np.dtype("<i4")
 
 
 class Options(BaseOptions):
@@ -182,17 +182,19 @@ class Triton:
                 f"{model.name} at {self._connection.address} changed during the request. Send "
                 "again."
             )
-        outputs = _arrays(response)
+        raw = response.raw_output_contents
+        outputs = {one.name: raw[place] for place, one in enumerate(response.outputs)}
+        count = len(request.inputs)
         try:
-            vectors = outputs["EMBEDDING"]
+            vectors = _array(outputs["EMBEDDING"], FLOAT).reshape(count, -1)
             if request.kind == "text":
-                tokens, images = outputs["TOKENS"].reshape(-1), None
+                tokens, images = _array(outputs["TOKENS"], INTEGER), None
             else:
-                tokens = unknown_tokens(len(vectors))
-                images = _images(outputs) if request.kind == "image" else None
-        except KeyError as missing:
-            raise errors.ServerError(f"{model.name} gave no {missing.args[0]}.") from None
-        return Answer(vectors, tokens, model, images, is_proven=bool(model.version))
+                tokens = unknown_tokens(count)
+                images = _images(outputs, count) if request.kind == "image" else None
+        except (KeyError, IndexError, ValueError):
+            raise errors.ServerError(f"{model.name} gave an incomplete answer.") from None
+        return Answer(vectors, tokens, model, images, None, bool(model.version))
 
 
 def _infer_request(model: str, request: Request) -> Any:
@@ -224,17 +226,9 @@ def _add_bytes(message: Any, name: str, values: Sequence[Content | None]) -> Non
     )
 
 
-def _arrays(response: Any) -> dict[str, np.ndarray]:
-    """The outputs by name, as arrays of their own."""
-    arrays = {}
-    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
-        if output.datatype == "BYTES":
-            arrays[output.name] = np.array(list(_split(raw)), np.object_)
-        else:
-            # A copy: an array over the response's buffer keeps all of it in memory.
-            buffer = bytearray(raw)
-            arrays[output.name] = np.ndarray(output.shape, DTYPES[output.datatype], buffer)
-    return arrays
+def _array(raw: bytes, dtype: np.dtype) -> np.ndarray:
+    # A copy: an array over the response's buffer keeps all of it in memory, and is read-only.
+    return np.frombuffer(bytearray(raw), dtype)
 
 
 def _split(raw: bytes) -> Iterable[bytes]:
@@ -246,10 +240,10 @@ def _split(raw: bytes) -> Iterable[bytes]:
         start = end
 
 
-def _images(outputs: dict[str, np.ndarray]) -> np.ndarray:
+def _images(outputs: dict[str, bytes], count: int) -> np.ndarray:
     """Size and format of each image, as `[rows]` of `results.IMAGE`."""
-    columns = {name: outputs[name.upper()].reshape(-1) for name in IMAGE.names or ()}
-    images = np.zeros(len(columns["width"]), IMAGE)
-    for name, values in columns.items():
-        images[name] = values
+    images = np.zeros(count, IMAGE)
+    images["width"] = _array(outputs["WIDTH"], INTEGER)
+    images["height"] = _array(outputs["HEIGHT"], INTEGER)
+    images["format"] = list(_split(outputs["FORMAT"]))
     return images
