@@ -31,6 +31,13 @@ class Simulation:
     delay_s: float = 0.0
     garbage: Any = None
     """Answer with this instead."""
+    raw: bytes | None = None
+    """Answer with exactly these bytes, with any status."""
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Further headers of every answer."""
+    refuses_base64: bool = False
+    info: dict[str, Any] | None = None
+    """What Ollama tells of the model, beside its own."""
     digest: str = "sha256:one"
     most_texts: int | None = None
     """Answer 500 'out of memory' above this."""
@@ -72,9 +79,11 @@ def ollama(path: str, body: dict[str, Any], simulation: Simulation) -> Any:
     if path == "/api/tags":
         return {"models": [{"model": "minilm:latest", "digest": simulation.digest}]}
     if path == "/api/show":
+        info = {"bert.embedding_length": DIMS, "bert.context_length": 256}
+        info |= simulation.info or {}
         return {
-            "modelinfo": {"bert.embedding_length": DIMS, "bert.context_length": 256},
-            "model_info": {"bert.embedding_length": DIMS, "bert.context_length": 256},
+            "modelinfo": info,
+            "model_info": info,
             "details": {"quantization_level": "F16"},
         }
     return {"model": body["model"], "embeddings": vectors(body["input"], DIMS)}
@@ -109,6 +118,8 @@ def serve(protocol: Any, port: int = 0) -> Iterator[Simulation]:
             texts = body.get("input") or body.get("inputs") or []
             if simulation.key and self.headers.get("Authorization") != f"Bearer {simulation.key}":
                 status = 401
+            if simulation.refuses_base64 and body.get("encoding_format") == "base64":
+                status = 400
             if simulation.most_texts is not None and len(texts) > simulation.most_texts:
                 status = 413
             if status != 200:
@@ -118,10 +129,13 @@ def serve(protocol: Any, port: int = 0) -> Iterator[Simulation]:
                 told = simulation.garbage
             else:
                 told = protocol(self.path, body, simulation)
-            data = json.dumps(told).encode()
+            data = json.dumps(told).encode() if simulation.raw is None else simulation.raw
             with contextlib.suppress(OSError):
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                is_page = simulation.raw is not None
+                self.send_header("Content-Type", "text/html" if is_page else "application/json")
+                for name, value in simulation.headers.items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)

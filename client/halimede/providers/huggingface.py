@@ -25,6 +25,7 @@ MAX_TOKENS = 512
 MAX_BATCH_SIZE = 32
 """Default limit of Text Embeddings Inference."""
 KEY_ENV = "HF_TOKEN"
+NO_PROXIES = {"http": None, "https": None, "all": None}
 HOST = "https://huggingface.co"
 """Host of the inference API, for the choice of a proxy."""
 
@@ -54,7 +55,7 @@ class HuggingFace(TextApi):
             provider="hf-inference",
             token=options.key(KEY_ENV),
             timeout=options.timeout_s,
-            proxies={"http": None, "https": None} if is_local(self._url) else None,
+            proxies=NO_PROXIES if is_local(self._url) else None,
         )
 
     def _request(
