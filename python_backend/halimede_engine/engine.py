@@ -17,7 +17,6 @@ import numpy as np
 
 from halimede_engine import batching, session
 from halimede_engine.response_cache import Entry, ResponseCache
-from halimede_engine.scheduler import ItemResult
 from halimede_engine.session import Pixels, Row, Session
 from halimede_ops import heads, vectors
 from halimede_ops.spec import POOLED, ImageSpec, ModelSpec
@@ -28,6 +27,8 @@ if TYPE_CHECKING:  # images need no tokenizers
 
 MakeRows = Callable[[Sequence[Any]], Sequence[Row | Pixels]]
 """Makes one row of each input, in order."""
+Outputs = Sequence[Any] | np.ndarray
+"""What the model gave for each row, in order."""
 
 
 def text_rows(
@@ -115,13 +116,14 @@ class SharedEngine:
             if isinstance(outcome, Exception):
                 answer(outcome)
                 return
+            rows, outputs = [one.row for one in outcome], [one.output for one in outcome]
             try:
-                embeddings = self._embeddings(cached, outcome, dimensions)
+                embeddings = self._embeddings(cached, rows, outputs, dimensions)
             except Exception as error:
                 answer(error)
             else:
                 answer(embeddings)
-            self._store(missing, outcome)
+            self._store(missing, rows, outputs)
 
         if missing:
             self._scheduler.submit(missing, finish, is_cancelled)
@@ -146,9 +148,8 @@ class SharedEngine:
         if self._cache is None and isinstance(outputs, np.ndarray):  # the fastest way for a text
             tokens = np.array([row.total for row in rows], np.int32)
             return Embeddings(vectors.embed(outputs, self._spec, dimensions), tokens, {})
-        results = [ItemResult(row, output) for row, output in zip(rows, outputs, strict=True)]
-        embeddings = self._embeddings(cached, results, dimensions)
-        self._store(missing, results)
+        embeddings = self._embeddings(cached, rows, outputs, dimensions)
+        self._store(missing, rows, outputs)
         return embeddings
 
     def gather(self) -> None:
@@ -166,24 +167,25 @@ class SharedEngine:
         entries = self._cache.get(inputs)
         return entries, [given for given, entry in zip(inputs, entries, strict=True) if not entry]
 
-    def _store(self, missing: Sequence[Any], results: Sequence[ItemResult]) -> None:
+    def _store(self, missing: Sequence[Any], rows: Sequence[Any], outputs: Outputs) -> None:
         if self._cache is not None:
-            self._cache.put(missing, [_entry(result) for result in results])
+            self._cache.put(missing, _entries(rows, outputs))
 
     def _embeddings(
         self,
         cached: Sequence[Entry | None],
-        results: Sequence[ItemResult],
+        rows: Sequence[Any],
+        outputs: Outputs,
         dimensions: int | None,
     ) -> Embeddings:
-        computed = iter(results)
-        entries = [entry or _entry(next(computed)) for entry in cached]
-        outputs = session.stack_outputs([entry.vector for entry in entries])
-        pooled = outputs.pop(POOLED)
+        computed = iter(_entries(rows, outputs))
+        entries = [entry or next(computed) for entry in cached]
+        stacked = session.stack_outputs([entry.vector for entry in entries])
+        pooled = stacked.pop(POOLED)
         return Embeddings(
             vectors.embed(pooled, self._spec, dimensions),
             np.array([entry.tokens for entry in entries], np.int32),
-            self._heads(outputs, [result.row for result in results]),
+            self._heads(stacked, rows),
         )
 
     def _heads(self, outputs: dict[str, np.ndarray], rows: Sequence[Row]) -> dict[str, np.ndarray]:
@@ -195,6 +197,6 @@ class SharedEngine:
         return heads.outputs(outputs, ids, batching.mask(lengths, longest), self._spec)
 
 
-def _entry(result: ItemResult) -> Entry:
+def _entries(rows: Sequence[Any], outputs: Outputs) -> list[Entry]:
     # For a model with heads, `vector` is a dict of all outputs: see `stack_outputs`.
-    return Entry(result.output, result.row.total)
+    return [Entry(output, row.total) for row, output in zip(rows, outputs, strict=True)]

@@ -213,6 +213,9 @@ def test_prometheus_reads_the_statistics() -> None:
             assert line in text, line
         second.unregister()
         assert 'embedder="m-2"' not in generate_latest(registry).decode()
+        assert prometheus.register(other, registry).name == "m-2"
+        second.unregister()  # it ended before; this is another registration
+        second.unregister()
 
 
 def test_opentelemetry_spans_hold_facts_and_no_text(tracers: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import random
@@ -21,6 +22,7 @@ from conftest import MODEL, NAMES, free_options, wait_until
 
 from halimede import (
     Answer,
+    AsyncEmbedder,
     Embedder,
     Embeddings,
     Future,
@@ -41,10 +43,9 @@ from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
 KILLS = 3
-CALLERS = 32
 ROUNDS = 10
 """Of 100 texts, until each of two servers answered some."""
-TEXTS = int(os.environ.get("HALIMEDE_KILL_TEXTS", "10000"))
+TEXTS = int(os.environ.get("HALIMEDE_KILL_TEXTS", "5000"))
 """Texts embedded while the server is killed; 20,000 take about two minutes on 2 cores."""
 
 
@@ -326,75 +327,136 @@ def restartable(settings: Settings, run: Path) -> Iterator[Any]:
         opened.close()
 
 
-def test_triton_killed_three_times_under_load(
-    settings: Settings, tmp_path: Path, texts: list[str], expected: np.ndarray
-) -> None:
-    """32 callers lose nothing, get nothing wrong or mixed, and are back on Triton within 5 s."""
-    outcomes: list[tuple[float, Embeddings, list[int]]] = []
-    backs_s: list[float] = []
-    """From each return of Triton until it answered again."""
+def by_threads(count: int, config: dict[str, Any], work: Any) -> Any:
+    """Threads that each make one call after the other, and a function that stops them."""
+    embedder = Embedder(config=config)
+    embedder.embed("warm")
+    callers = ThreadPoolExecutor(count)
+    stop = threading.Event()
 
-    def backs(restarted_at: float) -> list[float]:
+    def call(seed: int) -> None:
+        pick = random.Random(seed)
+        while not stop.is_set():
+            rows = work.pick(pick)
+            work.answered(embedder.embed(work.texts_of(rows)), rows)
+
+    calling = [callers.submit(call, seed) for seed in range(count)]
+
+    def end() -> dict[str, Any]:
+        stop.set()
+        for one in calling:
+            one.result()  # raises what a caller met: nothing may be lost
+        stats = embedder.stats()
+        embedder.close()
+        return stats
+
+    return end, lambda: all(one.running() for one in calling)
+
+
+def by_tasks(count: int, config: dict[str, Any], work: Any) -> Any:
+    """As `by_threads`, by tasks on one event loop."""
+    stop = threading.Event()
+    failed = threading.Event()
+
+    async def call(embedder: AsyncEmbedder, seed: int) -> None:
+        pick = random.Random(seed)
+        while not stop.is_set():
+            rows = work.pick(pick)
+            work.answered(await embedder.embed(work.texts_of(rows)), rows)
+
+    async def run() -> dict[str, Any]:
+        try:
+            async with AsyncEmbedder(config=config) as embedder:
+                await embedder.embed("warm")
+                await asyncio.gather(*[call(embedder, seed) for seed in range(count)])
+                return await embedder.stats()
+        except BaseException:
+            failed.set()
+            raise
+
+    runner = ThreadPoolExecutor(1)
+    running = runner.submit(asyncio.run, run())
+
+    def end() -> dict[str, Any]:
+        stop.set()
+        return running.result()
+
+    return end, lambda: not failed.is_set()
+
+
+class Work:
+    """Calls of ten texts each, and what became of them."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+        self.short = [row for row, text in enumerate(texts) if len(text) < 100]
+        self.outcomes: list[tuple[float, Embeddings, list[int]]] = []
+
+    def pick(self, chance: random.Random) -> list[int]:
+        return chance.sample(self.short, 10)
+
+    def texts_of(self, rows: list[int]) -> list[str]:
+        return [self.texts[row] for row in rows]
+
+    def answered(self, result: Embeddings, rows: list[int]) -> None:
+        self.outcomes.append((time.monotonic(), result, rows))
+
+    def backs_s(self, restarted_s: float) -> list[float]:
+        """Seconds after a moment of each answer of Triton since."""
         return [
-            at - restarted_at
-            for at, result, _ in list(outcomes)
-            if at > restarted_at and result.provider == "triton"
+            at - restarted_s
+            for at, result, _ in list(self.outcomes)
+            if at > restarted_s and result.provider == "triton"
         ]
 
+
+@pytest.mark.parametrize(
+    ("start", "callers", "share"),
+    [(by_threads, 32, 1.0), (by_tasks, 32, 1.0), (by_threads, 1, 0.3)],
+    ids=["32 threads", "32 tasks", "1 thread"],
+)
+def test_triton_killed_three_times_under_load(
+    settings: Settings,
+    tmp_path: Path,
+    texts: list[str],
+    expected: np.ndarray,
+    start: Any,
+    callers: int,
+    share: float,
+) -> None:
+    """No caller loses anything or gets anything wrong or mixed, and each is back on Triton soon."""
+    work, backs_s = Work(texts), []
     with restartable(settings, tmp_path) as (options, restart):
+        server = f"{options.host}:{options.grpc_port}"
+        local = {"model_id": NAMES["int8"], "path": str(settings.repository)}
         config = {
             "models": {
-                "server": {
-                    "provider": "triton",
-                    "model_id": MODEL,
-                    "url": f"{options.host}:{options.grpc_port}",
-                },
-                "local": {
-                    "provider": "onnx",
-                    "model_id": NAMES["int8"],
-                    "path": str(settings.repository),
-                },
+                "server": {"provider": "triton", "model_id": MODEL, "url": server},
+                "local": {"provider": "onnx", **local},
             },
             "fallback": ["local"],
         }
-        stop, done = threading.Event(), Counter()
-        short = [row for row, text in enumerate(texts) if len(text) < 100]
-        with Embedder(config=config) as embedder:
-            embedder.embed("warm")
-
-            def call(seed: int) -> None:
-                pick = random.Random(seed)
-                while not stop.is_set():
-                    rows = pick.sample(short, 10)
-                    result = embedder.embed([texts[row] for row in rows])
-                    outcomes.append((time.monotonic(), result, rows))
-                    done["texts"] += len(rows)
-
-            with ThreadPoolExecutor(CALLERS) as callers:
-                calling = [callers.submit(call, seed) for seed in range(CALLERS)]
-                try:
-                    for _ in range(KILLS):
-                        time.sleep(2)
-                        restart()
-                        restarted_at = time.monotonic()
-                        wait_until(lambda: backs(restarted_at))
-                        backs_s.append(min(backs(restarted_at)))
-                    while done["texts"] < TEXTS and all(one.running() for one in calling):
-                        time.sleep(0.1)
-                finally:
-                    stop.set()
-                for one in calling:
-                    one.result()  # raises what a caller met: nothing may be lost
-            stats = embedder.stats()
-    assert done["texts"] >= TEXTS
+        end, is_running = start(callers, config, work)
+        try:
+            for _ in range(KILLS):
+                time.sleep(2)
+                restart()
+                restarted_s = time.monotonic()
+                wait_until(lambda: work.backs_s(restarted_s))
+                backs_s.append(min(work.backs_s(restarted_s)))
+            while 10 * len(work.outcomes) < share * TEXTS and is_running():
+                time.sleep(0.1)
+        finally:
+            stats = end()
+    assert 10 * len(work.outcomes) >= share * TEXTS
     assert stats["errors"] == {}
     bars = {"fp32": 0.9999, "int8": 0.85}
-    for _, result, rows in outcomes:
+    for _, result, rows in work.outcomes:
         assert (result.provider, result.precision) in {("triton", "fp32"), ("onnx", "int8")}
         cosines = vectors.cosine(result.vectors, expected[rows])
         assert cosines.min() >= bars[result.precision]
-    assert {result.space for _, result, _ in outcomes} == {outcomes[0][1].space}
-    used = Counter(result.provider for _, result, _ in outcomes)
+    assert len({result.space for _, result, _ in work.outcomes}) == 1
+    used = Counter(result.provider for _, result, _ in work.outcomes)
     assert used["onnx"] > 0
     print(f"back on Triton {[round(one, 2) for one in backs_s]} s after its return; {dict(used)}")
     assert max(backs_s) <= 5

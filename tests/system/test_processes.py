@@ -100,7 +100,7 @@ def load():
 threads = [threading.Thread(target=load) for _ in range(4)]
 for thread in threads:
     thread.start()
-for attempt in range(10):
+for attempt in range(5):
     child = os.fork()
     if child == 0:
         signal.alarm(60)
@@ -332,9 +332,11 @@ embedder.close()
 for thread in threads:
     thread.join(20)
 assert not any(thread.is_alive() for thread in threads)
-answered = outcomes.pop("answered")
+outcomes.pop("answered", 0)
 assert outcomes == {{"this embedder is closed. Open another.": 16}}, outcomes
-time.sleep(3)
+until = time.monotonic() + 30  # an answer that was under way is still read
+while threading.active_count() > before and time.monotonic() < until:
+    time.sleep(0.1)
 assert threading.active_count() == before, threading.enumerate()
 """
     run(code)

@@ -24,7 +24,7 @@ from conftest import MODEL, ROOT, free_options, wait_until
 from test_versions import TEXTS, bare_caller, calling
 
 from halimede import Config, Embedder, Embeddings
-from halimede.providers.triton import canary
+from halimede.pipeline import canary
 from halimede_ops import vectors
 from halimede_ops.errors import (
     AccessDenied,
@@ -234,7 +234,7 @@ def test_a_canary_answers_its_share_of_keys(served: Served, versions: list[Built
         taken = {}
         for share in (0.1, 0.5):
             served.deployment.canary(share)
-            time.sleep(canary.CHECK_S)
+            time.sleep(canary.REFRESH_S)
             taken[share] = embedder.embed(MANY).versions == second
         assert 0.08 <= taken[0.1].mean() <= 0.12
         assert 0.46 <= taken[0.5].mean() <= 0.54

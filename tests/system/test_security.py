@@ -14,7 +14,7 @@ from conftest import MODEL, free_options
 from tritonclient.utils import InferenceServerException
 
 from halimede import Embedder
-from halimede.providers.triton.connection import Connection, Tls
+from halimede.providers.triton.connection import Tls, connect
 from halimede_ops.errors import HalimedeError, InvalidInput, ServeError, ServerUnreachable
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
@@ -107,7 +107,7 @@ def test_certificates_are_never_left_unused(files: dict[str, Path], url: str) ->
     with pytest.raises(InvalidInput, match="certificates are given.* write (grpc|http)s://local"):
         Embedder(config={"models": {"server": given}})
     with pytest.raises(InvalidInput, match="certificates are given"):
-        Connection(url, Tls(**tls))
+        connect(url, Tls(**tls))
 
 
 def test_http_which_has_no_tls_stays_on_loopback() -> None:

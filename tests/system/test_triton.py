@@ -30,6 +30,7 @@ from halimede import (
     ServerUnreachable,
     UnknownInputType,
 )
+from halimede.providers.triton import connection
 from halimede_ops import vectors
 from halimede_tools.bench.soak import BAD_REQUESTS
 from halimede_tools.build import towers
@@ -417,14 +418,11 @@ def test_full_queue_is_rejected_at_once_and_the_server_goes_on(
 
 def test_overload_is_a_typed_error() -> None:
     """Triton's word for a full queue becomes ServerOverloaded, which can be retried."""
-    from halimede.providers.triton.connection import _Translated
-
-    with pytest.raises(ServerOverloaded, match="Back off") as raised:
-        with _Translated("host:1", 1.0):
-            raise InferenceServerException(
-                "in ensemble 'm', Exceeds maximum queue size", "StatusCode.UNAVAILABLE"
-            )
-    assert raised.value.retryable
+    message = "in ensemble 'm', Exceeds maximum queue size"
+    error = connection.explained(message, connection.parse("host:1"))
+    assert isinstance(error, ServerOverloaded)
+    assert "host:1 has a full queue" in str(error)
+    assert error.retryable
 
 
 def test_health_metrics_and_config_are_triton_s_own(server: wheel.Server) -> None:

@@ -200,7 +200,8 @@ class GuardedTier:
         return values
 
     def _failed(self, operation: str, breaker: CircuitBreaker, error: Exception) -> None:
-        self.counts.errors += 1
+        with self._changed:
+            self.counts.errors += 1
         if time.monotonic() - self._last_warning_s[operation] >= WARNING_EVERY_S:
             self._last_warning_s[operation] = time.monotonic()
             # Not the message: it may contain a path or an address.
@@ -256,18 +257,24 @@ class GuardedTier:
     def _write(self) -> None:
         """Write the queue. After a failure the rest waits until writes work again."""
         until_s = math.inf
-        try:
-            while self._queue and time.monotonic() < until_s:
-                if until_s == math.inf and not threading.main_thread().is_alive():
-                    until_s = time.monotonic() + CLOSE_TIMEOUT_S
+        while self._goes_on_writing(until_s):
+            if until_s == math.inf and not threading.main_thread().is_alive():
+                until_s = time.monotonic() + CLOSE_TIMEOUT_S
+            try:
                 self._pool.submit(self._write_some).result(self.tier.timeout_s)
+            except Exception as error:
+                self._failed("writes", self._write_breaker, error)
+                until_s = -math.inf
+            else:
                 self._write_breaker.record_success()
-        except Exception as error:
-            self._failed("writes", self._write_breaker, error)
-        finally:
-            with self._changed:
-                self._is_writing = False
+
+    def _goes_on_writing(self, until_s: float) -> bool:
+        """Whether there is more to write and time. If not, `put` starts the next thread."""
+        with self._changed:
+            self._is_writing = bool(self._queue) and time.monotonic() < until_s
+            if not self._is_writing:
                 self._changed.notify_all()
+            return self._is_writing
 
     def _write_some(self) -> None:
         with self._changed:

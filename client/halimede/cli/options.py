@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from halimede.cli.printing import printable
-from halimede.inputs.texts import read_lines
 from halimede_ops.errors import InvalidInput
+from halimede_ops.lines import read_lines
 
 Url = Annotated[
     str | None,

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from halimede.cache import Cache, Disk, Memory, Redis, Tier
+from halimede.cache.disk import MIN_BYTES
 from halimede_ops.errors import InvalidConfig
 
 MIB = 2**20
@@ -27,7 +28,7 @@ class DiskCache(BaseModel):
 
     path: Path
     """Folder of the cache. Several processes can share it. `~` is the user's home."""
-    max_mb: PositiveInt = 1024
+    max_mb: int = Field(1024, ge=MIN_BYTES // MIB)
     """Largest size of the folder in MiB; the oldest vectors are evicted first."""
     ttl_s: PositiveFloat | None = Field(None, alias="ttl")
     """Seconds that a vector stays on disk. Default: until it is evicted."""
@@ -35,6 +36,8 @@ class DiskCache(BaseModel):
     @field_validator("path")
     @classmethod
     def _with_home(cls, path: Path) -> Path:
+        if path == Path() or "\0" in str(path):
+            raise ValueError("is no path of a folder")
         try:
             return path.expanduser()
         except RuntimeError:

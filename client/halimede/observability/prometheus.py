@@ -42,20 +42,25 @@ def register(
         if collector is None:
             collector = _collectors[registry] = _Collector()
             registry.register(collector)
-        return Registration(collector, collector.add(embedder, name))
+        return Registration(collector, embedder, collector.add(embedder, name))
 
 
 class Registration:
     """An embedder that is registered."""
 
-    def __init__(self, collector: _Collector, name: str) -> None:
+    def __init__(
+        self, collector: _Collector, embedder: Embedder | AsyncEmbedder, name: str
+    ) -> None:
         self._collector = collector
+        self._embedder = embedder
         self.name = name
         """Value of its label `embedder`."""
 
     def unregister(self) -> None:
         """Report the embedder no more. A second call does nothing."""
-        self._collector.embedders.pop(self.name, None)
+        with _lock:
+            if self._collector.embedders.get(self.name) is self._embedder:
+                del self._collector.embedders[self.name]
 
 
 class _Collector:

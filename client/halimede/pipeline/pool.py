@@ -24,7 +24,7 @@ class Pool:
         self._most = most
         self._name = f"halimede-{name}"
         self._changed = threading.Condition()
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls: deque[tuple[Future[Any], Callable[[], None]]] = deque()
         self._threads = self._idle = 0
         self._closed = False
 
@@ -49,7 +49,7 @@ class Pool:
             if self._closed:
                 future.cancel()
                 return future
-            self._calls.append(run)
+            self._calls.append((future, run))
             self._changed.notify()
             if len(self._calls) <= self._idle or self._threads == self._most:
                 return future
@@ -64,8 +64,11 @@ class Pool:
         """Cancel the calls that wait for a thread. Those under way end by themselves."""
         with self._changed:
             self._closed = True
+            waiting = list(self._calls)
             self._calls.clear()
             self._changed.notify_all()
+        for future, _ in waiting:
+            future.cancel()
 
     def _work(self, idle_s: float = IDLE_S) -> None:
         while True:
@@ -76,6 +79,6 @@ class Pool:
                 if not self._calls:
                     self._threads -= 1
                     return
-                run = self._calls.popleft()
+                future, run = self._calls.popleft()
             run()
-            del run  # what it refers to may be large
+            del future, run  # what they refer to may be large

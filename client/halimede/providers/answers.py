@@ -22,7 +22,10 @@ def to_matrix(rows: Any, count: int) -> np.ndarray:
         ServerError: there are not `count` rows of one length, or not all values are finite.
     """
     try:
-        vectors = np.asarray(rows, np.float32)
+        given = np.asarray(rows)
+        if given.dtype.kind not in "fiu":  # not words or truth values, which NumPy would convert
+            raise ValueError
+        vectors = given.astype(np.float32)
     except (TypeError, ValueError):
         raise ServerError("the provider's answer is not a list of vectors.") from None
     if vectors.ndim != 2 or len(vectors) != count or not vectors.shape[1]:

@@ -17,6 +17,9 @@ TIMED_OUT = (408, 504, 524)
 PASSING = (409, 423, 425)
 """Statuses below 500 after which the same request can succeed."""
 
+LASTING = (501, 505, 506, 510, 511)
+"""Statuses from 500 of a server that will not answer the same request otherwise."""
+
 
 def timed_out(provider: str, timeout_s: float) -> errors.DeadlineExceeded:
     """Return the error for a provider that did not answer in time."""
@@ -88,7 +91,7 @@ def _from_status(provider: str, status: int) -> errors.HalimedeError:
         return errors.DeadlineExceeded(f"{provider} exceeded its own time limit ({status}).")
     if status in (502, 503):
         return errors.ServerUnreachable(f"{provider} cannot be reached now ({status}). Send again.")
-    if status in PASSING or status >= 500:
+    if status in PASSING or (status >= 500 and status not in LASTING):
         return errors.ServerError(f"{provider} failed ({status}). Send again later.")
     if status in (400, 422):
         return errors.InvalidInput(

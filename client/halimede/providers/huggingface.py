@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,23 +48,25 @@ class HuggingFace(TextApi):
     """A model behind `feature_extraction`. Tokens are unknown."""
 
     def __init__(self, options: Options, sdk: Any) -> None:
-        super().__init__(options, MAX_TOKENS, MAX_BATCH_SIZE)
-        self._url = options.url or HOST
-        self._client = sdk.InferenceClient(
+        super().__init__(options, MAX_TOKENS, MAX_BATCH_SIZE, options.url)
+        key = options.key(KEY_ENV)
+        self._connect: Callable[[float], Any] = lambda timeout_s: sdk.InferenceClient(
             options.url or options.model_id,
             provider="hf-inference",
-            token=options.key(KEY_ENV),
-            timeout=options.timeout_s,
-            proxies=NO_PROXIES if is_local(self._url) else None,
+            token=key,
+            timeout=timeout_s,
+            proxies=NO_PROXIES if is_local(options.url or HOST) else None,
         )
+        """Returns a client: its time limit is one for all requests. Connections are the SDK's."""
+        self._client = None
 
     def _request(
         self, texts: Sequence[str], dimensions: int | None, timeout_s: float
     ) -> tuple[np.ndarray, np.ndarray]:
         try:
-            vectors = self._client.feature_extraction(texts, truncate=True)
+            vectors = self._connect(timeout_s).feature_extraction(texts, truncate=True)
         except Exception as error:  # requests', or the SDK's own, by its version
-            raise self._translated(error) from None
+            raise self._translated(error, timeout_s) from None
         if not isinstance(vectors, np.ndarray) or vectors.dtype.kind not in "fiu":
             raise invalid_answer(self.name, TypeError())
         if vectors.ndim == 3:
@@ -73,12 +75,12 @@ class HuggingFace(TextApi):
             )
         return to_matrix(vectors, len(texts)), unknown_tokens(len(texts))
 
-    def _translated(self, error: Exception) -> errors.HalimedeError:
+    def _translated(self, error: Exception, timeout_s: float) -> errors.HalimedeError:
         response = getattr(error, "response", None)
         if "Timeout" in type(error).__name__:
-            return timed_out(self.name, self._options.timeout_s)
+            return timed_out(self.name, timeout_s)
         if response is not None:
             return from_status(self.name, response.status_code, response.headers)
         if is_connection_error(error, "requests") and not isinstance(error, ValueError):
-            return unreachable(self.name, self._url)
+            return unreachable(self.name, self._url or HOST)
         return invalid_answer(self.name, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -47,15 +48,15 @@ class Ollama(TextApi):
     is_versioned = True
 
     def __init__(self, options: Options, sdk: Any) -> None:
-        super().__init__(options, DEFAULT_MAX_TOKENS, MAX_BATCH_SIZE)
+        super().__init__(options, DEFAULT_MAX_TOKENS, MAX_BATCH_SIZE, options.url)
         self._sdk = sdk
-        self._url = options.url
+        self._limits = threading.local()
         self._client = sdk.Client(
             options.url,
             timeout=options.timeout_s,
             trust_env=not is_local(options.url),
             # The SDK's own error has no headers.
-            event_hooks={"response": [self._check_status]},
+            event_hooks={"request": [self._limit], "response": [self._check_status]},
         )
 
     def _request(
@@ -108,6 +109,7 @@ class Ollama(TextApi):
             HalimedeError: the call failed.
         """
         try:
+            self._limits.timeout_s = timeout_s
             return send(self._client)
         except errors.HalimedeError:
             raise
@@ -121,6 +123,11 @@ class Ollama(TextApi):
             if is_connection_error(error, "httpx"):
                 raise unreachable(self.name, self._url) from None
             raise
+
+    def _limit(self, request: Any) -> None:
+        """Set a request's own time limit: the SDK has one for all."""
+        kinds = ("connect", "read", "write", "pool")
+        request.extensions["timeout"] = dict.fromkeys(kinds, self._limits.timeout_s)
 
     def _check_status(self, response: Any) -> None:
         if response.status_code >= 400:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import json
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as ConcurrentFuture
 from pathlib import Path
@@ -76,6 +78,18 @@ def connect(options: Options) -> list[Onnx]:
 
 _runs = ForkGate()
 """A child that is forked during a run of onnxruntime or OpenVINO may hang in its own."""
+
+
+_sessions: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _keep_sessions() -> None:
+    """In a forked child, never release the parent's sessions: they would wait for their threads."""
+    for session in list(_sessions):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+
+os.register_at_fork(after_in_child=_keep_sessions)
 
 
 class _Stamp(NamedTuple):
@@ -242,15 +256,13 @@ class Onnx:
         is_tight = on_cpu and served.precision in session.TIGHT_PADDING
 
         def open_session(streams: int) -> tuple[Any, list[str]]:
+            tight = is_tight and streams == 1
             with _runs.work():
-                return session.open_session(
-                    model,
-                    accelerators,
-                    threads,
-                    streams,
-                    facts.max_tokens,
-                    tight_padding=is_tight and streams == 1,
+                result = session.open_session(
+                    model, accelerators, threads, streams, facts.max_tokens, tight_padding=tight
                 )
+            _sessions.add(result[0])
+            return result
 
         opened, missing = open_session(self._streams)
         if missing and self._options.device != "auto":

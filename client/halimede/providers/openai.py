@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,11 @@ TRUNCATABLE = "text-embedding-3"
 MAX_TOKENS = 8191
 MAX_BATCH_SIZE = 2048
 KEY_ENV = "OPENAI_API_KEY"
+URL_ENV = "OPENAI_BASE_URL"
+"""The variable that the SDK reads without a `url`."""
+HOST = "https://api.openai.com/v1"
+MAX_COUNT = 2**31
+"""A number of tokens above this is none."""
 
 
 class Options(ApiOptions):
@@ -56,16 +62,17 @@ class OpenAI(TextApi):
     """A model behind OpenAI's protocol. Tokens are known only for a text sent alone."""
 
     def __init__(self, options: Options, sdk: Any) -> None:
-        super().__init__(options, MAX_TOKENS, MAX_BATCH_SIZE)
+        url = options.url or os.environ.get(URL_ENV)
+        super().__init__(options, MAX_TOKENS, MAX_BATCH_SIZE, url)
         self._sdk = sdk
         self._base64_works: bool | None = None
         logging.getLogger("openai._base_client").addFilter(_is_not_ours)
         self._client = sdk.OpenAI(
             api_key=options.key(KEY_ENV),
-            base_url=options.url,
+            base_url=url,
             max_retries=0,
             timeout=options.timeout_s,
-            http_client=sdk.DefaultHttpxClient(trust_env=not is_local(options.url or "")),
+            http_client=sdk.DefaultHttpxClient(trust_env=not is_local(url or HOST)),
         )
         if options.model_id in DIMS:
             self._model = self._described(DIMS[options.model_id])
@@ -91,8 +98,9 @@ class OpenAI(TextApi):
         finally:
             _in_request.reset(token)
         tokens = unknown_tokens(len(texts))
-        if len(texts) == 1 and answer.usage is not None:
-            tokens[0] = answer.usage.prompt_tokens
+        counted = getattr(answer.usage, "prompt_tokens", None)
+        if len(texts) == 1 and isinstance(counted, int) and 0 <= counted < MAX_COUNT:
+            tokens[0] = counted
         return to_matrix(embeddings, len(texts)), tokens
 
     def _asked(self, given: dict[str, Any]) -> Any:

@@ -29,10 +29,16 @@ class TextApi(abc.ABC):
     is_versioned = False
     """Whether the API reports a version, so that a change of the model can be noticed."""
 
-    def __init__(self, options: Options, max_tokens: int, max_batch_size: int) -> None:
-        """Prepare a provider; `max_tokens` is the limit unless the options give another."""
+    def __init__(
+        self, options: Options, max_tokens: int, max_batch_size: int, url: str | None = None
+    ) -> None:
+        """Prepare a provider; `max_tokens` is the limit unless the options give another.
+
+        `url` is the server's, which is part of the space. None: the provider's own.
+        """
         self.name = f"{options.provider}:{options.model_id}"
         self._options = options
+        self._url = url
         self._max_tokens = options.max_tokens or max_tokens
         self._max_batch_size = max_batch_size
         self._model: ServedModel | None = None
@@ -92,10 +98,9 @@ class TextApi(abc.ABC):
 
     def _described(self, dims: int) -> ServedModel:
         options = self._options
-        url = getattr(options, "url", None) or ""
         return ServedModel(
             name=options.model_id,
-            space=fingerprint(options.provider, url, options.model_id),
+            space=fingerprint(options.provider, self._url or "", options.model_id),
             precision=REMOTE_PRECISION,
             dims=dims,
             max_tokens=self._max_tokens,

@@ -11,8 +11,9 @@ import pytest
 
 from halimede.inputs.images import image_inputs, pair_inputs
 from halimede.inputs.options import CallOptions, check_options, check_progress, check_window
-from halimede.inputs.texts import encode_texts, read_lines, stream_of
+from halimede.inputs.texts import encode_texts, stream_of
 from halimede_ops.errors import InvalidDimensions, InvalidInput, InvalidText
+from halimede_ops.lines import read_lines
 
 RANGES = np.array([[-1, -1], [1, 1]], np.float64)
 

@@ -295,7 +295,7 @@ def test_onnx_notices_that_its_files_changed(settings: Settings, tmp_path: Path)
 
 
 def threads() -> set[threading.Thread]:
-    """All but those of the process's event loop, which stay."""
+    """All but those that end by themselves when they are idle."""
     kept = ("halimede", "asyncio_")
     return {thread for thread in threading.enumerate() if not thread.name.startswith(kept)}
 

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from halimede.inputs.texts import read_lines
 from halimede_engine import session
 from halimede_ops import spec, vectors
 from halimede_ops.errors import InvalidInput, QualityError
 from halimede_ops.fusion import ARRAYS, Fusion
+from halimede_ops.lines import read_lines
 from halimede_ops.spec import ModelSpec
 from halimede_repository import configs
 from halimede_tools.build import model_config, repository, towers

@@ -11,10 +11,12 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import Future as ConcurrentFuture
 from pathlib import Path
 from typing import Any
@@ -125,10 +127,11 @@ class SentenceTransformers:
 
     def _running(self) -> _Worker:
         with self._starting:
-            if self._worker is None or not self._worker.is_running:
+            worker = self._worker
+            if worker is None or not worker.is_running:
                 self._end_worker()
-                self._worker = self._started()
-            return self._worker
+                worker = self._started()
+            return worker
 
     def _end_worker(self) -> None:
         worker, self._worker = self._worker, None
@@ -138,7 +141,7 @@ class SentenceTransformers:
     def _started(self) -> _Worker:
         if self._is_closed:
             raise errors.ServerUnreachable(f"{self.name} is closed.")
-        worker = _Worker(self.name)
+        worker = self._worker = _Worker(self.name)  # where `close` finds it
         opening = {"model": str(self._options.path or self._options.model_id)}
         try:
             facts = worker.request({**opening, "device": self._options.device}).result(
@@ -151,6 +154,8 @@ class SentenceTransformers:
             worker.close()
             raise
         worker.model = self._served(facts)
+        if self._is_closed:
+            worker.close()
         return worker
 
     def _served(self, facts: dict[str, Any]) -> ServedModel:
@@ -189,6 +194,7 @@ class _Worker:
         self._waiting: dict[int, ConcurrentFuture[dict[str, Any]]] = {}
         self._answered_s = time.monotonic()
         self._has_ended = False
+        _workers.add(self)
         self._listening = threading.Thread(target=self._listen, name="halimede-worker", daemon=True)
         self._listening.start()
 
@@ -237,23 +243,44 @@ class _Worker:
     def _listen(self) -> None:
         """Give each answer to the request that waits for it, until the process ends."""
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._answered_s = time.monotonic()
-            answer = json.loads(line)
-            waiting = self._waiting.pop(answer["id"], None)
-            if waiting is None:
-                continue
-            if "error" in answer:
-                error_class = getattr(errors, answer["error"])
-                waiting.set_exception(error_class(answer["message"], **answer.get("place", {})))
-            else:
-                waiting.set_result(answer)
-        self._has_ended = True
-        while self._waiting:
-            with contextlib.suppress(KeyError):
-                self._waiting.popitem()[1].set_exception(self._died())
+        try:
+            for line in self._process.stdout:
+                self._answered_s = time.monotonic()
+                self._deliver(json.loads(line))
+        except (ValueError, OSError):  # it died within a line, or the pipe was closed
+            self._process.kill()
+        finally:
+            self._has_ended = True
+            while self._waiting:
+                with contextlib.suppress(KeyError):
+                    self._waiting.popitem()[1].set_exception(self._died())
+
+    def _deliver(self, answer: dict[str, Any]) -> None:
+        waiting = self._waiting.pop(answer["id"], None)
+        if waiting is None:
+            return
+        if "error" in answer:
+            error_class = getattr(errors, answer["error"])
+            waiting.set_exception(error_class(answer["message"], **answer.get("place", {})))
+        else:
+            waiting.set_result(answer)
 
     def _died(self) -> errors.ServerUnreachable:
         return errors.ServerUnreachable(
             f"the process of {self._name} ended. The next request starts it again."
         )
+
+
+_workers: weakref.WeakSet[_Worker] = weakref.WeakSet()
+
+
+def _close_copies() -> None:
+    """Close the pipes that a forked child has of its parent's workers, which end with them."""
+    for worker in list(_workers):
+        for pipe in (worker._process.stdin, worker._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    os.close(pipe.fileno())
+
+
+os.register_at_fork(after_in_child=_close_copies)

@@ -33,6 +33,7 @@ class HttpConnection:
         self._tls = tls
         self._lock = threading.Lock()
         self._client: httpx.Client | None = None
+        self._is_closed = False
         self._pool = Pool(REQUESTS_IN_FLIGHT, "http")
 
     def start(
@@ -51,6 +52,7 @@ class HttpConnection:
         """Close the connections."""
         self._pool.close()
         with self._lock:
+            self._is_closed = True
             client, self._client = self._client, None
         if client is not None:
             client.close()
@@ -67,7 +69,9 @@ class HttpConnection:
             )
         except httpx.TimeoutException:
             raise timed_out(str(self.address), timeout_s) from None
-        except httpx.RemoteProtocolError:
+        except httpx.RemoteProtocolError as error:
+            if "disconnected" in str(error) or "incomplete" in str(error):  # it died
+                raise self.address.unreachable() from None
             raise self.address.not_triton("it does not answer in HTTP") from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError, RuntimeError):
             raise self.address.unreachable() from None
@@ -82,6 +86,8 @@ class HttpConnection:
 
     def _opened(self) -> httpx.Client:
         with self._lock:
+            if self._is_closed:
+                raise self.address.unreachable()
             if self._client is None:
                 limits = httpx.Limits(max_connections=REQUESTS_IN_FLIGHT)
                 self._client = httpx.Client(

@@ -10,8 +10,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from halimede.inputs.texts import read_lines
 from halimede_ops.errors import InvalidInput
+from halimede_ops.lines import read_lines
 
 SENTENCES = (Path(__file__).parent / "data" / "sentences.txt").read_text("utf-8").splitlines()
 
