@@ -38,6 +38,8 @@ FEW_TOKENS = (4, 15)
 DIRECT, IN_PROCESS = "tokenizer + session", "Embedder in process"
 STUB, OVER_GRPC = "bare gRPC stub", "Embedder over gRPC"
 TORCH = "sentence-transformers"
+PAIRS = ((DIRECT, IN_PROCESS), (STUB, OVER_GRPC))
+"""What is compared."""
 PACKAGES = ("onnxruntime-openvino", "grpcio", "sentence-transformers", "torch")
 TORCH_WORKER = """
 import json, sys, time
@@ -77,10 +79,9 @@ def lone(settings: Settings, model: str, precisions: Sequence[str], rounds: int)
         [*report.goals(_goals(seconds)), "", *report.table(columns, rows)],
         report.origin("halimede bench lone", model, PACKAGES),
         [
-            f"Milliseconds, p50 of {rounds} rounds of {CALLS - 2} calls. In each round every "
-            "way has its turn with every text; another one begins each round. The server runs on "
-            "the same cores. "
-            "The bare stub's request is made, sent, and its vector read as an array.",
+            f"Milliseconds, p50 of {rounds} rounds of {CALLS - 2} calls. In each round every way has "
+            "its turn with every text; the two over gRPC alternate call by call. The server runs "
+            "on the same cores. The bare stub's request is made, sent, and its vector read.",
         ],
     )
 
@@ -89,25 +90,37 @@ def _measure(
     callers: Mapping[str, Call], torch: Callable[[str], list[float]], texts: Sequence[str],
     rounds: int,
 ) -> Seconds:  # fmt: skip
-    names = list(callers)
     seconds: Seconds = {}
     for number in range(rounds + 1):
-        first = number % len(names)
         for tokens, text in zip(TOKENS, texts, strict=True):
-            for name in names[first:] + names[:first] + [TORCH]:
-                taken = torch(text) if name == TORCH else _timed(callers[name], text)
-                if number:  # the first round warms
-                    seconds.setdefault((name, tokens), []).extend(taken[2:])
+            taken = {TORCH: torch(text)}
             time.sleep(PAUSE_S)
+            for names in _turns(number):
+                taken |= _timed(callers, names, text)
+            if number:  # the first round warms
+                for name, measured in taken.items():
+                    seconds.setdefault((name, tokens), []).extend(measured[2:])
     return seconds
 
 
-def _timed(call: Call, text: str) -> list[float]:
-    seconds = []
+def _turns(number: int) -> list[Sequence[str]]:
+    """The ways in the order of their turns in a round; those of one turn alternate call by call.
+
+    The two over gRPC use one session. In process each has its own, which would be cold after a call
+    of the other.
+    """
+    order = (-1) ** number
+    return [*((name,) for name in PAIRS[0][::order]), PAIRS[1][::order]]
+
+
+def _timed(callers: Mapping[str, Call], names: Sequence[str], text: str) -> dict[str, list[float]]:
+    """Seconds of calls of these ways in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(CALLS):
-        began = time.perf_counter()
-        call(text)
-        seconds.append(time.perf_counter() - began)
+        for name in names:
+            began = time.perf_counter()
+            callers[name](text)
+            seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
@@ -229,7 +242,7 @@ def _rows(precision: str, seconds: Seconds) -> Iterator[list[str]]:
 
 def _goals(seconds: Mapping[str, Seconds]) -> Iterator[report.Goal]:
     for precision, measured in seconds.items():
-        for way, base in ((IN_PROCESS, DIRECT), (OVER_GRPC, STUB)):
+        for base, way in PAIRS:
             added = [
                 _p50_ms(measured, way, tokens) - _p50_ms(measured, base, tokens)
                 for tokens in TOKENS
