@@ -79,9 +79,9 @@ def lone(settings: Settings, model: str, precisions: Sequence[str], rounds: int)
         [*report.goals(_goals(seconds)), "", *report.table(columns, rows)],
         report.origin("halimede bench lone", model, PACKAGES),
         [
-            f"Milliseconds, p50 of {rounds} rounds of {CALLS - 2} calls. In each round every way has "
-            "its turn with every text; the two over gRPC alternate call by call. The server runs "
-            "on the same cores. The bare stub's request is made, sent, and its vector read.",
+            f"Milliseconds, p50 of {rounds} rounds of {CALLS - 2} calls. In each round every way "
+            "has its turn with every text; the two over gRPC alternate call by call. The server "
+            "runs on the same cores. The bare stub's request is made, sent, and its vector read.",
         ],
     )
 
