@@ -235,6 +235,8 @@ def test_a_canary_answers_its_share_of_keys(served: Served, versions: list[Built
         for share in (0.1, 0.5):
             served.deployment.canary(share)
             time.sleep(canary.REFRESH_S)
+            embedder.embed("beside this call the share is read")
+            time.sleep(0.5)
             taken[share] = embedder.embed(MANY).versions == second
         assert 0.08 <= taken[0.1].mean() <= 0.12
         assert 0.46 <= taken[0.5].mean() <= 0.54
@@ -354,11 +356,11 @@ class Killed(Control):
 
     calls = 0
 
-    def _call(self, send: Any, timeout_s: float) -> Any:
+    def _ask(self, method: str, message: Any, timeout_s: float) -> Any:
         self.calls -= 1
         if self.calls < 0:
             raise KeyboardInterrupt
-        return super()._call(send, timeout_s)
+        return super()._ask(method, message, timeout_s)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def _sticky_key(value: object) -> bytes:
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):
-        raise InvalidInput(f"sticky_key is {_shown(value)}; give a str.")
+        raise InvalidInput(f"sticky_key is {type(value).__name__}; give a str.")
     try:
         return value.encode()
     except UnicodeEncodeError:

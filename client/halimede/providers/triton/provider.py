@@ -7,6 +7,7 @@ proves it. Otherwise the answer is not proven, and the model is described again 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
@@ -150,8 +151,9 @@ class Triton:
         if kind not in (None, model.input):
             raise input_kinds.unsupported(kind, self.name, configured.input)
         if self._follow_canary and model.version and not model.name.endswith(configs.CANDIDATE):
-            candidate = self._candidate(model.name + configs.CANDIDATE, timeout_s)
-            model = dataclasses.replace(model, candidate=candidate)
+            with contextlib.suppress(errors.HalimedeError):  # the next read may succeed
+                candidate = self._candidate(model.name + configs.CANDIDATE, timeout_s)
+                model = dataclasses.replace(model, candidate=candidate)
         return model
 
     def _candidate(self, name: str, timeout_s: float) -> ServedModel | None:

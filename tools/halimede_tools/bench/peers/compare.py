@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import numpy as np
 
 import halimede_tools
@@ -153,6 +154,89 @@ class Process:
             return saved["together"], saved["alone"]
 
     def memory_bytes(self) -> int:
+        """Memory of the process and its children, what they share counted once."""
+        return memory_bytes(self._process.pid)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+class Served:
+    """One model on a Triton of its own, as `halimede serve` starts it, with the process of a client
+    and one that sends single texts.
+    """
+
+    def __init__(self, engine: Engine, settings: Settings, model: str, port: int) -> None:
+        self.engine = engine
+        self.name = served_name(model, engine.precision)
+        options = wheel.Options(
+            http_port=port, grpc_port=port + 1, metrics_port=port + 2, models=(self.name,)
+        )
+        self._open = contextlib.ExitStack()
+        began = time.perf_counter()
+        self._server = self._open.enter_context(
+            wheel.serve(
+                settings.repository, settings.python_backend, settings.run(port + 1), options
+            )
+        )
+        first_embedding(self._server.http_address, self.name)
+        self.cold_start_s = time.perf_counter() - began
+        """From the start of Triton to the first embedding."""
+        self._client = Process(engine, settings, model, self._server.grpc_address)
+        self._load = Process(engine, settings, model, self._server.grpc_address)
+
+    def measure(self, case: Case) -> Figures:
+        """The figures of one case; `cpu_s` is the client's or the load generator's."""
+        if case.way == "together":
+            return self._client.measure(case)
+        if case.way == "beside":
+            return self._beside_bulk(case)
+        return self._single(case)
+
+    def _beside_bulk(self, case: Case) -> Figures:
+        done = threading.Event()
+
+        def send_bulk() -> list[float]:
+            calls_s = []
+            while not done.is_set():
+                calls_s.append(self._client.ask("together", "mixed", BULK_TEXTS, 1)["seconds"])
+            return calls_s
+
+        with ThreadPoolExecutor(1) as sender:
+            bulk = sender.submit(send_bulk)
+            time.sleep(BULK_LEAD_S)
+            figures = self._single(case)
+            done.set()
+        calls_s = bulk.result()
+        return figures | {"bulk_texts_per_s": len(calls_s) * BULK_TEXTS / sum(calls_s)}
+
+    def _single(self, case: Case) -> Figures:
+        return self._load.measure(case._replace(way="load"), self._server.grpc_address, self.name)
+
+    def vectors(self) -> tuple[np.ndarray, np.ndarray]:
+        """As a Process."""
+        return self._client.vectors()
+
+    def memory_bytes(self) -> int:
+        """Memory of Triton and its Python process, what they share counted once."""
+        return memory_bytes(self._server.process.pid)
+
+    def close(self) -> None:
+        """End the clients, then the server."""
+        self._client.close()
+        self._load.close()
+        self._open.close()
+
+
+def first_embedding(http_address: str, model: str) -> None:
+    """Raise unless the server embeds a text."""
+    tensor = {"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": ["hello world"]}
+    url = f"http://{http_address}/v2/models/{model}/infer"
+    httpx.post(url, json={"inputs": [tensor]}, timeout=60).raise_for_status()
+
+
+def memory_bytes(self) -> int:
         """Memory of the process and its children, what they share counted once."""
         return memory_bytes(self._process.pid)
 
