@@ -46,7 +46,7 @@ STREAM_WINDOW = 1024
 IMAGES_WINDOW = 64
 """Images in one part of a stream."""
 PROVIDER = ("name", "describe", "embed", "close")
-"""What a provider must have."""
+"""Attributes that a provider must have."""
 
 
 class EmbedOptions(TypedDict, total=False):
@@ -76,7 +76,7 @@ class PairOptions(TextOptions, ImageOptions, total=False):
 
 
 class _BaseEmbedder:
-    """What both embedders share. A process has its own pipeline, so that it survives a fork."""
+    """The part that both embedders share. Each process has its own pipeline, also after a fork."""
 
     def __init__(
         self,
@@ -104,10 +104,12 @@ class _BaseEmbedder:
         Raises:
             InvalidConfig: the configuration or an argument is invalid.
         """
-        self.config = resolve(
-            config, url=url, model=model, timeout_s=timeout_s, deadline_s=deadline_s
-        )
-        self._providers = _checked(providers)
+        resolved = resolve(config, url=url, model=model, timeout_s=timeout_s, deadline_s=deadline_s)
+        self._set_up(resolved, _checked(providers))
+
+    def _set_up(self, config: Config, providers: tuple[Provider, ...]) -> None:
+        self.config = config
+        self._providers = providers
         self._is_closed = False
         self._pipelines = {os.getpid(): self._open()}
 
@@ -141,7 +143,7 @@ class _BaseEmbedder:
             Fetch(config.urls),
             providers=self._providers,
             cache=None if config.cache is None else config.cache.open(),
-            model_check_s=1.0 if config.cache is None else config.cache.model_check_s,
+            model_check_s=math.inf if config.cache is None else config.cache.model_check_s,
         )
 
     def _close(self) -> None:
@@ -183,12 +185,12 @@ def _checked(providers: Sequence[Provider]) -> tuple[Provider, ...]:
     return tuple(providers)
 
 
-def _restored(kind: type[_BaseEmbedder], config: Config, providers: Sequence[Provider]) -> Any:
+def _restored(
+    kind: type[_BaseEmbedder], config: Config, providers: tuple[Provider, ...]
+) -> _BaseEmbedder:
     """Make the embedder of a configuration as it was resolved, without the environment."""
     embedder = kind.__new__(kind)
-    embedder.config, embedder._providers = config, tuple(providers)
-    embedder._is_closed = False
-    embedder._pipelines = {os.getpid(): embedder._open()}
+    embedder._set_up(config, providers)
     return embedder
 
 

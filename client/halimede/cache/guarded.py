@@ -116,9 +116,6 @@ class GuardedTier:
         with self._changed:
             for key, value in values:
                 self._enqueue(key, value)
-            if self._is_writing or self._is_closed or self._write_breaker.is_open:
-                return
-            self._is_writing = True
         self._start_writing()
 
     def flush(self) -> None:
@@ -188,7 +185,8 @@ class GuardedTier:
         if value is None:
             return None
         if not is_intact(key, value, expect):
-            self.counts.corrupt += 1
+            with self._changed:
+                self.counts.corrupt += 1
             return None
         return value if is_fresh(value, expect) else None
 
@@ -217,10 +215,6 @@ class GuardedTier:
     def _probe_writes(self, timeout_s: float) -> None:
         self._probe("writes", self._write_some)
         self._write_breaker.record_success()
-        with self._changed:
-            if self._is_writing or self._is_closed:
-                return
-            self._is_writing = True
         self._start_writing()
 
     def _probe(self, operation: str, attempt: Callable[[], object]) -> None:
@@ -228,7 +222,8 @@ class GuardedTier:
         try:
             self._pool.submit(attempt).result(self.tier.timeout_s)
         except Exception:
-            self.counts.errors += 1
+            with self._changed:
+                self.counts.errors += 1
             raise
         log.info("cache tier %s: %s work again", self.tier.name, operation)
 
@@ -246,6 +241,11 @@ class GuardedTier:
                 self._queue_bytes -= len(self._queue.pop(key))
 
     def _start_writing(self) -> None:
+        """Write the queue in a thread, unless one does so already or writes fail."""
+        with self._changed:
+            if self._is_writing or self._is_closed or self._write_breaker.is_open:
+                return
+            self._is_writing = True
         # Not a daemon: the interpreter waits for it, so that nothing is lost when a program ends.
         # After that, and where no thread can start, the caller's thread writes.
         if threading.main_thread().is_alive():

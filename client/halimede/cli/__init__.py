@@ -55,14 +55,7 @@ Version = Annotated[
 
 
 @app.callback()
-def _options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", help="Print the version.", callback=_print_version, is_eager=True
-        ),
-    ] = False,
-) -> None: ...
+def _options(version: Version = False) -> None: ...
 
 
 if importlib.util.find_spec(TOOLS):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 InputKind = Literal["text", "image", "pair"]
 """A text, an image, or a text and an image that are embedded as one vector."""
 
+EMBEDDER_METHODS: Mapping[InputKind, str] = {
+    "text": "embed",
+    "image": "embed_images",
+    "pair": "embed_multimodal",
+}
+"""The embedder's method for each kind."""
 INPUT_KINDS: tuple[InputKind, ...] = get_args(InputKind)
 
 

@@ -10,15 +10,9 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
-from halimede.inputs.content import InputKind
+from halimede.inputs.content import EMBEDDER_METHODS, InputKind
 from halimede_ops.errors import InvalidDimensions, InvalidInput
 from halimede_ops.quantise import OUTPUT_TYPES, OutputType
-
-METHODS: dict[InputKind, str] = {
-    "text": "embed",
-    "image": "embed_images",
-    "pair": "embed_multimodal",
-}
 
 
 class CallOptions(NamedTuple):
@@ -91,7 +85,7 @@ def _unknown(kind: InputKind, name: str) -> InvalidInput:
     near = difflib.get_close_matches(name, known, 1)
     suggestion = f" Did you mean {near[0]}?" if near else ""
     return InvalidInput(
-        f"{METHODS[kind]}() has no option `{name}`.{suggestion} Known: {', '.join(known)}."
+        f"{EMBEDDER_METHODS[kind]}() has no option `{name}`.{suggestion} Known: {', '.join(known)}."
     )
 
 

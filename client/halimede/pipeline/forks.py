@@ -16,7 +16,7 @@ FORK_WAIT_S = 5.0
 
 
 class ForkGate:
-    """Counts the work under way. A fork waits until there is none, and new work for the fork."""
+    """Counts the work under way. A fork waits until the count is 0; new work waits for the fork."""
 
     def __init__(self) -> None:
         self._within = threading.local()

@@ -17,7 +17,7 @@ from halimede.pipeline import canary
 from halimede.pipeline.circuit_breaker import PROBE_TIMEOUT_S, CircuitBreaker, is_down
 from halimede.pipeline.pool import Pool
 from halimede.pipeline.sharing import Gate, Lifetime, SharedRead
-from halimede.pipeline.waiting import Flow, Future, Wait, drive, result_of, shared_result
+from halimede.pipeline.waiting import Flow, Future, drive, pause, result_of, shared_result
 from halimede.providers import open_providers
 from halimede.providers.base import Answer, Options, Provider, Request, concatenate, reindexed
 from halimede.providers.http_errors import timed_out
@@ -85,7 +85,8 @@ class Replica:
         self, kind: InputKind | None, until_s: float, *, fresh: bool = False
     ) -> Flow[ServedModel]:
         """Read the model for a kind. Concurrent calls share a read, and none can end it."""
-        return (yield from self._finished(self._read(kind, fresh=fresh), until_s))
+        read = self._read(kind, fresh=fresh)
+        return (yield from self._limited(shared_result, read, self._timeout_s(until_s)))
 
     def embed(self, request: Request, until_s: float) -> Flow[Answer]:
         """Return the answer of the model, or of its canary, as last described."""
@@ -118,7 +119,9 @@ class Replica:
             future = self._provider.embed(request, timeout_s)
             # A future that is done needs no flow, which costs as much as the rest of this function.
             answer = (
-                future.result() if future.done() else (yield from self._result(future, timeout_s))
+                future.result()
+                if future.done()
+                else (yield from self._limited(result_of, future, timeout_s))
             )
             if not answer.is_proven:
                 again = yield from self.describe(request.kind, until_s, fresh=True)
@@ -183,16 +186,12 @@ class Replica:
             return self._options.timeout_s
         return min(self._options.timeout_s, max(until_s - time.monotonic(), 0.001))
 
-    def _result(self, future: Future[T], timeout_s: float) -> Flow[T]:
+    def _limited(
+        self, wait_for: Callable[[Future[T], float], Flow[T]], future: Future[T], timeout_s: float
+    ) -> Flow[T]:
+        """Return what `result_of` or `shared_result` returns within the time limit."""
         try:
-            return (yield from result_of(future, time.monotonic() + timeout_s))
-        except TimeoutError:
-            raise timed_out(self._provider.name, timeout_s) from None
-
-    def _finished(self, read: Future[ServedModel], until_s: float) -> Flow[ServedModel]:
-        timeout_s = self._timeout_s(until_s)
-        try:
-            return (yield from shared_result(read, time.monotonic() + timeout_s))
+            return (yield from wait_for(future, time.monotonic() + timeout_s))
         except TimeoutError:
             raise timed_out(self._provider.name, timeout_s) from None
         except CancelledError:
@@ -344,8 +343,8 @@ class GuardedProvider:
             except TimeoutError:
                 raise timed_out(self.name, self.options.timeout_s) from None
         replicas = self._by_load()
-        began_s = time.monotonic()
         for replica in replicas:
+            began_s = time.monotonic()
             replica.in_flight.add(token := object())
             try:
                 answer = yield from ask(replica)
@@ -408,9 +407,7 @@ class GuardedProvider:
                     or time.monotonic() + pause_s >= until_s
                 ):
                     raise
-            pause_until_s = time.monotonic() + pause_s
-            while time.monotonic() < pause_until_s:
-                yield Wait((), pause_until_s)
+            yield from pause(time.monotonic() + pause_s)
         raise AssertionError
 
     def _take_turn(self, period_s: float, until_s: float) -> Flow[None]:
@@ -423,9 +420,8 @@ class GuardedProvider:
             )
         yield from self._pace.enter()
         try:
-            while (now_s := time.monotonic()) < self._free_s:
-                yield Wait((), self._free_s)
-            self._free_s = now_s + period_s
+            yield from pause(self._free_s)
+            self._free_s = time.monotonic() + period_s
         finally:
             self._pace.leave()
 

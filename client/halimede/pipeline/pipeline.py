@@ -20,7 +20,7 @@ from halimede.inputs.content import Content, Input, InputKind, ReadOptions
 from halimede.inputs.options import CallOptions
 from halimede.inputs.urls import Fetch
 from halimede.observability import tracing
-from halimede.observability.progress import Progress
+from halimede.observability.progress import NO_PROGRESS, Progress
 from halimede.observability.statistics import Statistics
 from halimede.pipeline import batching
 from halimede.pipeline.fallback import Fallback, Rules
@@ -63,14 +63,14 @@ ABOUT_ONE_INPUT = (InvalidImage, ImageTooLarge, InvalidText, UrlRefused, FetchFa
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What a caller asks for."""
+    """The inputs and options of one call."""
 
     inputs: Sequence[Input]
     kind: InputKind
     options: CallOptions
     first: int = 0
     """Index of the first input in its stream."""
-    progress: Progress | None = None
+    progress: Progress = NO_PROGRESS
     may_block: bool = False
     """Whether the caller's thread waits for this call."""
 
@@ -86,7 +86,7 @@ class Pipeline:
         *,
         providers: Sequence[Provider] = (),
         cache: Cache | None = None,
-        model_check_s: float = 1.0,
+        model_check_s: float,
     ) -> None:
         """A pipeline over these providers, or over those that the options describe.
 
@@ -201,8 +201,7 @@ class Pipeline:
                     raise
                 self._lifetime.check()
                 failures[provider] = error
-                if call.progress is not None:
-                    call.progress.restart()
+                call.progress.restart()
         raise self._fallback.failed(failures)
 
     def _on(self, provider: GuardedProvider, call: Call, until_s: float) -> Flow[Embeddings]:
@@ -233,8 +232,7 @@ class Pipeline:
                 return (yield from attempt.result())
             except ModelChanged:
                 provider.forget()
-                if call.progress is not None:
-                    call.progress.restart()
+                call.progress.restart()
         raise ServerError(
             f"{provider.name} changed its model {MODEL_CHANGES} times during one call. Do its "
             "addresses serve the same model?"
@@ -338,7 +336,7 @@ class _Attempt(NamedTuple):
                 error = type(error)(f"{self.call.kind} {index}: {error}", index=index)
             if self.call.options.errors == "raise":
                 self.failed.append(index)  # those under way may be before it
-            self._advance(1)
+            self.call.progress.advance(1)
             return error
         finally:
             self.pipeline.images.leave()
@@ -375,7 +373,7 @@ class _Attempt(NamedTuple):
         )
         expect = Expect(self.dims, self.provider.options.cache_ttl_s)
         entries, cached = yield from cache.get_or_compute(keys, compute, expect)
-        self._advance(int(cached.sum()))
+        self.call.progress.advance(int(cached.sum()))
         versions = np.array([made_by.get(key, 0) for key in keys], np.int64)
         return _Part(
             Answer(entries.vectors, entries.tokens, self.model, entries.images, versions), cached
@@ -414,12 +412,8 @@ class _Attempt(NamedTuple):
         )
         answer = yield from self.provider.embed(request, self.until_s)
         _check(answer, self.model, len(contents), self.dims)
-        self._advance(len(contents))
+        self.call.progress.advance(len(contents))
         return answer
-
-    def _advance(self, inputs: int) -> None:
-        if self.call.progress is not None:
-            self.call.progress.advance(inputs)
 
 
 class _Part(NamedTuple):

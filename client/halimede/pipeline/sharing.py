@@ -1,4 +1,4 @@
-"""What concurrent calls share: reads, places in a queue, and the end of their owner."""
+"""Pieces that concurrent calls share: futures, coalesced reads, a gate, a lifetime."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Future(Protocol[T_co]):
 
 
 class Wait(NamedTuple):
-    """What a flow waits for: the first of some futures, or a moment."""
+    """A flow yields this. It goes on when one of the futures is done, or at `until_s`."""
 
     futures: Sequence[Future[Any]] = ()
     until_s: float = math.inf
@@ -51,6 +51,10 @@ class Wait(NamedTuple):
     def is_over(self) -> bool:
         """Whether the flow can go on."""
         return any(future.done() for future in self.futures) or time.monotonic() >= self.until_s
+
+    def left_s(self) -> float | None:
+        """Seconds until `until_s`, at least 0. None: there is no such moment."""
+        return None if self.until_s == math.inf else max(0.0, self.until_s - time.monotonic())
 
 
 Flow = Generator[Wait, None, T]
@@ -64,9 +68,7 @@ def drive(flow: Flow[T]) -> T:
             woken = threading.Event()
             for future in wait.futures:
                 future.add_done_callback(_wakes(woken))
-            left_s = wait.until_s - time.monotonic()
-            # An Event cannot wait for longer than about 292 years.
-            woken.wait(None if left_s == math.inf else max(0.0, left_s))
+            woken.wait(wait.left_s())
     except StopIteration as stop:
         result: T = stop.value
         return result
@@ -100,13 +102,19 @@ async def _wait(wait: Wait) -> None:
 
     for future in wait.futures:
         future.add_done_callback(wake)
-    left_s = wait.until_s - time.monotonic()
-    timer = None if left_s == math.inf else loop.call_later(max(0.0, left_s), woken.set)
+    left_s = wait.left_s()
+    timer = None if left_s is None else loop.call_later(left_s, woken.set)
     try:
         await woken.wait()
     finally:
         if timer is not None:
             timer.cancel()
+
+
+def pause(until_s: float) -> Flow[None]:
+    """Wait until a moment on the clock `time.monotonic`."""
+    while time.monotonic() < until_s:
+        yield Wait((), until_s)
 
 
 def result_of(future: Future[T], until_s: float = math.inf) -> Flow[T]:

@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from halimede.inputs.content import InputKind
+from halimede.inputs.content import EMBEDDER_METHODS, InputKind
 from halimede.providers.base import Request
 from halimede_ops.errors import UnsupportedInput
 
-EMBEDDER_METHODS: Mapping[InputKind, str] = {
-    "text": "embed",
-    "image": "embed_images",
-    "pair": "embed_multimodal",
-}
-"""The embedder's method for each kind."""
 BY_PARAMETER: Mapping[str, InputKind] = {"text": "text", "image": "image", "multimodal": "pair"}
 """The kind for each value of a built model's config parameter `input`."""
 

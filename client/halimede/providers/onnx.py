@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as ConcurrentFuture
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from pydantic import Field, PositiveInt
@@ -49,8 +49,6 @@ MEMORY_WORDS = ("memory", "alloc")
 """Words in onnxruntime's errors when an allocation fails."""
 EXIT_WAIT_S = 10.0
 """Maximum time that the end of a program waits for a model that is being opened."""
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 class Options(BaseOptions):

@@ -164,7 +164,7 @@ class Address(NamedTuple):
 
     def unreachable(self) -> errors.ServerUnreachable:
         """Return the error for a server that does not answer."""
-        proxy = proxy_for(self.url)
+        proxy = self.proxy
         way = f" through the proxy {proxy} of the environment" if proxy else ""
         advice = (
             "Check the proxy, or add the host to no_proxy"
