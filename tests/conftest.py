@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 
 ROOT = Path(__file__).resolve().parents[1]
+from halimede_engine import cores
 from halimede_repository import configs
 from halimede_tools.build.samples import corpus
 from halimede_tools.serve import ports, programs, wheel
@@ -158,3 +160,30 @@ def expected(source: Path, texts: list[str]) -> np.ndarray:
     from halimede_tools.build.describe import ModelOptions
 
     return reference(source, texts, ModelOptions(MODEL))
+
+
+def _remove_cgroup(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # a process that was killed may not have ended yet
+        folder.rmdir()
+
+
+@pytest.fixture
+def one_cpu() -> Iterator[Path]:
+    """`cgroup.procs` of a real cgroup with a quota of one CPU, of either version."""
+    for mount in cores.mounts():
+        folder = Path(mount.point) / f"halimede-test-{os.getpid()}"
+        quota, value = (
+            ("cpu.cfs_quota_us", "100000") if mount.controller else ("cpu.max", "100000 100000")
+        )
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        with contextlib.ExitStack() as stack:
+            stack.callback(_remove_cgroup, folder)
+            if not (folder / quota).exists():
+                continue
+            (folder / quota).write_text(value)
+            yield folder / "cgroup.procs"
+            return
+    pytest.skip("no cgroup with a CPU quota can be made here; run as root on cgroups v1 or v2")
