@@ -16,7 +16,7 @@ from pathlib import Path
 
 from adapter import triton
 from adapter.metrics import Metrics
-from halimede_engine import batching, session
+from halimede_engine import batching, cores, session
 from halimede_engine.engine import MakeRows
 from halimede_engine.scheduler import Run, Scheduler
 from halimede_engine.session import OnRun, Session
@@ -131,4 +131,4 @@ def _threads(config: triton.ModelConfig) -> int:
     """CPU threads of this instance: the config's number, else an equal share of the cores."""
     configured = int(config.parameter("intra_op_thread_count", "0"))
     instances = sum(group.get("count", 1) for group in config.fields.get("instance_group", []))
-    return configured or max(1, len(os.sched_getaffinity(0)) // max(1, instances))
+    return configured or max(1, cores.available() // max(1, instances))

@@ -265,10 +265,15 @@ class Scheduler:
 
     def _start_threads(self) -> bool:
         """Start all threads; False where none can be started: the interpreter is shutting down."""
-        loops = [self._serve] * self._threads + [self._serve_interactive]
-        run_threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
+        loops = [(self._serve, "run")] * self._threads + [(self._serve_interactive, "interactive")]
+        run_threads = [
+            threading.Thread(target=loop, name=f"engine-{name}", daemon=True)
+            for loop, name in loops
+        ]
         # Under load another thread answers, so that running threads lose no time.
-        answer_thread = threading.Thread(target=self._answer_queued, daemon=True)
+        answer_thread = threading.Thread(
+            target=self._answer_queued, name="engine-answer", daemon=True
+        )
         try:
             for thread in (*run_threads, answer_thread):
                 thread.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
 from adapter import metrics, triton
+from halimede_engine import cores
 from halimede_engine.image_reader import ImageReader
 from halimede_ops import spec
 from halimede_ops.errors import HalimedeError
@@ -25,7 +25,7 @@ class TritonPythonModel:
         """Read the preprocessing of the model's vision tower and start the threads."""
         config = triton.ModelConfig(args)
         image_spec = triton.load(lambda: spec.load(config.version_folder).images())
-        self.reader = ImageReader(image_spec, threads=len(os.sched_getaffinity(0)))
+        self.reader = ImageReader(image_spec, threads=cores.available())
         self.metrics = metrics.Metrics(config)
 
     def execute(self, requests: list[Any]) -> list[Any]:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from conftest import NAMES, ROOT
 
 from halimede_engine import cores
 from halimede_engine.cores import Cores
+from halimede_tools.settings import Settings
 
 MakeTree = Callable[..., Path]
 
@@ -220,3 +222,38 @@ def test_process_with_one_cpu_counts_one_core(one_cpu: Path) -> None:
     code = "from halimede_engine import cores; print(cores.quota(), cores.available())"
     assert run_within(one_cpu, code) == "1.0 1"
     assert cores.available() == len(os.sched_getaffinity(0)) or cores.quota() is not None
+
+
+ENGINE = """
+import asyncio, threading
+from collections import Counter
+from halimede import AsyncEmbedder
+
+async def main():
+    model = {"provider": "onnx", "model_id": NAME, "path": PATH}
+    async with AsyncEmbedder(config={"models": {"m": model}}) as embedder:
+        await embedder.embed(["a text"] * 300)
+        names = Counter(thread.name for thread in threading.enumerate())
+        print(names["engine-run"], names["engine-interactive"])
+
+asyncio.run(main())
+"""
+
+
+def test_process_with_one_cpu_has_one_run_thread(one_cpu: Path, settings: Settings) -> None:
+    """Besides the one for small requests beside bulk, which sleeps without bulk."""
+    code = ENGINE.replace("NAME", repr(NAMES["int8"])).replace(
+        "PATH", repr(str(settings.repository))
+    )
+    assert run_within(one_cpu, code) == "1 1"
+
+
+def test_no_number_of_threads_is_taken_from_the_affinity_alone() -> None:
+    """One file reads the affinity; `bench scaling` pins servers to its cores."""
+    users = {
+        path.name
+        for folder in ("client", "python_backend", "tools")
+        for path in (ROOT / folder).rglob("*.py")
+        if any(word in path.read_text() for word in ("sched_getaffinity", "cpu_count("))
+    }
+    assert users == {"cores.py", "scaling.py"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from conftest import MODEL, NAMES, free_options, version_folder
 
 from halimede import Embedder
+from halimede_engine import cores
 from halimede_ops import vectors
 from halimede_ops.errors import ModelNotFound
 from halimede_repository import configs
@@ -68,7 +68,7 @@ def test_the_choice_and_its_table_lie_with_the_model(tuned: Settings) -> None:
     onnx = version_folder(tuned.repository / f"{NAME}-onnx")
     record = json.loads((onnx / repository.TUNED).read_text())
     first, last = record["table"][: -len(tune.BUDGETS)], record["table"][-len(tune.BUDGETS) :]
-    assert first[0]["way"] == dataclasses.asdict(tune.candidates(len(os.sched_getaffinity(0)))[0])
+    assert first[0]["way"] == dataclasses.asdict(tune.candidates(cores.available())[0])
     [chosen] = [row for row in last if tune.Way(**row["way"]).parameters() == record["choice"]]
     assert chosen["cosine"] >= towers.BARS["int8"].invariance
     assert all(row["texts_per_s"] > 0 and row["single_ms"] > 0 for row in first + last)

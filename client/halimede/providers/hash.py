@@ -13,7 +13,6 @@ a vector are the same on every platform.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,6 +27,7 @@ from halimede.providers.base import Answer, Request
 from halimede.providers.base import Options as BaseOptions
 from halimede.providers.prompts import check_input_type
 from halimede.results import ServedModel
+from halimede_engine import cores
 from halimede_ops.errors import InvalidDimensions
 
 MIN_DIMS, MAX_DIMS = 384, 3072
@@ -59,7 +59,7 @@ class Hash:
 
     def __init__(self, options: Options) -> None:
         self.name = f"hash:{options.model_id}"
-        self._pool = Pool(len(os.sched_getaffinity(0)), "hash")
+        self._pool = Pool(cores.available(), "hash")
         self._model = ServedModel(
             name=options.model_id,
             space=hash_space(options.dims),

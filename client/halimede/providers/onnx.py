@@ -31,6 +31,7 @@ from halimede.providers.answers import unknown_tokens
 from halimede.providers.base import Answer, Request, reindexed
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
+from halimede_engine import cores
 from halimede_ops import errors, vectors
 from halimede_repository import configs
 
@@ -60,7 +61,8 @@ class Options(BaseOptions):
     device: Literal["auto", "cpu", "openvino", "cuda", "tensorrt"] = "auto"
     """Where the model runs. auto: CUDA if installed, else OpenVINO, else onnxruntime on CPU."""
     threads: PositiveInt | None = None
-    """CPU threads. None: all that this process may use."""
+    """CPU threads. None: one for each core that this process may use, by its CPU affinity and the
+    CPU quota of its cgroup."""
     streams: PositiveInt | None = None
     """Micro-batches that run at once and share the threads. 1 has the lowest latency for a single
     text; many have the highest throughput. None: one per thread, and for a small model a second
@@ -134,7 +136,7 @@ class Onnx:
     def __init__(self, options: Options) -> None:
         self.name = f"onnx:{options.model_id}"
         self._options = options
-        self._threads = options.threads or len(os.sched_getaffinity(0))
+        self._threads = options.threads or cores.available()
         self._streams = min(options.streams or self._threads, self._threads)
         self._opener = Pool(1, "open")
         self._workers = Pool(IMAGES_IN_FLIGHT, "decode")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -148,7 +147,7 @@ def _contestants(settings: Settings, name: str, precision: str) -> Iterator[dict
 
 def _direct(repository: Path, name: str, precision: str) -> Call:
     """Tokenize, run, pool and normalise in the caller's thread, with all threads for one run."""
-    from halimede_engine import engine, session
+    from halimede_engine import cores, engine, session
     from halimede_ops import spec, text
 
     version = configs.read(repository, name)
@@ -156,7 +155,7 @@ def _direct(repository: Path, name: str, precision: str) -> Call:
     opened, _ = session.open_session(
         version.steps[f"{name}-onnx"] / session.FILE_NAME,
         [session.Accelerator("openvino")],
-        len(os.sched_getaffinity(0)),
+        cores.available(),
         1,
         facts.max_tokens,
         tight_padding=precision in session.TIGHT_PADDING,

@@ -6,7 +6,6 @@ A checkout keeps reports in `docs/benchmarks`; elsewhere a report goes to the cu
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from halimede.config.environment import CHECKOUT
+from halimede_engine import cores
 from halimede_tools.console import console
 
 FOLDER = CHECKOUT / "docs" / "benchmarks" if CHECKOUT else Path()
@@ -48,7 +48,7 @@ def origin(command: str, model: str, packages: Sequence[str]) -> str:
     """
     return (
         f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, {_source()}, {model}.\n"
-        f"{_processor()}, {len(os.sched_getaffinity(0))} cores, "
+        f"{_processor()}, {cores.available()} cores, "
         f"{', '.join([f'Python {platform.python_version()}', *_versions(packages)])}."
     )
 

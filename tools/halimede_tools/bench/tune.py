@@ -9,7 +9,6 @@ is chosen. A provider counts only if its vectors are those of the provider that 
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 import statistics
 import time
@@ -22,7 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from halimede_engine import batching, session
+from halimede_engine import batching, cores, session
 from halimede_ops import spec, vectors
 from halimede_ops.errors import InvalidInput
 from halimede_repository import configs
@@ -123,7 +122,7 @@ def measure(
     texts = random.Random(7).sample(corpus.mixed_texts(), TEXTS)
     rows = towers.text_rows(tokenizer, facts)(texts)
     stage = _Stage(onnx, facts.max_tokens, rows, seconds / len(STAGES))
-    ways = candidates(len(os.sched_getaffinity(0)))
+    ways = candidates(cores.available())
     fitting = settings.memory_limit_bytes // (RESERVED * session.file_bytes(onnx))
     with progress.step(f"{precision}, {STAGES[0]}"):
         first = stage.measure(ways[: max(2, fitting)])
@@ -145,11 +144,12 @@ def choose(measured: Sequence[Measurement], least_cosine: float) -> Measurement:
     return min(fast, key=lambda measurement: measurement.single_ms)
 
 
-def candidates(cores: int) -> list[Way]:
+def candidates(most_threads: int) -> list[Way]:
     """The way that the build checked, then the others, of all providers that are installed."""
     available = onnxruntime.get_available_providers()
     providers = [*towers.CPU_ACCELERATORS] if "OpenVINOExecutionProvider" in available else []
-    threads = [cores, cores // 2] if cores >= 4 else [cores]  # half: one a core with two threads
+    # Half: one thread for each core that runs two.
+    threads = [most_threads, most_threads // 2] if most_threads >= 4 else [most_threads]
     return [
         Way(provider, count, streams)
         for provider in (*providers, "")

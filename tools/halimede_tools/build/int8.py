@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from halimede_engine import session
+from halimede_engine import cores, session
 from halimede_engine.session import Pixels, Row
 from halimede_ops import vectors
 from halimede_ops.spec import PIXELS, ModelSpec
@@ -112,6 +112,7 @@ def _activations(
     extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = cores.available()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     run = onnxruntime.InferenceSession(
         extended.SerializeToString(), options, providers=["CPUExecutionProvider"]

@@ -6,7 +6,6 @@ Both towers are built and checked alike. `Engine` runs a built one in this proce
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from halimede_engine import engine, session
+from halimede_engine import cores, engine, session
 from halimede_ops import image, text
 from halimede_ops.spec import ModelSpec
 from halimede_tools.build.samples import corpus, pictures
@@ -96,7 +95,7 @@ class Engine(engine.Engine):
 
     def __init__(self, model: Path, rows: Rows, spec: ModelSpec) -> None:
         accelerators = [session.Accelerator(name) for name in CPU_ACCELERATORS]
-        self.cores = len(os.sched_getaffinity(0))
+        self.cores = cores.available()
         opened, _ = session.open_session(
             model, accelerators, self.cores, streams=self.cores, max_tokens=spec.max_tokens
         )

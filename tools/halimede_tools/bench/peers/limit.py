@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from halimede_engine import cores
 from halimede_ops import spec, text
 from halimede_tools.bench.peers import engines
 from halimede_tools.settings import Settings
@@ -57,7 +58,9 @@ def rates(settings: Settings, model: str) -> dict[str, dict[str, float]]:
     sizes = json.loads((source / "config.json").read_text())
     python: Path = engines.python("sentence-transformers", settings)
     command = [str(python), str(Path(__file__).with_name("matrix.py"))]
-    shape = [str(sizes["hidden_size"]), str(sizes["intermediate_size"])]
-    done = subprocess.run([*command, *shape], capture_output=True, text=True, check=True)
+    arguments = [sizes["hidden_size"], sizes["intermediate_size"], cores.available()]
+    done = subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, check=True
+    )
     measured: dict[str, dict[str, float]] = json.loads(done.stdout)
     return measured

@@ -7,7 +7,6 @@ The best of several libraries and row counts stands for the machine, so the limi
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ SECONDS = 1.0
 LEVELS = 256
 
 
-def rates(hidden: int, inner: int) -> dict[str, dict[str, float]]:
+def rates(hidden: int, inner: int, threads: int) -> dict[str, dict[str, float]]:
     """Operations a second (a multiplication and an addition are two): precision → library → best
     over ROWS.
     """
@@ -31,10 +30,10 @@ def rates(hidden: int, inner: int) -> dict[str, dict[str, float]]:
     for rows in ROWS:
         operations = 2 * rows * hidden * inner * 2 * LAYERS
         for precision, library, run, calls in (
-            ("fp32", "torch", _torch(rows, hidden, inner), 1),
+            ("fp32", "torch", _torch(rows, hidden, inner, threads), 1),
             ("fp32", "numpy", _numpy(rows, hidden, inner), 1),
-            ("fp32", "openvino", *_openvino(rows, hidden, inner, quantised=False)),
-            ("int8", "openvino", *_openvino(rows, hidden, inner, quantised=True)),
+            ("fp32", "openvino", *_openvino(rows, hidden, inner, threads, quantised=False)),
+            ("int8", "openvino", *_openvino(rows, hidden, inner, threads, quantised=True)),
         ):
             rate = operations * calls / _least_s(run)
             best[precision][library] = max(rate, best[precision].get(library, 0.0))
@@ -57,8 +56,8 @@ def _weights(hidden: int, inner: int) -> list[np.ndarray]:
     return [(random.standard_normal(s) / s[0] ** 0.5).astype(np.float32) for s in shapes]
 
 
-def _torch(rows: int, hidden: int, inner: int) -> Callable[[], object]:
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+def _torch(rows: int, hidden: int, inner: int, threads: int) -> Callable[[], object]:
+    torch.set_num_threads(threads)
     weights = [torch.from_numpy(weight) for weight in _weights(hidden, inner)]
     ones = torch.ones(rows, hidden)
 
@@ -86,9 +85,9 @@ def _numpy(rows: int, hidden: int, inner: int) -> Callable[[], object]:
 
 
 def _openvino(
-    rows: int, hidden: int, inner: int, *, quantised: bool
+    rows: int, hidden: int, inner: int, threads: int, *, quantised: bool
 ) -> tuple[Callable[[], object], int]:
-    """As many runs at once as there are cores, each on one; and how many."""
+    """As many runs at once as there are threads, each on one; and how many."""
     parameter = x = ops.parameter([rows, hidden], np.float32)
     for weight in _weights(hidden, inner):
         x = ops.matmul(
@@ -99,26 +98,25 @@ def _openvino(
             transpose_a=False,
             transpose_b=False,
         )
-    cores = len(os.sched_getaffinity(0))
     compiled = openvino.compile_model(
         openvino.Model([x], [parameter]),
         "CPU",
         {
-            "NUM_STREAMS": cores,
-            "INFERENCE_NUM_THREADS": cores,
+            "NUM_STREAMS": threads,
+            "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": "f32",
             "ENABLE_CPU_PINNING": False,
         },
     )
-    queue = openvino.AsyncInferQueue(compiled, cores)
+    queue = openvino.AsyncInferQueue(compiled, threads)
     values = np.ones((rows, hidden), np.float32)
 
     def run() -> None:
-        for _ in range(cores):
+        for _ in range(threads):
             queue.start_async(values, share_inputs=True)
         queue.wait_all()
 
-    return run, cores
+    return run, threads
 
 
 def _levels(node: openvino.Node, low: float, high: float, levels: int) -> openvino.Node:
@@ -127,4 +125,4 @@ def _levels(node: openvino.Node, low: float, high: float, levels: int) -> openvi
 
 
 if __name__ == "__main__":
-    print(json.dumps(rates(int(sys.argv[1]), int(sys.argv[2]))))
+    print(json.dumps(rates(*map(int, sys.argv[1:]))))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 from collections import Counter
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from halimede_engine import cores
 from halimede_tools.bench import report
 from halimede_tools.bench.peers import engines
 from halimede_tools.bench.peers.engines import REFERENCE
@@ -234,7 +234,7 @@ def _rate(figures: Medians, engine: str, case: str) -> str:
 
 
 def _served(figures: Medians, precisions: Sequence[str]) -> list[str]:
-    cores = len(os.sched_getaffinity(0))
+    available = cores.available()
     columns = (
         "precision|engine texts/s|at a time|Triton texts/s|of engine|generator ms"
         "|of what is left|adds ms"
@@ -242,17 +242,17 @@ def _served(figures: Medians, precisions: Sequence[str]) -> list[str]:
     return [
         "*engine*: given all texts in one call. *of engine*: Triton's texts/s over it. "
         "*generator*: CPU that the load generator takes a text. *of what is left*: the same, with "
-        f"the generator's CPU taken from the {cores} cores that Triton had. *adds*: p50 of one "
+        f"the generator's CPU taken from the {available} cores that Triton had. *adds*: p50 of one "
         "request after the other, over that of the engine.",
         "",
         *report.table(
             columns.split("|"),
-            [row for name in precisions for row in _served_rows(figures, name, cores)],
+            [row for name in precisions for row in _served_rows(figures, name, available)],
         ),
     ]
 
 
-def _served_rows(figures: Medians, precision: str, cores: int) -> list[list[str]]:
+def _served_rows(figures: Medians, precision: str, available: int) -> list[list[str]]:
     engine, server = f"{ENGINE}, {precision}", f"{SERVER}, {precision}"
     needed = [
         (engine, "singles"),
@@ -269,7 +269,7 @@ def _served_rows(figures: Medians, precision: str, cores: int) -> list[list[str]
     for load in LOADS:
         median = figures[server, f"concurrency {load}"]
         rate = median["count"] / median["seconds"]
-        left = 1 - median["cpu_s"] / (cores * median["seconds"])
+        left = 1 - median["cpu_s"] / (available * median["seconds"])
         rows.append(
             [
                 precision,

@@ -12,6 +12,7 @@ import onnxruntime
 from onnx import compose, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, set_external_data, uses_external_data
 
+from halimede_engine import cores
 from halimede_engine.session import PACKED, data_of
 from halimede_ops.errors import InvalidModel
 from halimede_ops.spec import POOLED, TOKEN_EMBEDDINGS
@@ -75,6 +76,7 @@ def optimise(raw: Path, target: Path) -> None:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(target)
     options.log_severity_level = 3
+    options.intra_op_num_threads = cores.available()
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_file_name", data_of(target).name
     )
