@@ -16,6 +16,7 @@ RUN python3 -m pip install --no-cache-dir --no-deps \
 COPY --from=layout /layout/root /
 # The root file system may be read-only.
 ENV TOKENIZERS_PARALLELISM=false \
+    OPENBLAS_NUM_THREADS=1 \
     MALLOC_MMAP_THRESHOLD_=1048576 \
     PYTHONDONTWRITEBYTECODE=1
 WORKDIR /opt/halimede

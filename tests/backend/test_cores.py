@@ -248,6 +248,37 @@ def test_process_with_one_cpu_has_one_run_thread(one_cpu: Path, settings: Settin
     assert run_within(one_cpu, code) == "1 1"
 
 
+LIMITED = """
+import os
+from halimede import cli
+os.environ.pop("OMP_NUM_THREADS", None)
+try:
+    cli.main()
+except SystemExit:
+    print(os.environ.get("OMP_NUM_THREADS"))
+"""
+
+
+def test_command_limits_the_libraries(one_cpu: Path) -> None:
+    """For PyTorch in a build, and for the processes that the command starts."""
+    code = f"import sys; sys.argv[1:] = ['--version']\n{LIMITED}"
+    assert run_within(one_cpu, code).splitlines()[-1] == "1"
+
+
+WORKER = """
+from pathlib import Path
+from halimede.providers.sentence_transformers.provider import _Worker
+worker = _Worker("no model is opened")
+print("OMP_NUM_THREADS=1" in Path(f"/proc/{worker._process.pid}/environ").read_text().split("\\0"))
+worker.close()
+"""
+
+
+def test_process_of_sentence_transformers_is_limited(one_cpu: Path) -> None:
+    """Also where a program of the user's starts it, whose own environment stays as it is."""
+    assert run_within(one_cpu, WORKER) == "True"
+
+
 def test_no_number_of_threads_is_taken_from_the_affinity_alone() -> None:
     """One file reads the affinity; `bench scaling` pins servers to its cores."""
     users = {

@@ -265,7 +265,11 @@ def test_create_image_shm_labels(engine: Engine, repository: Path, options: Opti
     assert payload["HostConfig"]["ShmSize"] == 1024**3
     assert payload["HostConfig"]["AutoRemove"] is True
     assert payload["Labels"] == {"halimede": "triton"}
-    assert payload["Env"] == ["TOKENIZERS_PARALLELISM=false", "MALLOC_MMAP_THRESHOLD_=1048576"]
+    assert payload["Env"] == [
+        "TOKENIZERS_PARALLELISM=false",
+        "OPENBLAS_NUM_THREADS=1",
+        "MALLOC_MMAP_THRESHOLD_=1048576",
+    ]
 
 
 def test_create_mounts(engine: Engine, repository: Path, options: Options) -> None:

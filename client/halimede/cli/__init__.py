@@ -30,6 +30,7 @@ from halimede.cli import (
     store,
 )
 from halimede.cli.printing import printable
+from halimede_engine import cores
 from halimede_ops.errors import HalimedeError
 
 MAY_PASS = 3
@@ -78,6 +79,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # None: it was closed before the program began
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    for name, threads in cores.library_threads(cores.read()).items():
+        os.environ.setdefault(name, threads)
     try:
         code = _run()
         if sys.stdout is not None:

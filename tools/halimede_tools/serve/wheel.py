@@ -42,11 +42,15 @@ given. A preexec_fn would run Python between fork and exec, where gRPC's threads
 ENVIRONMENT = {
     # The tokenizer's own threads would compete with the engine's for the same cores.
     "TOKENIZERS_PARALLELISM": "false",
+    # numpy's BLAS starts a thread for each core of the affinity, in each backend. It multiplies the
+    # small matrices of fusions, and nothing else.
+    "OPENBLAS_NUM_THREADS": "1",
     # glibc returns freed blocks of this many bytes and more to the system. By default it raises the
     # threshold, and each thread keeps its freed blocks.
     "MALLOC_MMAP_THRESHOLD_": "1048576",
 }
-"""Environment of the server and its backends, on this machine and in a container."""
+"""Environment of the server and its backends, on this machine and in a container. On this machine,
+variables that are already set keep their values."""
 RESPONSE_CACHE_MB = "HALIMEDE_RESPONSE_CACHE_MB"
 """Environment variable that the backend `embedder` reads."""
 IMPORTED_PACKAGES = ("halimede_engine", "halimede_ops", "halimede_repository")
@@ -269,10 +273,10 @@ def _environment(options: Options) -> dict[str, str]:
     libraries = [str(wheel_libraries()), str(libpython().parent)]
     bin_folder = str(Path(sys.executable).parent)
     return {
+        **ENVIRONMENT,
         **os.environ,
         "LD_LIBRARY_PATH": ":".join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]),
         "PATH": f"{bin_folder}:{os.environ.get('PATH', '')}",
-        **ENVIRONMENT,
         "PYTHONDONTWRITEBYTECODE": "1",
         RESPONSE_CACHE_MB: str(options.response_cache_mb),
     }

@@ -34,6 +34,7 @@ from halimede.providers.base import Options as BaseOptions
 from halimede.providers.http_errors import timed_out
 from halimede.providers.input_kinds import check_texts, texts_of
 from halimede.results import IMAGE, ServedModel
+from halimede_engine import cores
 from halimede_ops import errors
 
 WORKER = "halimede.providers.sentence_transformers.worker"
@@ -188,6 +189,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # libraries may print a text there
+            env={**cores.library_threads(cores.read()), **os.environ},
         )
         self._ids = itertools.count()
         self._sending = threading.Lock()
