@@ -53,7 +53,9 @@ def open_scheduler(
     Raises:
         TritonModelException: the model cannot be opened.
     """
-    streams = min(int(config.parameter("streams", str(STREAMS))), _threads(config))
+    threads = _threads(config)
+    streams = min(int(config.parameter("streams", str(STREAMS))), threads)
+    triton.inform(f"{config.name}: {threads=}, {streams=}, of {cores.read()}")
     shared, lone = _open_sessions(config, path, kind, streams, metrics.count_run_tokens)
     return Scheduler(
         _run(shared),

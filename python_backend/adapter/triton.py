@@ -246,6 +246,11 @@ def _internal(error: Exception) -> HalimedeError:
     return HalimedeError("internal error in the server; see its log")
 
 
+def inform(message: str) -> None:
+    """Write one line to the server's log, at its level `info`."""
+    pb_utils.Logger.log_info(message)
+
+
 def warn(message: str) -> None:
     """Write one warning to the server's log."""
     pb_utils.Logger.log_warn(message)

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from conftest import MODEL, ROOT, family, free_options, version_folder
 
+from halimede_engine.cores import Cores
 from halimede_ops.errors import ServeError
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
@@ -60,6 +61,27 @@ def test_serve_shows_a_sample_and_stops_every_child(sent: signal.Signals) -> Non
     assert process.wait(60) == 0
     assert not psutil.wait_procs(children, timeout=30)[1]
     assert not list(Path("/dev/shm").glob(f"halimede-{process.pid}-*"))
+
+
+def test_cores_are_those_of_the_cgroup(one_cpu: Path) -> None:
+    """With a quota of one CPU, the server says so at its start."""
+    join = ["sh", "-c", f'echo $$ > {one_cpu} && exec "$0" "$@"']
+    process = start(free_options(), within=join)
+    printed = read_until(process, "Ctrl-C")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    expected = f"  CPU      {Cores(os.cpu_count() or 1, len(os.sched_getaffinity(0)), 1)}\n"
+    assert expected in printed
+
+
+def test_exec_names_the_cores(one_cpu: Path) -> None:
+    """`serve --exec` prints them before it becomes Triton."""
+    join = ["sh", "-c", f'echo $$ > {one_cpu} && exec "$0" "$@"']
+    process = start(free_options(), "--exec", within=join)
+    printed = read_until(process, "CPU: ")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert printed.startswith("CPU: 1 core")
 
 
 def test_a_killed_launcher_takes_triton_with_it() -> None:

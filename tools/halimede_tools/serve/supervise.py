@@ -11,6 +11,7 @@ from typing import NoReturn
 from halimede import Embedder
 from halimede.extras import needs_extra
 from halimede.models import catalogue
+from halimede_engine import cores
 from halimede_launch import watch
 from halimede_ops.errors import ServeError
 from halimede_repository import configs
@@ -59,7 +60,7 @@ def _keep_running(
         pending = {name for build in builds for name in build.ensembles} - {*published}
         built = _excluding(pending, settings, options)
         with _runtime(runtime, settings, built) as server:
-            show(built)
+            show(built, runtime)
             if waiting := sorted(pending - {*published}):
                 console.print(f"  Being built, joins when checked: {', '.join(waiting)}")
             ended = _wait_for_end(server)
@@ -154,8 +155,8 @@ def _excluding(pending: Collection[str], settings: Settings, options: Options) -
     )
 
 
-def show(options: Options) -> None:
-    """Embed a sample; print its vector, the addresses and a curl command."""
+def show(options: Options, runtime: str) -> None:
+    """Embed a sample; print its vector, the addresses, the cores and a curl command."""
     model = (options.models or (catalogue.DEFAULT,))[0]
     http = f"http://{options.http_host}:{options.http_port}"
     grpc = f"{options.host}:{options.grpc_port}"
@@ -167,6 +168,8 @@ def show(options: Options) -> None:
     console.print(f"  gRPC     {grpc if options.tls_cert is None else f'grpcs://{grpc}'}")
     console.print(f"  HTTP     {http}")
     console.print(f"  metrics  http://{options.host}:{options.metrics_port}/metrics")
+    if runtime == "wheel":  # a container has a cgroup of its own
+        console.print(f"  CPU      {cores.read()}")
     console.print(f"\n  {curl(http, model)}\n")
     console.print("  Ctrl-C stops it.")
 

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 from urllib.request import urlopen
 
+from halimede_engine import cores
 from halimede_launch import watch
 from halimede_ops.errors import ServeError
 from halimede_repository import configs
+from halimede_tools.console import console
 from halimede_tools.serve import programs
 from halimede_tools.serve.options import Options as Options
 from halimede_tools.settings import PACKAGES, Settings
@@ -154,7 +156,7 @@ def serve(repository: Path, python_backend: Path, run: Path, options: Options) -
 
 def exec_server(repository: Path, backends: Path, options: Options) -> NoReturn:
     """Replace this process with a server, as a container needs it: it logs to its output, and ends
-    when any of its processes ends.
+    when any of its processes ends. Its cores are the first line.
 
     Raises:
         ServeError: as `serve`.
@@ -163,6 +165,7 @@ def exec_server(repository: Path, backends: Path, options: Options) -> NoReturn:
     check_models(repository, options)
     _remove_stale_regions(options)
     command = [sys.executable, watch.__file__, *_command(repository, backends, options)]
+    console.print(f"CPU: {cores.read()}")
     os.execve(command[0], command, _environment(options))  # noqa: S606
 
 
