@@ -19,7 +19,7 @@ from conftest import MODEL, ROOT, family, free_options, version_folder
 
 from halimede_engine.cores import Cores
 from halimede_ops.errors import ServeError
-from halimede_tools.serve import wheel
+from halimede_tools.serve import shared_memory, wheel
 from halimede_tools.settings import Settings
 
 
@@ -131,6 +131,51 @@ def test_a_model_that_does_not_load_is_named(settings: Settings, tmp_path: Path)
     assert printed.startswith(f"error: model {MODEL} did not load: model.onnx is not")
     assert "build the model again" in printed
     assert printed.count("\n") == 1
+
+
+SHELL_CHARACTERS = "a folder; echo: 'of $HOME\""
+"""What a shell would split, expand or run, and what separates the folders of LD_LIBRARY_PATH."""
+
+
+def test_paths_that_a_shell_would_not_read_as_one_word(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton starts its backends through a shell. Any folder serves all the same, and the links
+    that make it possible end with the server.
+    """
+    folder = tmp_path / SHELL_CHARACTERS
+    shutil.copytree(settings.repository, folder / "repository", copy_function=os.link)
+    shutil.copytree(wheel.wheel_libraries(), folder / "libs", copy_function=os.link)
+    monkeypatch.setattr(wheel, "wheel_libraries", lambda: folder / "libs")
+    options = free_options(models=(MODEL,))
+    with wheel.serve(folder / "repository", settings.python_backend, folder, options):
+        assert list(shared_memory.FOLDER.glob(f"halimede-*-{options.grpc_port}-repository"))
+    assert not list(shared_memory.FOLDER.glob(f"halimede-*-{options.grpc_port}-*"))
+
+
+def test_a_backend_that_cannot_start_ends_the_wait(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the wheel's libraries the stub dies at once: the error says why, without the wait for
+    the time limit.
+    """
+    began = time.monotonic()
+    monkeypatch.setattr(wheel, "wheel_libraries", lambda: tmp_path)
+    with pytest.raises(ServeError, match="a process of Triton's Python backend died: .*libcudart"):
+        with wheel.serve(
+            settings.repository, settings.python_backend, tmp_path, free_options(models=(MODEL,))
+        ):
+            pass
+    assert time.monotonic() - began < wheel.READY_TIMEOUT_S / 3
+
+
+def test_a_model_name_that_a_shell_would_split_is_refused(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """A folder that was copied by hand. Triton would wait for its backends until the time limit."""
+    shutil.copytree(settings.repository / MODEL, tmp_path / "my model", copy_function=os.link)
+    with pytest.raises(ServeError, match="'my model' has a character that a shell interprets"):
+        wheel.check_models(tmp_path, free_options())
 
 
 def test_missing_libpython_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

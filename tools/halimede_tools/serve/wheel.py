@@ -26,13 +26,12 @@ from halimede_launch import watch
 from halimede_ops.errors import ServeError
 from halimede_repository import configs
 from halimede_tools.console import console
-from halimede_tools.serve import programs
+from halimede_tools.serve import programs, shared_memory
 from halimede_tools.serve.options import Options as Options
 from halimede_tools.settings import PACKAGES, Settings
 
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - Triton's Python backend creates its regions there
 DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
@@ -83,13 +82,13 @@ class Server:
     """A running Triton of the wheel."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], options: Options, log: Path, shared_memory: str
+        self, process: subprocess.Popen[bytes], options: Options, log: Path, entries: str
     ) -> None:
         self.process = process
         self.options = options
         self.log = log
-        self.shared_memory = shared_memory
-        """Prefix of its regions in /dev/shm. `stop` removes them."""
+        self.shared_memory = entries
+        """Prefix of its entries in /dev/shm. `stop` removes them."""
         self._watch = watch.ChildWatch(process.pid)
 
     @property
@@ -130,8 +129,7 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        for region in SHARED_MEMORY.glob(f"{self.shared_memory}*"):
-            region.unlink(missing_ok=True)
+        shared_memory.remove(self.shared_memory)
 
 
 @contextlib.contextmanager
@@ -163,14 +161,14 @@ def exec_server(repository: Path, backends: Path, options: Options) -> NoReturn:
     """
     check_ports(options)
     check_models(repository, options)
-    _remove_stale_regions(options)
+    shared_memory.remove_stale(options.grpc_port)
     command = [sys.executable, watch.__file__, *_command(repository, backends, options)]
     console.print(f"CPU: {cores.read()}")
     os.execve(command[0], command, _environment(options))  # noqa: S606
 
 
 def _start(repository: Path, python_backend: Path, run: Path, options: Options) -> Server:
-    _remove_stale_regions(options)
+    shared_memory.remove_stale(options.grpc_port)
     log = run / "triton.log"
     try:
         backends = lay_out(python_backend, run / "backends")
@@ -193,36 +191,23 @@ def _start(repository: Path, python_backend: Path, run: Path, options: Options) 
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-    return Server(process, options, log, _shared_memory(options))
+    return Server(process, options, log, shared_memory.prefix(options.grpc_port))
 
 
 def _command(repository: Path, backends: Path, options: Options) -> list[str]:
-    wheel = _wheel()
+    wheel, port = _wheel(), options.grpc_port
     resolved = options.model_copy(
         update={"models": configs.models_to_load(repository, options.models)}
     )
     return [
         str(wheel / "bin" / "tritonserver"),
-        f"--model-repository={repository.resolve()}",
-        f"--backend-directory={backends.resolve()}",
+        f"--model-repository={shared_memory.shell_safe(repository, 'repository', port)}",
+        f"--backend-directory={shared_memory.shell_safe(backends, 'backends', port)}",
         f"--cache-directory={wheel / 'caches'}",
-        f"--backend-config=python,shm-region-prefix-name={_shared_memory(options)}",
+        f"--backend-config=python,shm-region-prefix-name={shared_memory.prefix(port)}",
         *resolved.arguments(),
         *([] if options.steps else [f"--model-config-name={configs.ONE_PROCESS}"]),
     ]
-
-
-def _shared_memory(options: Options) -> str:
-    """Prefix of the shared memory regions of a server that this process starts."""
-    return f"halimede-{os.getpid()}-{options.grpc_port}-"
-
-
-def _remove_stale_regions(options: Options) -> None:
-    """Remove the shared memory of killed servers that had this gRPC port."""
-    for region in SHARED_MEMORY.glob(f"halimede-*-{options.grpc_port}-*"):
-        owner_pid = int(region.name.split("-")[1])
-        if owner_pid == os.getpid() or not Path(f"/proc/{owner_pid}").exists():
-            region.unlink(missing_ok=True)
 
 
 def _wheel() -> Path:
@@ -273,7 +258,11 @@ def source_of(name: str, python_backend: Path) -> Path:
 
 
 def _environment(options: Options) -> dict[str, str]:
-    libraries = [str(wheel_libraries()), str(libpython().parent)]
+    folders = {"libraries": wheel_libraries(), "libpython": libpython().parent}
+    libraries = [
+        str(shared_memory.shell_safe(folder, name, options.grpc_port))
+        for name, folder in folders.items()
+    ]
     bin_folder = str(Path(sys.executable).parent)
     return {
         **ENVIRONMENT,
@@ -332,14 +321,26 @@ def check_models(repository: Path, options: Options) -> None:
             )
     for model in options.models or listed:
         for name in (model, *configs.steps(listed[model].read_text())):
+            if not shared_memory.is_shell_safe(name):
+                raise ServeError(
+                    f"{name!r} has a character that a shell interprets, and Triton starts its "
+                    "backends through a shell. Build the model with another --name."
+                )
             if not configs.is_built(repository / name):
                 raise ServeError(f"{name} is not built. Run: make build")
 
 
 def is_ready_within(timeout_s: float, server: Running, http_address: str) -> bool:
-    """Wait until all models are ready. False after `timeout_s`, or when the server ends."""
+    """Wait until all models are ready. False after `timeout_s`, when the server ends, or when a
+    process of it has died.
+    """
     deadline = time.monotonic() + timeout_s
+    next_watch = 0.0
     while time.monotonic() < deadline and server.is_running():
+        if time.monotonic() >= next_watch:
+            if server.has_lost_a_process():
+                return False
+            next_watch = time.monotonic() + watch.POLL_INTERVAL_S
         with contextlib.suppress(OSError, HTTPException):
             # HTTP: gRPC with TLS may require a client's certificate.
             with urlopen(f"http://{http_address}/v2/health/ready", timeout=1):
@@ -349,6 +350,9 @@ def is_ready_within(timeout_s: float, server: Running, http_address: str) -> boo
 
 
 def _not_ready_reason(server: Server) -> str:
+    if server.has_lost_a_process():
+        last = last_line(server.log.read_text(errors="replace"))
+        return f"a process of Triton's Python backend died: {last} (log: {server.log})"
     if server.is_running():
         return f"Triton was not ready within {READY_TIMEOUT_S:.0f} s; see {server.log}"
     ended = f"Triton ended with code {server.process.returncode}"
