@@ -46,15 +46,23 @@ def read_until(process: subprocess.Popen[str], mark: str) -> str:
     raise AssertionError(f"{mark!r} was not printed:\n{printed}")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_serve_shows_a_sample_and_stops_every_child(sent: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("sent", "host", "address"),
+    [(signal.SIGINT, "localhost", "127.0.0.1"), (signal.SIGTERM, "::1", "[::1]")],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_serve_shows_a_sample_and_stops_every_child(
+    sent: signal.Signals, host: str, address: str
+) -> None:
     """It prints a vector, the addresses and a curl command. A signal ends it and its children."""
     options = free_options()
-    process = start(options)
+    process = start(options, "--host", host)
     printed = read_until(process, "Ctrl-C")
     assert "[-0.0345, 0.0310, 0.0067" in printed
-    assert f"127.0.0.1:{options.grpc_port}" in printed
-    assert f"curl -s http://127.0.0.1:{options.http_port}/v2/models/{MODEL}/infer" in printed
+    assert f"gRPC     {address}:{options.grpc_port}" in printed
+    curl = f"curl -s http://{address}:{options.http_port}/v2/models/{MODEL}/infer -d "
+    [command] = [line for line in printed.splitlines() if curl in line]
+    assert '"outputs":' in subprocess.check_output(["sh", "-c", command], text=True)
     children = psutil.Process(process.pid).children(recursive=True)
     assert any("tritonserver" in child.name() for child in children)
     process.send_signal(sent)
@@ -107,6 +115,59 @@ def test_taken_port_is_named() -> None:
         f"error: HTTP port {options.http_port} on 127.0.0.1 is taken. Stop what uses it, or "
         "choose another with --http-port.\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (("--http-port", "70000"), "HTTP port is 70000; give 1 to 65535 with --http-port."),
+        (("--grpc-port", "-1"), "gRPC port is -1; give 1 to 65535 with --grpc-port."),
+        (("--metrics-port", "0"), "metrics port is 0; give 1 to 65535 with --metrics-port."),
+        (("--http-port", "70000", "--exec"), "HTTP port is 70000; give 1 to 65535 with"),
+        (("--http-port", "70000", "--runtime", "docker"), "HTTP port is 70000; give 1 to 65535"),
+        (("--host", "no-such-host.invalid"), "host 'no-such-host.invalid' has no address: "),
+        (("--host", ""), "host '' has no address: "),
+        (("--host", "a..b"), "host 'a..b' has no address: "),
+        (("--host", "fe80::1"), "host 'fe80::1' is the link-local address fe80::1, which Triton"),
+        (("--host", "192.0.2.1"), "192.0.2.1 is not an address of this machine. Give one of its"),
+        (("--host", "2001:db8::1"), "2001:db8::1 is not an address of this machine. Give one of"),
+    ],
+)
+def test_an_address_that_cannot_be_listened_on_is_one_line(
+    given: Sequence[str], error: str
+) -> None:
+    """It names the option or the address, and says what to give instead."""
+    process = start(free_options(), *given)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert printed.startswith(f"error: {error}")
+    assert printed.count("\n") == 1
+
+
+def test_two_endpoints_on_one_port_are_refused() -> None:
+    with pytest.raises(ServeError, match="HTTP and gRPC have the same port 8001; give another"):
+        wheel.Options(http_port=8001)
+
+
+def test_a_host_name_becomes_an_address_and_ipv6_is_written_as_triton_takes_it() -> None:
+    """Its HTTP server takes no names, its gRPC server brackets, its HTTP servers a prefix."""
+    assert "--http-address=127.0.0.1" in wheel.Options(host="localhost").arguments()
+    options = wheel.Options(host="::1")
+    assert {a for a in options.arguments() if "address" in a} == {
+        "--http-address=ipv6:::1", "--grpc-address=[::1]", "--metrics-address=ipv6:::1"
+    }  # fmt: skip
+    assert wheel.Options(host="[::1]").host == "::1"
+    assert (options.http_address, options.grpc_address) == ("[::1]:8000", "[::1]:8001")
+    assert wheel.Options(host="0.0.0.0").http_address == "127.0.0.1:8000"  # noqa: S104
+    assert wheel.Options(host="::").metrics_address == "[::1]:8002"
+
+
+@pytest.mark.parametrize(
+    ("host", "is_open"),
+    [("localhost", True), ("::1", True), ("127.0.0.2", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_model_control_is_open_on_loopback_only(host: str, is_open: bool) -> None:
+    assert (wheel.Options(host=host).control_key == "") == is_open
 
 
 def test_unknown_model_lists_the_served() -> None:

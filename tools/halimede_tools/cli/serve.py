@@ -11,10 +11,10 @@ from halimede.extras import needs_extra
 from halimede_tools.cli.options import names
 from halimede_tools.settings import Settings
 
-Host = Annotated[str, typer.Option(help="Address to listen on.")]
-HttpPort = Annotated[int, typer.Option()]
-GrpcPort = Annotated[int, typer.Option(help="0 to 65535.")]
-MetricsPort = Annotated[int, typer.Option()]
+Host = Annotated[str, typer.Option(help="Address to listen on, IPv4 or IPv6, or a name of it.")]
+HttpPort = Annotated[int, typer.Option(help="1 to 65535.")]
+GrpcPort = Annotated[int, typer.Option(help="1 to 65535.")]
+MetricsPort = Annotated[int, typer.Option(help="1 to 65535.")]
 LogLevel = Annotated[str, typer.Option(help="error, warning, info or verbose.")]
 Models = Annotated[
     str, typer.Option(help="Names, separated by commas; empty: all models of the repository.")

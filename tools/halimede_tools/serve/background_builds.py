@@ -112,7 +112,7 @@ class _BuildThread:
     def _load(self, ensemble: str) -> None:
         """Load a published ensemble into the server, as soon as that answers."""
         self.published.add(ensemble)
-        http = f"http://{self._options.http_host}:{self._options.http_port}"
+        http = f"http://{self._options.http_address}"
         while not self._stopped.is_set():
             try:
                 with Control(http, key=self._options.control_key) as control:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import shlex
-import socket
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -86,8 +85,7 @@ def serve(
             container = _create(engine, mounts(repository, python_backend), options, image)
             stack.callback(_remove, container)
             server = Container(container)
-        address = f"{options.http_host}:{options.http_port}"
-        if not wheel.is_ready_within(READY_TIMEOUT_S, server, address):
+        if not wheel.is_ready_within(READY_TIMEOUT_S, server, options.http_address):
             raise ServeError(server.not_ready_reason())
         stack.callback(_stop, container)
         yield server
@@ -143,7 +141,6 @@ def _engine() -> Any:
 def _create(engine: Any, mounts: dict[str, Path], options: Options, image: str) -> Any:
     from docker import types
 
-    address = socket.gethostbyname(options.host)  # the engine accepts addresses only
     return engine.containers.create(
         image,
         command(options),
@@ -151,7 +148,7 @@ def _create(engine: Any, mounts: dict[str, Path], options: Options, image: str) 
             types.Mount(target, str(source.resolve()), type="bind", read_only=True)
             for target, source in mounts.items()
         ],
-        ports={f"{port}/tcp": (address, port) for port in options.ports().values()},
+        ports={f"{port}/tcp": (options.host, port) for port in options.ports().values()},
         environment=wheel.ENVIRONMENT,
         shm_size=SHM_SIZE,
         device_requests=_gpus(engine),

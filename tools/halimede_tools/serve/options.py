@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic import BaseModel, NonNegativeInt, PrivateAttr, model_validator
+from pydantic import BaseModel, NonNegativeInt, PrivateAttr, field_validator, model_validator
 
 from halimede_launch import start
 from halimede_ops.errors import ServeError
+from halimede_tools.serve import addresses
+from halimede_tools.serve.addresses import LOOPBACK
 
-LOOPBACK = "127.0.0.1"
-LOCAL_HOSTS = (LOOPBACK, "localhost")
+MAX_PORT = 65535
 CONNECTION_AGE_MS = 300_000
 """Clients reconnect this often, and so find servers that were added to a DNS name."""
 CONNECTION_GRACE_MS = 60_000
@@ -26,7 +27,7 @@ class Options(BaseModel):
     """Options of a server."""
 
     host: str = LOOPBACK
-    """Address to listen on; loopback by default."""
+    """Address to listen on, IPv4 or IPv6; loopback by default. A host name becomes its address."""
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
@@ -55,6 +56,25 @@ class Options(BaseModel):
     """Trace one request in N. A request whose caller traces it is always traced."""
     _random_key: str = PrivateAttr(default_factory=start.random_key)
 
+    @field_validator("host")
+    @classmethod
+    def _resolve(cls, host: str) -> str:
+        return addresses.resolve(host)
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> Options:
+        names: dict[int, str] = {}
+        for name, port in self.ports().items():
+            flag = f"--{name.lower()}-port"
+            if not 1 <= port <= MAX_PORT:
+                raise ServeError(f"{name} port is {port}; give 1 to {MAX_PORT} with {flag}.")
+            if port in names:
+                raise ServeError(
+                    f"{names[port]} and {name} have the same port {port}; give another with {flag}."
+                )
+            names[port] = name
+        return self
+
     @model_validator(mode="after")
     def _check_response_cache(self) -> Options:
         if self.steps and self.response_cache_mb:
@@ -77,6 +97,21 @@ class Options(BaseModel):
         """Address that HTTP listens on: loopback if gRPC uses TLS."""
         return self.host if self.tls_cert is None else LOOPBACK
 
+    @property
+    def grpc_address(self) -> str:
+        """host:port at which this machine reaches the gRPC endpoint."""
+        return addresses.joined(self.host, self.grpc_port)
+
+    @property
+    def http_address(self) -> str:
+        """host:port at which this machine reaches the HTTP endpoint."""
+        return addresses.joined(self.http_host, self.http_port)
+
+    @property
+    def metrics_address(self) -> str:
+        """host:port at which this machine reaches the metrics."""
+        return addresses.joined(self.host, self.metrics_port)
+
     def ports(self) -> dict[str, int]:
         """Protocol → port."""
         return {"HTTP": self.http_port, "gRPC": self.grpc_port, "metrics": self.metrics_port}
@@ -93,14 +128,14 @@ class Options(BaseModel):
             "--disable-auto-complete-config",
             "--exit-on-error=true",
             "--strict-readiness=true",
-            f"--http-address={inside or self.http_host}",
+            f"--http-address={addresses.for_http(inside or self.http_host)}",
             f"--http-port={self.http_port}",
-            f"--grpc-address={inside or self.host}",
+            f"--grpc-address={addresses.bracketed(inside or self.host)}",
             f"--grpc-port={self.grpc_port}",
             f"--grpc-infer-allocation-pool-size={POOLED_MESSAGES}",
             f"--grpc-max-connection-age={CONNECTION_AGE_MS}",
             f"--grpc-max-connection-age-grace={CONNECTION_GRACE_MS}",
-            f"--metrics-address={inside or self.host}",
+            f"--metrics-address={addresses.for_http(inside or self.host)}",
             f"--metrics-port={self.metrics_port}",
             *_log_arguments(self.log_level),
             *self._tls_arguments(),
@@ -135,7 +170,7 @@ class Options(BaseModel):
         """
         if self.control_key_file is not None:
             return self.control_key_file.read_text().strip()
-        return "" if self.host in LOCAL_HOSTS else self._random_key
+        return "" if addresses.is_loopback(self.host) else self._random_key
 
     def _restrictions(self) -> list[str]:
         return start.restrictions(self.control_key) if self.control_key else []

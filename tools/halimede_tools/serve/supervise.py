@@ -17,7 +17,7 @@ from halimede_ops.errors import ServeError
 from halimede_repository import configs
 from halimede_tools.build.repository import SUFFIXES, served_name
 from halimede_tools.console import console
-from halimede_tools.serve import background_builds, wheel
+from halimede_tools.serve import addresses, background_builds, wheel
 from halimede_tools.serve.options import Options
 from halimede_tools.settings import Settings
 
@@ -158,8 +158,7 @@ def _excluding(pending: Collection[str], settings: Settings, options: Options) -
 def show(options: Options, runtime: str) -> None:
     """Embed a sample; print its vector, the addresses, the cores and a curl command."""
     model = (options.models or (catalogue.DEFAULT,))[0]
-    http = f"http://{options.http_host}:{options.http_port}"
-    grpc = f"{options.host}:{options.grpc_port}"
+    http, grpc = f"http://{options.http_address}", options.grpc_address
     with Embedder(grpc if options.tls_cert is None else http, model) as embedder:
         result = embedder.embed([SAMPLE])
     head = ", ".join(f"{value:.4f}" for value in result.vectors[0, :6])
@@ -167,7 +166,9 @@ def show(options: Options, runtime: str) -> None:
     console.print(f'  "{SAMPLE}" → [{head}, …] ({result.dims} numbers)')
     console.print(f"  gRPC     {grpc if options.tls_cert is None else f'grpcs://{grpc}'}")
     console.print(f"  HTTP     {http}")
-    console.print(f"  metrics  http://{options.host}:{options.metrics_port}/metrics")
+    console.print(f"  metrics  http://{options.metrics_address}/metrics")
+    if addresses.is_unspecified(options.host):
+        console.print("  It listens on all addresses of this machine.")
     if runtime == "wheel":  # a container has a cgroup of its own
         console.print(f"  CPU      {cores.read()}")
     console.print(f"\n  {curl(http, model)}\n")

@@ -11,22 +11,21 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from http.client import HTTPException
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import NoReturn, Protocol
-from urllib.request import urlopen
 
 from halimede_engine import cores
 from halimede_launch import watch
 from halimede_ops.errors import ServeError
 from halimede_repository import configs
 from halimede_tools.console import console
-from halimede_tools.serve import programs, shared_memory
+from halimede_tools.serve import addresses, programs, shared_memory
 from halimede_tools.serve.options import Options as Options
 from halimede_tools.settings import PACKAGES, Settings
 
@@ -94,12 +93,12 @@ class Server:
     @property
     def grpc_address(self) -> str:
         """host:port of the gRPC endpoint."""
-        return f"{self.options.host}:{self.options.grpc_port}"
+        return self.options.grpc_address
 
     @property
     def http_address(self) -> str:
         """host:port of the HTTP endpoint."""
-        return f"{self.options.http_host}:{self.options.http_port}"
+        return self.options.http_address
 
     def is_running(self) -> bool:
         """Whether the process runs."""
@@ -293,18 +292,11 @@ def check_ports(options: Options) -> None:
     """Raise unless every port is free on the host.
 
     Raises:
-        ServeError: one is taken.
+        ServeError: one is taken, or the host is not this machine.
     """
     for name, port in options.ports().items():
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((options.host, port))
-            except OSError:
-                raise ServeError(
-                    f"{name} port {port} on {options.host} is taken. Stop what uses it, or "
-                    f"choose another with --{name.lower()}-port."
-                ) from None
+        host = options.http_host if name == "HTTP" else options.host
+        addresses.check_port(name, host, port)
 
 
 def check_models(repository: Path, options: Options) -> None:
@@ -343,10 +335,17 @@ def is_ready_within(timeout_s: float, server: Running, http_address: str) -> boo
             next_watch = time.monotonic() + watch.POLL_INTERVAL_S
         with contextlib.suppress(OSError, HTTPException):
             # HTTP: gRPC with TLS may require a client's certificate.
-            with urlopen(f"http://{http_address}/v2/health/ready", timeout=1):
+            if _answers_ready(http_address):
                 return True
         time.sleep(0.05)
     return False
+
+
+def _answers_ready(http_address: str) -> bool:
+    # http.client: urllib would ask a proxy of the environment.
+    with contextlib.closing(HTTPConnection(http_address, timeout=1)) as connection:
+        connection.request("GET", "/v2/health/ready")
+        return connection.getresponse().status == HTTPStatus.OK
 
 
 def _not_ready_reason(server: Server) -> str:
