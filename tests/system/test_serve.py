@@ -210,7 +210,7 @@ def test_paths_that_a_shell_would_not_read_as_one_word(
     monkeypatch.setattr(wheel, "wheel_libraries", lambda: folder / "libs")
     options = free_options(models=(MODEL,))
     with wheel.serve(folder / "repository", settings.python_backend, folder, options):
-        assert list(shared_memory.FOLDER.glob(f"halimede-*-{options.grpc_port}-repository"))
+        assert list(shared_memory.FOLDER.glob(f"halimede-*-{options.grpc_port}-repository-*"))
     assert not list(shared_memory.FOLDER.glob(f"halimede-*-{options.grpc_port}-*"))
 
 
@@ -237,6 +237,80 @@ def test_a_model_name_that_a_shell_would_split_is_refused(
     shutil.copytree(settings.repository / MODEL, tmp_path / "my model", copy_function=os.link)
     with pytest.raises(ServeError, match="'my model' has a character that a shell interprets"):
         wheel.check_models(tmp_path, free_options())
+
+
+def halimede(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "halimede", *arguments],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [("build",), ("serve",), ("serve", "--exec")], ids=" ".join)
+@pytest.mark.parametrize("home", ["file", "file/below", "/sys/none"])
+def test_a_home_that_cannot_be_written_is_named(
+    tmp_path: Path, home: str, arguments: tuple[str, ...]
+) -> None:
+    """A file, a folder below a file, and a folder that nobody can make: one line, with what to do."""
+    (tmp_path / "file").touch()
+    options = free_options()
+    ports = ("--http-port", str(options.http_port), "--grpc-port", str(options.grpc_port))
+    ports += ("--metrics-port", str(options.metrics_port))
+    given = arguments if arguments == ("build",) else (*arguments, *ports)
+    done = halimede(*given, HALIMEDE_HOME=str(tmp_path / home))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path / home}")
+    assert " cannot be written: " in done.stderr
+    assert "or set HALIMEDE_HOME to another folder." in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_home_on_a_read_only_file_system(settings: Settings, tmp_path: Path) -> None:
+    """What only reads works; what writes names the folder in one line."""
+    mount = f"mount --bind {settings.home} {tmp_path} && mount -o remount,ro,bind {tmp_path}"
+    script = f'{mount}; for c in "store ls" "store prune --limit-gib 0" "build" "serve" "tune"'
+    script += f'; do echo "== $c" >&2; {sys.executable} -m halimede $c; done'
+    environment = {"HALIMEDE_HOME": str(tmp_path), "HALIMEDE_REPOSITORY": str(tmp_path / "none")}
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    answers = dict(part.split("\n", 1) for part in done.stderr.split("== ")[1:])
+    assert MODEL in done.stdout
+    assert answers["store ls"] == ""
+    for command in ("build", "serve"):
+        assert answers[command].startswith(f"error: {tmp_path}/models/{MODEL}")
+        assert "cannot be written: Read-only file system. Free space" in answers[command]
+        assert answers[command].count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert "the output cannot be written" not in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user needs root")
+def test_another_users_shared_memory_is_left_alone() -> None:
+    """What a killed server of another user left in /dev/shm does not stop this user's server."""
+    port = free_options().grpc_port
+    left = [shared_memory.FOLDER / f"halimede-{pid}-{port}-left" for pid in (999_999_999, "name")]
+    for entry in left:
+        entry.touch()
+    try:
+        pid = os.fork()
+        if pid == 0:
+            os.setuid(65534)
+            try:
+                shared_memory.remove_stale(port)
+                shared_memory.remove(f"halimede-999999999-{port}-")
+            finally:
+                os._exit(int(sys.exc_info()[0] is not None))
+        assert os.waitpid(pid, 0)[1] == 0
+        assert all(entry.exists() for entry in left)
+        shared_memory.remove_stale(port)
+        assert not any(entry.exists() for entry in left)
+    finally:
+        for entry in left:
+            entry.unlink(missing_ok=True)
 
 
 def test_missing_libpython_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import halimede_ops
 from halimede.config.environment import GIB
 from halimede.config.environment import Settings as ClientSettings
+from halimede.config.folders import HOME, writing
+from halimede_ops.errors import ServeError
 
 PACKAGES = Path(halimede_ops.__file__).parents[1]
 """Folder of our packages: python_backend/ of a checkout, or site-packages."""
@@ -31,7 +33,12 @@ class Settings(ClientSettings):
         return int(self.memory_limit_gib * GIB)
 
     def run(self, grpc_port: int) -> Path:
-        """Folder for the backends and the log of a running server."""
+        """Folder for the backends and the log of a running server.
+
+        Raises:
+            ServeError: it cannot be made.
+        """
         folder = self.home / "run" / str(grpc_port)
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder, HOME, ServeError):
+            folder.mkdir(parents=True, exist_ok=True)
         return folder

@@ -103,6 +103,12 @@ def _run() -> int:
     except HalimedeError as error:
         _report(f"error: {printable(str(error))}")
         return MAY_PASS if error.retryable else 1
+    except OSError as error:
+        if error.filename is None:  # the output
+            raise
+        path = printable(os.fsdecode(error.filename))
+        _report(f"error: {path} cannot be used: {error.strerror}.")
+        return 1
     except KeyboardInterrupt:
         _report("interrupted")
         return INTERRUPTED

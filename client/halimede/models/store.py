@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from halimede.config.folders import HOME, writing
 from halimede_ops.errors import InvalidInput
 from halimede_repository.checksums import sha256
 
@@ -70,6 +71,9 @@ def prune(
     """Evict the models built longest ago until the store fits, and return those evicted.
 
     Models that are served or being built are never evicted, and neither is `keep`.
+
+    Raises:
+        HalimedeError: a model cannot be deleted.
     """
     from filelock import FileLock, Timeout
 
@@ -82,7 +86,7 @@ def prune(
         if model.served or model.building or model.name == keep:
             continue
         try:
-            with FileLock(models / model.name / LOCK, timeout=0):
+            with writing(models, HOME), FileLock(models / model.name / LOCK, timeout=0):
                 shutil.rmtree(models / model.name)
         except Timeout:
             continue
@@ -142,3 +146,5 @@ def _is_building(folder: Path) -> bool:
             return False
     except Timeout:
         return True
+    except OSError:  # a folder that this process cannot write
+        return False

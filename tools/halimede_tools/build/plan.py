@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+from halimede.config.folders import REPOSITORY, writing
 from halimede.models import catalogue, store
 from halimede_engine import session
 from halimede_ops import spec, text
-from halimede_ops.errors import InvalidInput, LicenceNotAccepted, QualityError
+from halimede_ops.errors import BuildError, InvalidInput, LicenceNotAccepted, QualityError
 from halimede_ops.spec import ModelSpec
 from halimede_repository import configs
 from halimede_tools.build import (
@@ -161,7 +162,8 @@ def build(
     written: list[str] = []
 
     def publish(built: list[Built]) -> None:
-        names = [name for tower in built for name in write(tower, settings.repository)]
+        with writing(settings.repository, REPOSITORY, BuildError):
+            names = [name for tower in built for name in write(tower, settings.repository)]
         new = [name for name in names if name not in written]
         written[:] = names
         console.print(f"  [green]✓[/] write: {', '.join(new)}")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from halimede.config.folders import HOME, writing
 from halimede.models.store import LOCK, PART, RECORD, damaged, recorded
 from halimede_ops.errors import BuildError
 from halimede_repository.checksums import sha256
@@ -64,7 +65,7 @@ def cached_step(folder: Path, key: str, title: str, fill: Callable[[Path], None]
         files = {str(path.relative_to(part)): sha256(path) for path in _files(part)}
         (part / RECORD).write_text(json.dumps({"key": key, "files": files}, indent=2))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise BuildError(
             f"the disk is full: {title} was given up and what was there is kept. "
@@ -84,18 +85,23 @@ def exclusive(name: str, settings: Settings) -> Iterator[Path]:
     """The folder of a model in the store, locked: nothing else builds or deploys the model.
 
     Raises:
-        BuildError: another build or deploy of the model runs.
+        BuildError: another build or deploy of the model runs, or the store cannot be written.
     """
     folder = settings.models / name
-    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
-        with FileLock(folder / LOCK, timeout=0):
-            yield folder
+        with writing(folder, HOME, BuildError):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     except Timeout:
         raise BuildError(
             f"another build or deploy of {name} is running; wait for it, then run the same "
             "command again"
         ) from None
+    try:
+        yield folder
+    finally:
+        lock.release()
 
 
 def recorded_key(folder: Path) -> str | None:

@@ -9,9 +9,10 @@ import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
-from halimede_ops.errors import HalimedeError, ServerUnreachable
+from halimede.config.folders import HOME, writing
+from halimede_ops.errors import HalimedeError, ServeError, ServerUnreachable
 from halimede_tools.build.repository import served_name
 from halimede_tools.console import console
 from halimede_tools.deploy.control import Control
@@ -42,6 +43,9 @@ def running(builds: Sequence[Build], options: Options, log: Path) -> Iterator[Co
     the server. Yields the names of the ensembles that were published, a set that grows.
 
     Leaving ends the current build. The next `halimede build` continues where it stopped.
+
+    Raises:
+        ServeError: the log cannot be written.
     """
     thread = _BuildThread(builds, options, log)
     thread.start()
@@ -62,10 +66,12 @@ class _BuildThread:
         self._process: subprocess.Popen[str] | None = None
         self._stopped = threading.Event()
         self.published: set[str] = set()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        with writing(log, HOME, ServeError):
+            opened = log.open("w")
+        self._thread = threading.Thread(target=self._run, args=(opened,), daemon=True)
 
-    def _run(self) -> None:
-        with self._log.open("w") as log:
+    def _run(self, log: TextIO) -> None:
+        with log:
             for build in self._builds:
                 process = self._start_process(build, log.fileno())
                 if process is None:

@@ -6,8 +6,10 @@ server can remove what a killed one left.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import secrets
 from pathlib import Path
 
 from halimede_ops.errors import ServeError
@@ -35,9 +37,8 @@ def shell_safe(path: Path, name: str, grpc_port: int) -> Path:
     path = path.resolve()
     if is_shell_safe(str(path)):
         return path
-    link = FOLDER / f"{prefix(grpc_port)}{name}"
+    link = FOLDER / f"{prefix(grpc_port)}{name}-{secrets.token_hex(4)}"
     try:
-        link.unlink(missing_ok=True)
         link.symlink_to(path)
     except OSError as error:
         raise ServeError(
@@ -56,12 +57,18 @@ def is_shell_safe(text: str) -> bool:
 def remove(beginning: str) -> None:
     """Remove the entries whose names begin so."""
     for entry in FOLDER.glob(f"{beginning}*"):
-        entry.unlink(missing_ok=True)
+        _unlink(entry)
 
 
 def remove_stale(grpc_port: int) -> None:
-    """Remove the entries of killed servers that had this gRPC port."""
+    """Remove the entries of killed servers that had this gRPC port, except another user's."""
     for entry in FOLDER.glob(f"halimede-*-{grpc_port}-*"):
-        owner_pid = int(entry.name.split("-")[1])
-        if owner_pid == os.getpid() or not Path(f"/proc/{owner_pid}").exists():
-            entry.unlink(missing_ok=True)
+        owner_pid = entry.name.split("-")[1]
+        if owner_pid == str(os.getpid()) or not Path(f"/proc/{owner_pid}").exists():
+            _unlink(entry)
+
+
+def _unlink(entry: Path) -> None:
+    # Another user's entry takes memory, and no name: those of a new server are random.
+    with contextlib.suppress(PermissionError):
+        entry.unlink(missing_ok=True)

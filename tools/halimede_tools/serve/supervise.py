@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import NoReturn
 
 from halimede import Embedder
+from halimede.config.folders import HOME, writing
 from halimede.extras import needs_extra
 from halimede.models import catalogue
 from halimede_engine import cores
@@ -75,9 +76,11 @@ def exec_server(settings: Settings, options: Options) -> NoReturn:
     Raises:
         ServeError: as `wheel.exec_server`.
     """
-    backends = settings.backends or wheel.lay_out(
-        settings.python_backend, settings.run(options.grpc_port) / "backends"
-    )
+    if settings.backends is not None:
+        wheel.exec_server(settings.repository, settings.backends, options)
+    backends = settings.run(options.grpc_port) / "backends"
+    with writing(backends, HOME, ServeError):
+        wheel.lay_out(settings.python_backend, backends)
     wheel.exec_server(settings.repository, backends, options)
 
 

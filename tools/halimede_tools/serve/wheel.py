@@ -20,6 +20,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from halimede.config.folders import HOME, writing
 from halimede_engine import cores
 from halimede_launch import watch
 from halimede_ops.errors import ServeError
@@ -169,17 +170,11 @@ def exec_server(repository: Path, backends: Path, options: Options) -> NoReturn:
 def _start(repository: Path, python_backend: Path, run: Path, options: Options) -> Server:
     shared_memory.remove_stale(options.grpc_port)
     log = run / "triton.log"
-    try:
+    with writing(run, HOME, ServeError):
         backends = lay_out(python_backend, run / "backends")
         if log.exists():  # it may have the reason why the last server ended
             log.replace(run / "triton.before.log")
         log.touch()
-    except OSError as error:
-        reason = re.search(r"\[Errno \d+\] ([^:]*)", str(error))  # shutil.Error lists every file
-        raise ServeError(
-            f"{run} cannot be written: {reason[1] if reason else error}. Free space there, or set "
-            "HALIMEDE_HOME to another folder."
-        ) from None
     command = _command(repository, backends, options)
     with log.open("wb") as out:
         process = subprocess.Popen(
