@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -10,12 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import MODEL, ROOT, family, free_options, version_folder
+from conftest import MODEL, ROOT, family, free_options, version_folder, wait_until
 
 from halimede_engine.cores import Cores
 from halimede_ops.errors import ServeError
@@ -46,17 +49,38 @@ def read_until(process: subprocess.Popen[str], mark: str) -> str:
     raise AssertionError(f"{mark!r} was not printed:\n{printed}")
 
 
+STOPS_WITHIN_S = 8
+"""Triton takes 2 s; its exit timeout, for which idle connections would keep it, is 30 s."""
+IN_BACKGROUND = ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
+"""A shell without job control ignores SIGINT for what it starts with `&`."""
+
+
+@contextlib.contextmanager
+def idle_connection(address: str) -> Iterator[None]:
+    """An HTTP client that has its answer and keeps its connection."""
+    with contextlib.closing(HTTPConnection(address)) as connection:
+        connection.request("GET", "/v2/health/ready")
+        assert connection.getresponse().read() == b""
+        yield
+
+
 @pytest.mark.parametrize(
     ("sent", "host", "address"),
-    [(signal.SIGINT, "localhost", "127.0.0.1"), (signal.SIGTERM, "::1", "[::1]")],
-    ids=["Ctrl-C", "SIGTERM"],
+    [
+        (signal.SIGINT, "localhost", "127.0.0.1"),
+        (signal.SIGTERM, "::1", "[::1]"),
+        (signal.SIGHUP, "0.0.0.0", "127.0.0.1"),  # noqa: S104
+    ],
+    ids=["Ctrl-C", "SIGTERM", "SIGHUP"],
 )
 def test_serve_shows_a_sample_and_stops_every_child(
     sent: signal.Signals, host: str, address: str
 ) -> None:
-    """It prints a vector, the addresses and a curl command. A signal ends it and its children."""
+    """It prints a vector, the addresses and a curl command. A signal ends it and its children in
+    seconds, also with idle clients, and where a shell ignores Ctrl-C for it.
+    """
     options = free_options()
-    process = start(options, "--host", host)
+    process = start(options, "--host", host, within=IN_BACKGROUND)
     printed = read_until(process, "Ctrl-C")
     assert "[-0.0345, 0.0310, 0.0067" in printed
     assert f"gRPC     {address}:{options.grpc_port}" in printed
@@ -65,8 +89,9 @@ def test_serve_shows_a_sample_and_stops_every_child(
     assert '"outputs":' in subprocess.check_output(["sh", "-c", command], text=True)
     children = psutil.Process(process.pid).children(recursive=True)
     assert any("tritonserver" in child.name() for child in children)
-    process.send_signal(sent)
-    assert process.wait(60) == 0
+    with idle_connection(f"{address}:{options.http_port}"):
+        process.send_signal(sent)
+        assert process.wait(STOPS_WITHIN_S) == 0
     assert not psutil.wait_procs(children, timeout=30)[1]
     assert not list(Path("/dev/shm").glob(f"halimede-{process.pid}-*"))
 
@@ -90,6 +115,64 @@ def test_exec_names_the_cores(one_cpu: Path) -> None:
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert printed.startswith("CPU: 1 core")
+
+
+def test_exec_stops_in_seconds_with_an_idle_client() -> None:
+    """Triton itself, as in a container: the process that watches it closes idle connections."""
+    options = free_options()
+    process = start(options, "--exec", within=IN_BACKGROUND)
+    assert wheel.is_ready_within(60, Ready(process), options.http_address)
+    children = psutil.Process(process.pid).children(recursive=True)
+    with idle_connection(options.http_address):
+        process.send_signal(signal.SIGINT)
+        process.wait(STOPS_WITHIN_S)
+    assert not psutil.wait_procs(children, timeout=5)[1]
+
+
+class Ready:
+    """A process as `is_ready_within` looks at it."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def has_lost_a_process(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_requests_under_way_are_answered_when_the_server_stops(
+    settings: Settings, tmp_path: Path, scheme: str
+) -> None:
+    """A request of seconds that has begun is answered; the connections of others are closed."""
+    from halimede import Embedder
+
+    options = free_options(models=(MODEL,))
+    texts = [f"{'word ' * 200} {index}" for index in range(60)]
+    with wheel.serve(settings.repository, settings.python_backend, tmp_path, options) as server:
+        address = server.grpc_address if scheme == "grpc" else server.http_address
+        with Embedder(f"{scheme}://{address}", MODEL) as embedder, ThreadPoolExecutor(1) as caller:
+            embedder.embed("warm")
+            with idle_connection(server.http_address):
+                answer = caller.submit(embedder.embed, texts)
+                time.sleep(0.5)
+                assert not answer.done()
+                server.stop()
+            assert answer.result().vectors.shape == (len(texts), 384)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGHUP, signal.SIGKILL], ids=["SIGHUP", "SIGKILL"])
+def test_a_launcher_that_ends_while_triton_starts_leaves_nothing(sent: signal.Signals) -> None:
+    """Triton's backends do not notice that Triton ends while they start: they are killed."""
+    process = start(free_options())
+    launcher = psutil.Process(process.pid)
+    wait_until(lambda: any("stub" in one.name() for one in launcher.children(recursive=True)))
+    children = launcher.children(recursive=True)
+    process.send_signal(sent)
+    process.wait(60)
+    assert not psutil.wait_procs(children, timeout=40)[1]
 
 
 def test_a_killed_launcher_takes_triton_with_it() -> None:

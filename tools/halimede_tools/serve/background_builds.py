@@ -16,8 +16,8 @@ from halimede_ops.errors import HalimedeError, ServeError, ServerUnreachable
 from halimede_tools.build.repository import served_name
 from halimede_tools.console import console
 from halimede_tools.deploy.control import Control
+from halimede_tools.serve import processes
 from halimede_tools.serve.options import Options
-from halimede_tools.serve.wheel import DIE_WITH_PARENT
 
 NICENESS = 10
 """Niceness of the builds: requests have priority."""
@@ -106,7 +106,7 @@ class _BuildThread:
             if self._stopped.is_set():
                 return None
             self._process = subprocess.Popen(
-                [sys.executable, "-c", DIE_WITH_PARENT, *command],
+                processes.ending_with_this_process(command),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

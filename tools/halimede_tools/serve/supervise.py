@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Collection, Iterator, Sequence
+from types import FrameType
 from typing import NoReturn
 
 from halimede import Embedder
@@ -24,12 +26,14 @@ from halimede_tools.settings import Settings
 
 SAMPLE = "hello world"
 SHORT_LIFE_S = 60.0
+REPEATED_S = 2.0
+"""A terminal that closes, and a service manager, may send several signals for one stop."""
 MAX_SHORT_LIVES = 3
 """`serve` gives up after this many servers in a row that ended within SHORT_LIFE_S seconds."""
 
 
 def serve(settings: Settings, options: Options, runtime: str) -> None:
-    """Serve until SIGINT or SIGTERM. Start a server that ends by itself again.
+    """Serve until SIGINT, SIGTERM or SIGHUP. Start a server that ends by itself again.
 
     If no precision of a model is built, build the first one and serve it. Build the others while
     the server runs; each is loaded when its checks pass.
@@ -38,7 +42,7 @@ def serve(settings: Settings, options: Options, runtime: str) -> None:
         BuildError: a missing model could not be built.
         ServeError: the server could not be started, or ended soon after its start several times.
     """
-    with _interrupted_by_sigterm():
+    with _interrupted_by_signals():
         try:
             builds = _build_first(settings, options)
             log = settings.run(options.grpc_port) / "build.log"
@@ -185,10 +189,21 @@ def curl(http: str, model: str) -> str:
 
 
 @contextlib.contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM, as on SIGINT."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _interrupted_by_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt on each signal that stops a server. A repeated signal counts after
+    REPEATED_S seconds: then it ends the server at once.
+    """
+    last = -math.inf
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        if time.monotonic() - last > REPEATED_S:
+            last = time.monotonic()
+            raise KeyboardInterrupt
+
+    before = watch.on_stop(interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

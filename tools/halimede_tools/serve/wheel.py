@@ -22,24 +22,17 @@ from typing import NoReturn, Protocol
 
 from halimede.config.folders import HOME, writing
 from halimede_engine import cores
-from halimede_launch import watch
+from halimede_launch import connections, watch
 from halimede_ops.errors import ServeError
 from halimede_repository import configs
 from halimede_tools.console import console
-from halimede_tools.serve import addresses, programs, shared_memory
+from halimede_tools.serve import addresses, processes, programs, shared_memory
 from halimede_tools.serve.options import Options as Options
 from halimede_tools.settings import PACKAGES, Settings
 
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
-DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-PR_SET_PDEATHSIG = 1
-ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-os.execv(sys.argv[1], sys.argv[1:])
-"""
-"""Program that asks the kernel to end it when its parent ends, then runs the command that it is
-given. A preexec_fn would run Python between fork and exec, where gRPC's threads can crash it."""
+STOP_POLL_INTERVAL_S = 0.1
 ENVIRONMENT = {
     # The tokenizer's own threads would compete with the engine's for the same cores.
     "TOKENIZERS_PARALLELISM": "false",
@@ -90,6 +83,7 @@ class Server:
         self.shared_memory = entries
         """Prefix of its entries in /dev/shm. `stop` removes them."""
         self._watch = watch.ChildWatch(process.pid)
+        self._backstop = processes.kill_group_after_this_process(process.pid, STOP_TIMEOUT_S)
 
     @property
     def grpc_address(self) -> str:
@@ -121,15 +115,26 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        """Stop the server and every child; kill those that run after STOP_TIMEOUT_S seconds."""
-        if self.process.poll() is None:
+        """Stop the server and every child. Requests under way are answered, idle HTTP connections
+        are closed. What runs after STOP_TIMEOUT_S seconds, or when this is interrupted, is killed.
+        """
+        try:
             self.process.terminate()
+            self._wait_for_requests()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self._backstop.kill()
+            self._backstop.wait()
+            shared_memory.remove(self.shared_memory)
+
+    def _wait_for_requests(self) -> None:
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while self.is_running() and time.monotonic() < deadline:
+            connections.close_idle(self.process.pid, self.options.http_port)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_TIMEOUT_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        shared_memory.remove(self.shared_memory)
+                self.process.wait(STOP_POLL_INTERVAL_S)
 
 
 @contextlib.contextmanager
@@ -162,7 +167,7 @@ def exec_server(repository: Path, backends: Path, options: Options) -> NoReturn:
     check_ports(options)
     check_models(repository, options)
     shared_memory.remove_stale(options.grpc_port)
-    command = [sys.executable, watch.__file__, *_command(repository, backends, options)]
+    command = [sys.executable, "-m", watch.__name__, *_command(repository, backends, options)]
     console.print(f"CPU: {cores.read()}")
     os.execve(command[0], command, _environment(options))  # noqa: S606
 
@@ -178,7 +183,7 @@ def _start(repository: Path, python_backend: Path, run: Path, options: Options) 
     command = _command(repository, backends, options)
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-c", DIE_WITH_PARENT, *command],
+            processes.ending_with_this_process(command),
             env=_environment(options),
             stdout=out,
             stderr=subprocess.STDOUT,
