@@ -173,6 +173,7 @@ def test_a_launcher_that_ends_while_triton_starts_leaves_nothing(sent: signal.Si
     process.send_signal(sent)
     process.wait(60)
     assert not psutil.wait_procs(children, timeout=40)[1]
+    assert not list(shared_memory.FOLDER.glob(f"halimede-{process.pid}-*"))
 
 
 def test_a_killed_launcher_takes_triton_with_it() -> None:

@@ -306,7 +306,8 @@ def test_create_ports(engine: Engine, repository: Path, options: Options) -> Non
 
 def test_host_name_becomes_an_address(engine: Engine, repository: Path, options: Options) -> None:
     """A host given by name is published by its address: the engine takes no names."""
-    payload = created(engine, repository, options.model_copy(update={"host": "localhost"}))
+    named = Options(**{**options.model_dump(), "host": "localhost"})
+    payload = created(engine, repository, named)
     hosts = {b[0]["HostIp"] for b in payload["HostConfig"]["PortBindings"].values()}
     assert hosts == {"127.0.0.1"}
 

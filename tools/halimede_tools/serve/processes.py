@@ -17,7 +17,7 @@ if os.getppid() == int(sys.argv[1]):
 """Program that asks the kernel to end it when its parent ends, then runs the command that it is
 given. A preexec_fn would run Python between fork and exec, where gRPC's threads can crash it."""
 KILL_GROUP = """
-import ctypes, os, signal, sys, time
+import contextlib, ctypes, glob, os, signal, sys, time
 parent, group, limit_s = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 PR_SET_PDEATHSIG = 1
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -33,13 +33,14 @@ def state():
 deadline = time.monotonic() + limit_s
 while state() not in ("", "Z") and time.monotonic() < deadline:
     time.sleep(0.1)
-try:
+with contextlib.suppress(ProcessLookupError):
     os.killpg(group, signal.SIGKILL)
-except ProcessLookupError:
-    pass
+for path in glob.glob(glob.escape(sys.argv[4]) + "*"):
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 """
 """Program that waits until its parent ends, then until the leader of a process group ends or a
-time limit, and kills the group."""
+time limit, kills the group and removes the files whose paths begin so."""
 
 
 def ending_with_this_process(command: Sequence[str]) -> list[str]:
@@ -47,15 +48,18 @@ def ending_with_this_process(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-c", DIE_WITH_PARENT, str(os.getpid()), *command]
 
 
-def kill_group_after_this_process(group: int, limit_s: float) -> subprocess.Popen[bytes]:
+def kill_group_after_this_process(
+    group: int, limit_s: float, files: str
+) -> subprocess.Popen[bytes]:
     """Start a process that kills a process group when this process has ended without doing so, and
-    the group's leader has ended or had `limit_s` to do so. Kill it when the group has ended.
+    the group's leader has ended or had `limit_s` to do so. Then it removes the files whose paths
+    begin with `files`. Kill it when the group has ended.
 
     Triton's Python backends do not notice that Triton ends while they start.
     """
-    parent = str(os.getpid())
+    arguments = [str(os.getpid()), str(group), str(limit_s), files]
     return subprocess.Popen(
-        [sys.executable, "-S", "-E", "-c", KILL_GROUP, parent, str(group), str(limit_s)],
+        [sys.executable, "-S", "-E", "-c", KILL_GROUP, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -83,7 +83,9 @@ class Server:
         self.shared_memory = entries
         """Prefix of its entries in /dev/shm. `stop` removes them."""
         self._watch = watch.ChildWatch(process.pid)
-        self._backstop = processes.kill_group_after_this_process(process.pid, STOP_TIMEOUT_S)
+        self._backstop = processes.kill_group_after_this_process(
+            process.pid, STOP_TIMEOUT_S, str(shared_memory.FOLDER / entries)
+        )
 
     @property
     def grpc_address(self) -> str:
