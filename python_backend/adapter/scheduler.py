@@ -16,7 +16,7 @@ from pathlib import Path
 
 from adapter import triton
 from adapter.metrics import Metrics
-from halimede_engine import batching, cores, session
+from halimede_engine import arithmetic, batching, cores, session
 from halimede_engine.engine import MakeRows
 from halimede_engine.scheduler import Run, Scheduler
 from halimede_engine.session import OnRun, Session
@@ -98,6 +98,8 @@ def _open_sessions(
         triton.warn(
             f"{config.name}: this onnxruntime has no {name}; the CPU provider serves instead"
         )
+    if any(arithmetic.is_missing(entry.parameters) for entry in _accelerators(config, kind)):
+        triton.warn(f"{config.name}: this CPU has no bf16; it computes in f32, at half the speed")
     return shared, lone
 
 

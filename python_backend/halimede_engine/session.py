@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime
 
-from halimede_engine import batching, memory
+from halimede_engine import arithmetic, batching, memory
 from halimede_ops.errors import InvalidModel
 from halimede_ops.spec import PIXELS, POOLED
 
@@ -410,7 +410,10 @@ def execution_providers(
 def _provider(accelerator: Accelerator, threads: int, streams: int) -> tuple[str, dict[str, str]]:
     parameters = dict(accelerator.parameters)
     if accelerator.name == "openvino":
-        # Without ACCURACY, OpenVINO computes float32 models in bfloat16 on some CPUs.
+        if arithmetic.is_missing(parameters):
+            parameters[arithmetic.PROPERTY] = arithmetic.F32
+        # Without ACCURACY, OpenVINO computes float32 models in bfloat16 on some CPUs. The property
+        # in `parameters` has precedence.
         options = {
             "device_type": "CPU",
             "load_config": json.dumps({"CPU": OPENVINO_PROPERTIES | parameters}),

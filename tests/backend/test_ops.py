@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from halimede_engine import batching, session
+from halimede_engine import arithmetic, batching, session
 from halimede_ops import errors, heads, spec, text, vectors
 from halimede_ops.errors import (
     HalimedeError,
@@ -264,6 +265,39 @@ def test_missing_accelerator_is_reported_and_the_cpu_serves() -> None:
     )
     assert missing == ["cuda"]
     assert [name for name, _ in providers] == ["OpenVINOExecutionProvider", "CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "has"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 avx512_vnni\n", True),
+        ("processor\t: 0\nflags\t\t: fpu amx_bf16 amx_tile\n", True),
+        ("flags\t\t: fpu avx512f avx512_vnni\n", False),
+        ("Features\t: fp asimd bf16\n", False),  # Arm: OpenVINO computes in another format there
+        ("", False),
+        (None, False),
+    ],
+)
+def test_bf16_is_read_from_the_flags_of_the_cpu(
+    cpuinfo: str | None, has: bool, tmp_path: Path
+) -> None:
+    """A CPU has bf16 if it has instructions for it; no such file means that it has not."""
+    path = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        path.write_text(cpuinfo)
+    assert arithmetic.has_bf16(path) is has
+
+
+@pytest.mark.parametrize(("has", "computed"), [(True, "bf16"), (False, "f32")])
+def test_a_cpu_without_bf16_computes_in_f32(
+    has: bool, computed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO is asked for bf16 only where the CPU has instructions for it."""
+    monkeypatch.setattr(arithmetic, "has_bf16", lambda: has)
+    asked = session.Accelerator("openvino", arithmetic.properties("bf16"))
+    [(_, options), _cpu], _missing = session.execution_providers([asked], threads=2, streams=1)
+    assert json.loads(options["load_config"])["CPU"][arithmetic.PROPERTY] == computed
+    assert arithmetic.is_missing(asked.parameters) is not has
 
 
 def test_tensorrt_options_follow_tritons_keys() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import MODEL, NAMES, ROOT, version_folder
 from filelock import FileLock
 
 from halimede.models import catalogue
+from halimede_engine import arithmetic
 from halimede_ops import spec
 from halimede_ops.errors import (
     BuildError,
@@ -26,6 +29,8 @@ from halimede_tools.build.plan import build, build_request, check_licence, make
 from halimede_tools.build.samples import corpus
 from halimede_tools.settings import Settings
 
+CLASSES = ["1-19", "20-63", "64 and more"]
+
 
 @pytest.fixture(scope="module")
 def built(settings: Settings) -> repository.Built:
@@ -37,8 +42,10 @@ def built(settings: Settings) -> repository.Built:
 def test_build_writes_exactly_the_committed_configs(
     built: repository.Built, tmp_path: Path
 ) -> None:
-    """The configs in git are what the build writes, byte for byte."""
-    repository.write(built, tmp_path)
+    """The configs in git are what the build writes, byte for byte, on a CPU with bf16."""
+    fp16 = dict(built.quality["fp16"]) | {"arithmetic": arithmetic.BF16}
+    on_bf16 = dataclasses.replace(built, quality={**built.quality, "fp16": fp16})
+    repository.write(on_bf16, tmp_path)
     written = {
         str(path.relative_to(tmp_path)): path.read_bytes()
         for path in tmp_path.rglob("*.pbtxt")
@@ -64,6 +71,7 @@ def test_configs_parse_and_read_back(built: repository.Built, tmp_path: Path) ->
     assert {key: value.string_value for key, value in parameters.items()} == {
         "space": built.spec.space,
         "precision": "int8",
+        "arithmetic": "int8",
         "dims": "384",
         "max_tokens": "256",
     }
@@ -107,7 +115,9 @@ def test_unknown_model_lists_the_known() -> None:
 
 
 def test_quality_is_recorded_with_the_model(settings: Settings) -> None:
-    """Each precision's record holds SPEC's bars: cosine, invariance and size on 600 texts."""
+    """Each precision's record holds its bars on 600 texts and names its arithmetic: cosine over all
+    and per length class, invariance and size.
+    """
     for precision, name in NAMES.items():
         record = json.loads(
             (version_folder(settings.repository / name) / "quality.json").read_text()
@@ -115,15 +125,53 @@ def test_quality_is_recorded_with_the_model(settings: Settings) -> None:
         bar = towers.BARS[precision]
         assert record["texts"] >= 500
         assert record["mean_cosine"] >= bar.mean_cosine
+        assert [found["tokens"] for found in record["by_length"]] == CLASSES
+        for found in record["by_length"]:
+            assert found["mean_cosine"] >= bar.mean_cosine
+            assert found["p1_cosine"] >= bar.p1_cosine
+        assert record["not_finite"] == 0
+        assert record["arithmetic"] == check.arithmetics(precision)[0]
         assert record["invariance"] >= bar.invariance
         assert record["size_ratio"] <= bar.size_ratio
 
 
 def test_a_missed_bar_is_named() -> None:
     """A record below its bar says so, with the figure and the bar; one that holds says nothing."""
-    record = {"mean_cosine": 0.9, "invariance": 1.0, "size_ratio": 0.2}
-    assert check.missed(record, towers.BARS["int8"]) == ["mean_cosine is 0.9, the bar is 0.995"]
-    assert check.missed(record | {"mean_cosine": 0.999}, towers.BARS["int8"]) == []
+    bar = towers.BARS["int8"]
+    short = {"tokens": "1-19", "mean_cosine": 0.999, "p1_cosine": 0.99}
+    record = {
+        "mean_cosine": 0.999,
+        "invariance": 1.0,
+        "size_ratio": 0.2,
+        "by_length": [short],
+        "not_finite": 0,
+    }
+    assert check.missed(record, bar) == []
+    for changed, line in (
+        ({"mean_cosine": 0.9}, "mean_cosine is 0.9, the bar is 0.995"),
+        ({"invariance": 0.9}, "invariance is 0.9, the bar is 0.9999"),
+        ({"size_ratio": 0.4}, "size_ratio is 0.4, the bar is 0.3"),
+        ({"not_finite": 3}, "3 vectors are not finite"),
+        (
+            {"by_length": [short | {"p1_cosine": 0.9}]},
+            "p1_cosine of 1-19 tokens is 0.9, the bar is 0.98",
+        ),
+        (
+            {"by_length": [short | {"mean_cosine": math.nan}]},
+            "mean_cosine of 1-19 tokens is nan, the bar is 0.995",
+        ),
+    ):
+        assert check.missed(record | changed, bar) == [line]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_vectors_that_are_not_finite_are_below_every_bar(wrong: float) -> None:
+    """NaN and infinity count as cosine -1, whichever of the two vectors has them."""
+    good = np.eye(3, dtype=np.float32)
+    bad = good.copy()
+    bad[1, 2] = wrong
+    assert check.cosines_to(bad, good).tolist() == [1, -1, 1]
+    assert check.cosines_to(good, bad).tolist() == [1, -1, 1]
 
 
 def test_step_is_made_once_and_again_when_damaged(tmp_path: Path) -> None:
@@ -218,6 +266,17 @@ def test_corpora_are_the_same_everywhere_and_disjoint() -> None:
     assert corpus.check_texts() == corpus.check_texts()
     assert not set(corpus.calibration_texts()) & set(corpus.check_texts())
     assert len(corpus.check_texts()) == 600
+
+
+@pytest.mark.parametrize("texts", [corpus.calibration_texts(), corpus.check_texts()])
+def test_most_texts_of_the_build_are_short(texts: list[str], settings: Settings) -> None:
+    """At least half have fewer than 20 tokens, and every length class has some."""
+    folder = version_folder(settings.repository / f"{MODEL}-tokenizer")
+    lengths = [row.length for row in towers.text_rows(folder, spec.load(folder))(texts)]
+    assert sum(length < 20 for length in lengths) >= len(texts) / 2
+    classes = towers.by_length(lengths, np.ones(len(lengths)))
+    assert [found.tokens for found in classes] == CLASSES
+    assert min(found.inputs for found in classes) >= 30
 
 
 def test_spec_is_in_every_folder_that_reads_it(settings: Settings) -> None:

@@ -18,6 +18,7 @@ STEPS = ("export", "fp16", "int8", "check")
 """The modules of the build's steps."""
 ALL = set(STEPS)
 USERS = {
+    "python_backend/halimede_engine/arithmetic.py": ALL,
     "python_backend/halimede_engine/session.py": ALL,
     "python_backend/halimede_engine/batching.py": ALL,
     "python_backend/halimede_engine/scheduler.py": set(),
@@ -36,9 +37,12 @@ USERS = {
     "tools/halimede_tools/build/graph/rewrite.py": {"export", "fp16", "int8"},
     "tools/halimede_tools/build/graph/packing.py": {"export"},
     "tools/halimede_tools/build/graph/tracing.py": {"export"},
+    "tools/halimede_tools/build/graph/activations.py": {"int8"},
     "tools/halimede_tools/build/graph/outliers.py": {"int8"},
+    "tools/halimede_tools/build/graph/smoothing.py": {"int8"},
     "tools/halimede_tools/build/samples/corpus.py": {"int8", "check"},
     "tools/halimede_tools/build/samples/data/sentences.txt": {"int8", "check"},
+    "tools/halimede_tools/build/samples/data/short.txt": {"int8", "check"},
     "tools/halimede_tools/build/samples/pictures.py": {"int8", "check"},
     "tools/halimede_tools/build/samples/sts.py": {"check"},
     "tools/halimede_tools/build/plan.py": set(),

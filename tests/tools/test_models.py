@@ -362,7 +362,7 @@ def test_outliers_go_their_own_way_in_fp32(copied: Path, tmp_path: Path) -> None
     leaves nothing else in FP32.
     """
     from halimede_tools.build import int8
-    from halimede_tools.build.graph import outliers, rewrite
+    from halimede_tools.build.graph import activations, outliers, rewrite
 
     state = load_file(copied / "model.safetensors")
     state["encoder.layer.1.intermediate.dense.bias"][3] = 300.0
@@ -373,15 +373,41 @@ def test_outliers_go_their_own_way_in_fp32(copied: Path, tmp_path: Path) -> None
     path = tmp_path / "onnx" / session.FILE_NAME
     model = rewrite.load(path)
     feeds = [int8.feed(row) for row in engine.rows(texts)]
-    values = int8.matmul_inputs(model, feeds)
-    found = {name: outliers.channels(array) for name, array in values.items()}
+    observed = activations.of_matmuls(model, feeds)
+    found = {name: outliers.channels(activation) for name, activation in observed.items()}
     [name] = [name for name, some in found.items() if 3 in some]
     assert name.endswith("layer.1/output/dense/MatMul")
     assert outliers.take_apart(model, {name: found[name]}) == [name]
-    assert int8.matmul_inputs(model, feeds)[name].max() < 10
+    assert activations.of_matmuls(model, feeds)[name].high.max() < 10
     rewrite.save(model, path)
     opened, _ = session.open_session(path)
     assert vectors.cosine(opened.run(engine.rows(texts)), expected).min() >= 0.99999
+
+
+def test_smoothing_changes_no_vector(copied: Path, tmp_path: Path) -> None:
+    """A smoothed graph gives the same vectors, from inputs of MatMuls with more even ranges."""
+    from halimede_tools.build import int8
+    from halimede_tools.build.graph import activations, rewrite, smoothing
+
+    engine = exported(copied, tmp_path / "onnx")
+    texts = corpus.calibration_texts()[::20]
+    expected = engine.embed(texts)
+    path = tmp_path / "onnx" / session.FILE_NAME
+    model = rewrite.load(path)
+    feeds = [int8.feed(row) for row in engine.rows(texts)]
+    before = activations.of_matmuls(model, feeds)
+    smoothed = smoothing.smooth(model, before)
+    after = activations.of_matmuls(model, feeds)
+    for name, activation in after.items():
+        assert np.allclose(activation.high, smoothed[name].high, rtol=1e-3, atol=1e-4)
+    uneven, even = (
+        np.median([one.high.std() / one.high.mean() for one in observed.values()])
+        for observed in (before, after)
+    )
+    assert even < uneven
+    rewrite.save(model, path)
+    opened, _ = session.open_session(path)
+    assert vectors.cosine(opened.run(engine.rows(texts)), expected).min() >= 0.9999
 
 
 def test_int8_weights_have_no_zero_points_of_0(source: Path) -> None:

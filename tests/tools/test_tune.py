@@ -24,6 +24,7 @@ from halimede_tools.settings import Settings
 OPENVINO = tune.Way("openvino", threads=2, streams=2)
 PLAIN = tune.Way("", threads=2, streams=1)
 NAME = NAMES["int8"]
+BAR = towers.BARS["int8"]
 
 
 def measured(
@@ -35,13 +36,36 @@ def measured(
 def test_of_ways_alike_the_one_that_answers_soonest_is_chosen() -> None:
     """2 % fewer texts a second and half the latency wins; 10 % fewer do not."""
     fast, soon, slow = measured(OPENVINO, 500, 9), measured(PLAIN, 490, 5), measured(PLAIN, 450, 2)
-    assert tune.choose([fast, soon, slow], 0.9999) is soon
+    assert tune.choose([fast, soon, slow], BAR) is soon
 
 
 def test_a_provider_with_other_vectors_is_not_chosen() -> None:
     """However fast: the build has not checked those vectors."""
     own, other = measured(OPENVINO, 400, 9), measured(PLAIN, 800, 2, cosine=0.99)
-    assert tune.choose([own, other], 0.9999) is own
+    assert tune.choose([own, other], BAR) is own
+
+
+def test_another_arithmetic_is_chosen_within_the_bar_of_the_precision() -> None:
+    """f32 instead of bf16 gives other vectors: as near as FP16 must be, and no further away."""
+    bf16, f32 = (dataclasses.replace(OPENVINO, arithmetic=each) for each in ("bf16", "f32"))
+    checked, near, far = (
+        measured(bf16, 400, 9),
+        measured(f32, 800, 5, cosine=0.9995),
+        measured(f32, 900, 2, cosine=0.998),
+    )
+    assert tune.choose([checked, near, far], towers.BARS["fp16"]) is near
+
+
+def test_f32_is_a_candidate_beside_bf16() -> None:
+    """What the build checked comes first; onnxruntime's own engine has f32 only."""
+    ways = tune.candidates(2, "bf16")
+    assert ways[0] == tune.Way("openvino", 2, 2, arithmetic="bf16")
+    assert {(way.provider, way.arithmetic) for way in ways} == {
+        ("openvino", "bf16"),
+        ("openvino", "f32"),
+        ("", "f32"),
+    }
+    assert {way.arithmetic for way in tune.candidates(2, "int8")} == {"int8"}
 
 
 @pytest.mark.parametrize("cores", [1, 2, 3, 16])
@@ -68,7 +92,7 @@ def test_the_choice_and_its_table_lie_with_the_model(tuned: Settings) -> None:
     onnx = version_folder(tuned.repository / f"{NAME}-onnx")
     record = json.loads((onnx / repository.TUNED).read_text())
     first, last = record["table"][: -len(tune.BUDGETS)], record["table"][-len(tune.BUDGETS) :]
-    assert first[0]["way"] == dataclasses.asdict(tune.candidates(cores.available())[0])
+    assert first[0]["way"] == dataclasses.asdict(tune.candidates(cores.available(), "int8")[0])
     [chosen] = [row for row in last if tune.Way(**row["way"]).parameters() == record["choice"]]
     assert chosen["cosine"] >= towers.BARS["int8"].invariance
     assert all(row["texts_per_s"] > 0 and row["single_ms"] > 0 for row in first + last)

@@ -118,5 +118,7 @@ def _quality(repository: Path, model: ServedModel) -> dict[str, Any]:
         return {}
     if record["space"] != model.space:
         return {}
-    names = ("texts", "mean_cosine", "min_cosine", "invariance", "size_ratio")
-    return {name: record[name] for name in names}
+    names = (
+        "arithmetic", "texts", "mean_cosine", "p1_cosine", "min_cosine", "invariance", "size_ratio",
+    )  # fmt: skip
+    return {name: record[name] for name in names if name in record}

@@ -250,7 +250,7 @@ class Onnx:
         reader, make_rows = self._reader(kind, facts, steps)
         model = steps[f"{name}-onnx"] / session.FILE_NAME
         names = self._accelerators()
-        accelerators = [session.Accelerator(name) for name in names]
+        accelerators = _accelerators(names, stamp.version)
         threads = self._threads  # `open_session` must not keep self: the engine's threads keep it
         on_cpu = not {"cuda", "tensorrt"} & set(names)
         is_tight = on_cpu and served.precision in session.TIGHT_PADDING
@@ -324,7 +324,7 @@ class Onnx:
     def _served(
         self, kind: InputKind, name: str, version: configs.Ensemble, facts: Any
     ) -> ServedModel:
-        quality = json.loads((version.folder / "quality.json").read_text())
+        quality = _quality(version)
         if quality["space"] != facts.space:
             raise errors.InvalidModel(
                 f"the quality record of {name} is of another space; build the model again."
@@ -366,6 +366,20 @@ class Onnx:
         if "CUDAExecutionProvider" in available:
             return DEVICES["cuda"]
         return DEVICES["openvino" if "OpenVINOExecutionProvider" in available else "cpu"]
+
+
+def _accelerators(names: Sequence[str], version: configs.Ensemble) -> list[Any]:
+    """Return accelerators that compute in the arithmetic that the build measured."""
+    from halimede_engine import arithmetic, session
+
+    asked = arithmetic.properties(_quality(version).get("arithmetic", arithmetic.F32))
+    return [session.Accelerator(name, asked if name == "openvino" else {}) for name in names]
+
+
+def _quality(version: configs.Ensemble) -> dict[str, Any]:
+    """Return the quality record of an ensemble."""
+    record: dict[str, Any] = json.loads((version.folder / "quality.json").read_text())
+    return record
 
 
 def _start_texts(opened: _OpenModel, request: Request) -> Future[Answer]:

@@ -9,6 +9,7 @@ is chosen. A provider counts only if its vectors are those of the provider that 
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import statistics
 import time
@@ -21,7 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from halimede_engine import batching, cores, session
+from halimede_engine import arithmetic, batching, cores, session
 from halimede_ops import spec, vectors
 from halimede_ops.errors import InvalidInput
 from halimede_repository import configs
@@ -56,6 +57,7 @@ class Way:
     threads: int
     streams: int
     micro_batch_tokens: int = batching.MICRO_BATCH_TOKENS
+    arithmetic: str = arithmetic.F32
 
     def parameters(self) -> dict[str, str]:
         """As config.pbtxt has it."""
@@ -64,6 +66,7 @@ class Way:
             "intra_op_thread_count": str(self.threads),
             "streams": str(self.streams),
             "micro_batch_tokens": str(self.micro_batch_tokens),
+            "arithmetic": self.arithmetic,
         }
 
 
@@ -113,8 +116,9 @@ def measure(
         InvalidInput: it embeds no texts.
     """
     name = repository.served_name(model, precision)
-    least_cosine = towers.BARS[precision].invariance
-    steps = configs.read(settings.repository, name).steps
+    bar = towers.BARS[precision]
+    served = configs.read(settings.repository, name)
+    steps = served.steps
     tokenizer = steps.get(f"{model}-tokenizer")
     if tokenizer is None:
         raise InvalidInput(f"{name} embeds no texts; tune takes models that do.")
@@ -122,21 +126,30 @@ def measure(
     texts = random.Random(7).sample(corpus.mixed_texts(), TEXTS)
     rows = towers.text_rows(tokenizer, facts)(texts)
     stage = _Stage(onnx, facts.max_tokens, rows, seconds / len(STAGES))
-    ways = candidates(cores.available())
+    record = json.loads((served.folder / "quality.json").read_text())
+    ways = candidates(cores.available(), record["arithmetic"])
     fitting = settings.memory_limit_bytes // (RESERVED * session.file_bytes(onnx))
     with progress.step(f"{precision}, {STAGES[0]}"):
         first = stage.measure(ways[: max(2, fitting)])
-    best = choose(first, least_cosine).way
+    best = choose(first, bar).way
     with progress.step(f"{precision}, {STAGES[1]}"):
         last = stage.measure([dataclasses.replace(best, micro_batch_tokens=n) for n in BUDGETS])
-    return first + last, choose(last, least_cosine)
+    return first + last, choose(last, bar)
 
 
-def choose(measured: Sequence[Measurement], least_cosine: float) -> Measurement:
+def choose(measured: Sequence[Measurement], bar: towers.Bar) -> Measurement:
     """The way to run the model: of the fast ones with the right vectors, the one that answers a
     single text soonest.
+
+    Vectors of the arithmetic that the build checked are held to the bar of the same text in another
+    batch, those of another arithmetic to the bar of the precision.
     """
-    right = [measurement for measurement in measured if measurement.cosine >= least_cosine]
+    checked = measured[0].way.arithmetic
+    right = [
+        one
+        for one in measured
+        if one.cosine >= (bar.invariance if one.way.arithmetic == checked else bar.p1_cosine)
+    ]
     highest = max(measurement.texts_per_s for measurement in right)
     fast = [
         measurement for measurement in right if measurement.texts_per_s >= (1 - ALIKE) * highest
@@ -144,15 +157,22 @@ def choose(measured: Sequence[Measurement], least_cosine: float) -> Measurement:
     return min(fast, key=lambda measurement: measurement.single_ms)
 
 
-def candidates(most_threads: int) -> list[Way]:
-    """The way that the build checked, then the others, of all providers that are installed."""
+def candidates(most_threads: int, checked: str = arithmetic.F32) -> list[Way]:
+    """The way that the build checked, then the others, of all providers that are installed.
+
+    Args:
+        most_threads: cores of this machine.
+        checked: the arithmetic that the build checked. Instead of bf16, f32 may be chosen.
+    """
     available = onnxruntime.get_available_providers()
     providers = [*towers.CPU_ACCELERATORS] if "OpenVINOExecutionProvider" in available else []
+    plain = arithmetic.F32 if checked == arithmetic.BF16 else checked
+    computed = [(name, each) for name in providers for each in dict.fromkeys((checked, plain))]
     # Half: one thread for each core that runs two.
     threads = [most_threads, most_threads // 2] if most_threads >= 4 else [most_threads]
     return [
-        Way(provider, count, streams)
-        for provider in (*providers, "")
+        Way(provider, count, streams, arithmetic=each)
+        for provider, each in (*computed, ("", plain))
         for count in threads
         for streams in sorted({1, 2, count // 2, count} - {0}, key=lambda each: each != 2)
         if streams <= count
@@ -199,7 +219,8 @@ class _Stage:
         ]
 
     def _open(self, way: Way) -> session.Session:
-        accelerators = [session.Accelerator(way.provider)] if way.provider else []
+        asked = arithmetic.properties(way.arithmetic)
+        accelerators = [session.Accelerator(way.provider, asked)] if way.provider else []
         opened, _ = session.open_session(
             self._model,
             accelerators,
@@ -235,12 +256,13 @@ def _load(opened: session.Session, rows: Rows, size: int) -> closed_loop.Load:
 
 
 def _table(name: str, measured: Sequence[Measurement], best: Measurement) -> Table:
-    columns = ("provider", "threads", "streams", "tokens", "texts/s", "one ms", "cosine", "")
+    columns = ("provider", "in", "threads", "streams", "tokens", "texts/s", "one ms", "cosine", "")
     table = Table(*columns, title=name, box=box.SIMPLE)  # fits into 80 columns
     for measurement in measured:
         way = measurement.way
         table.add_row(
             way.provider or "onnxruntime",
+            way.arithmetic,
             *(str(count) for count in (way.threads, way.streams, way.micro_batch_tokens)),
             f"{measurement.texts_per_s:.0f}",
             f"{measurement.single_ms:.1f}",

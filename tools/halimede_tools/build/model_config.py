@@ -9,6 +9,7 @@ from typing import NamedTuple
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+from halimede_engine import arithmetic
 from halimede_ops.errors import InvalidInput
 from halimede_ops.spec import (
     MULTI_VECTOR,
@@ -81,6 +82,8 @@ class Ensemble(NamedTuple):
     """What an accepted precision misses of its bar."""
     counterpart: str = ""
     """The ensemble of the model's other tower."""
+    arithmetic: str = ""
+    """The arithmetic that the build measured it in, on a CPU."""
 
 
 def to_text(config: pb.ModelConfig) -> str:
@@ -115,9 +118,10 @@ def tuned(config: pb.ModelConfig, choice: Mapping[str, str]) -> pb.ModelConfig:
     if "provider" in choice:
         policy = pb.ModelOptimizationPolicy.ExecutionAccelerators
         cpu = changed.optimization.execution_accelerators.cpu_execution_accelerator
+        asked = arithmetic.properties(choice.get("arithmetic", arithmetic.F32))
         del cpu[:]
         if choice["provider"]:
-            cpu.append(policy.Accelerator(name=choice["provider"]))
+            cpu.append(policy.Accelerator(name=choice["provider"], parameters=asked))
     return changed
 
 
@@ -148,9 +152,12 @@ def tokenizer(name: str, spec: ModelSpec) -> pb.ModelConfig:
     )
 
 
-def onnx(name: str, spec: ModelSpec, precision: str, device: str) -> pb.ModelConfig:
+def onnx(
+    name: str, spec: ModelSpec, precision: str, device: str, computed_in: str = arithmetic.F32
+) -> pb.ModelConfig:
     """input_ids, attention_mask → the pooled vector, and one row a token for each further head."""
-    written = _onnx(name, spec, device, tensorrt_parameters(spec, precision, text_shapes(spec)))
+    tensorrt = tensorrt_parameters(spec, precision, text_shapes(spec))
+    written = _onnx(name, spec, _accelerators(device, tensorrt, computed_in), device)
     written.max_batch_size = MAX_BATCH_SIZE
     written.input.extend(
         [_input("input_ids", pb.TYPE_INT64, -1), _input("attention_mask", pb.TYPE_INT64, -1)]
@@ -174,11 +181,14 @@ def onnx(name: str, spec: ModelSpec, precision: str, device: str) -> pb.ModelCon
     return written
 
 
-def vision(name: str, spec: ModelSpec, precision: str, device: str) -> pb.ModelConfig:
+def vision(
+    name: str, spec: ModelSpec, precision: str, device: str, computed_in: str = arithmetic.F32
+) -> pb.ModelConfig:
     """Pixels → the projected vector."""
     image = spec.images()
     size = (3, image.height, image.width)
-    written = _onnx(name, spec, device, tensorrt_parameters(spec, precision, image_shapes(image)))
+    tensorrt = tensorrt_parameters(spec, precision, image_shapes(image))
+    written = _onnx(name, spec, _accelerators(device, tensorrt, computed_in), device)
     written.max_batch_size = MAX_IMAGES
     written.input.append(_input(PIXELS, pb.TYPE_UINT8, *size))
     written.model_warmup.extend(
@@ -195,7 +205,12 @@ def vision(name: str, spec: ModelSpec, precision: str, device: str) -> pb.ModelC
     return written
 
 
-def _onnx(name: str, spec: ModelSpec, device: str, tensorrt: Mapping[str, str]) -> pb.ModelConfig:
+def _onnx(
+    name: str,
+    spec: ModelSpec,
+    accelerators: pb.ModelOptimizationPolicy.ExecutionAccelerators,
+    device: str,
+) -> pb.ModelConfig:
     """The part of the config that all ONNX steps share."""
     return pb.ModelConfig(
         name=name,
@@ -204,9 +219,7 @@ def _onnx(name: str, spec: ModelSpec, device: str, tensorrt: Mapping[str, str]) 
         output=[_output(POOLED, pb.TYPE_FP32, spec.dims)],
         instance_group=[_instances(device)],
         dynamic_batching=_batching(),
-        optimization=pb.ModelOptimizationPolicy(
-            execution_accelerators=_accelerators(device, tensorrt)
-        ),
+        optimization=pb.ModelOptimizationPolicy(execution_accelerators=accelerators),
     )
 
 
@@ -326,7 +339,9 @@ def one_process(described: Ensemble, device: str) -> pb.ModelConfig:
         dynamic_batching=pb.ModelDynamicBatching(),
         optimization=pb.ModelOptimizationPolicy(
             execution_accelerators=_accelerators(
-                device, tensorrt_parameters(spec, precision, text_shapes(spec))
+                device,
+                tensorrt_parameters(spec, precision, text_shapes(spec)),
+                described.arithmetic,
             )
         ),
         model_warmup=[
@@ -379,6 +394,7 @@ def image_ensemble(described: Ensemble) -> pb.ModelConfig:
         described.spec,
         described.precision,
         described.missed,
+        arithmetic=described.arithmetic,
         input="image",
         text_model=described.counterpart,
         max_image_bytes=str(image.max_image_bytes),
@@ -541,6 +557,7 @@ def _text_facts(described: Ensemble) -> Parameters:
         described.spec,
         described.precision,
         described.missed,
+        arithmetic=described.arithmetic,
         max_tokens=str(described.spec.max_tokens),
         image_model=described.counterpart,
     )
@@ -565,7 +582,7 @@ def _instances(device: str) -> pb.ModelInstanceGroup:
 
 
 def _accelerators(
-    device: str, tensorrt: Mapping[str, str]
+    device: str, tensorrt: Mapping[str, str], computed_in: str
 ) -> pb.ModelOptimizationPolicy.ExecutionAccelerators:
     policy = pb.ModelOptimizationPolicy.ExecutionAccelerators
     if device == CUDA:
@@ -574,7 +591,10 @@ def _accelerators(
         accelerator = policy.Accelerator(name="tensorrt", parameters=tensorrt)
         return policy(gpu_execution_accelerator=[accelerator])
     return policy(
-        cpu_execution_accelerator=[policy.Accelerator(name=name) for name in CPU_ACCELERATORS]
+        cpu_execution_accelerator=[
+            policy.Accelerator(name=name, parameters=arithmetic.properties(computed_in))
+            for name in CPU_ACCELERATORS
+        ]
     )
 
 

@@ -15,6 +15,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from halimede_tools.build.graph import rewrite
+from halimede_tools.build.graph.activations import Activation
 
 APART = "outliers/"
 """Begins the names of the nodes in the FP32 branch."""
@@ -26,26 +27,25 @@ ELEMENTWISE = (
 )  # fmt: skip
 
 
-def rounding_loss(values: np.ndarray) -> float:
-    """Energy of INT8's rounding error divided by the variance of the channels; values `[tokens,
-    channels]` float32. Outliers widen the range that 255 steps must cover.
+def rounding_loss(activation: Activation) -> float:
+    """Energy of INT8's rounding error divided by the variance of the channels. Outliers widen the
+    range that 255 steps must cover.
     """
-    step = float(max(0.0, values.max()) - min(0.0, values.min())) / 255 or 1.0
+    low, high, values = activation
+    step = float(max(0.0, high.max()) - min(0.0, low.min())) / 255 or 1.0
     error = np.square(np.round(values / step) * step - values).sum()
     return float(error / max(np.square(values - values.mean(axis=0)).sum(), 1e-12))
 
 
-def channels(values: np.ndarray) -> list[int]:
-    """The fewest channels, at most MAX_CHANNELS, without which the rounding loss of the values
-    `[tokens, channels]` halves; empty if the loss is below MIN_LOSS or no such channels exist.
+def channels(activation: Activation) -> list[int]:
+    """The fewest channels, at most MAX_CHANNELS, without which the rounding loss halves; empty if
+    the loss is below MIN_LOSS or no such channels exist.
     """
-    loss = rounding_loss(values)
-    largest = np.argsort(np.abs(values).max(axis=0))[::-1]
+    loss = rounding_loss(activation)
+    largest = np.argsort(np.maximum(-activation.low, activation.high))[::-1]
     count = 1
     while loss > MIN_LOSS and count <= MAX_CHANNELS:
-        left = values.copy()
-        left[:, largest[:count]] = 0
-        if rounding_loss(left) < loss / 2:
+        if rounding_loss(activation.without(largest[:count].tolist())) < loss / 2:
             return sorted(int(channel) for channel in largest[:count])
         count *= 2
     return []

@@ -1,7 +1,8 @@
 """Texts that the build calibrates INT8 with, and texts that it checks vectors with.
 
-Both are drawn from the sentences in `data/`, written for this project, by seeded random choice: the
-same texts on every machine, and no text in both sets.
+Both are drawn from the texts in `data/`, written for this project, by seeded random choice: the
+same texts on every machine, and no text in both sets. Most are short, as user texts are: queries,
+questions, titles, list items, messages and headlines, in many languages.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from pathlib import Path
 from halimede_ops.errors import InvalidInput
 from halimede_ops.lines import read_lines
 
-SENTENCES = (Path(__file__).parent / "data" / "sentences.txt").read_text("utf-8").splitlines()
+DATA = Path(__file__).parent / "data"
+SENTENCES = (DATA / "sentences.txt").read_text("utf-8").splitlines()
+SHORT_TEXTS = (DATA / "short.txt").read_text("utf-8").splitlines()
+"""Queries, questions, titles, list items, messages and headlines, in many languages."""
 
 ODD_TEXTS = (
     "",
@@ -51,10 +55,26 @@ ODD_TEXTS = (
 )
 """Empty, blank, control characters, emoji, special tokens, words too long for the vocabulary."""
 
+REPEATED_TEXTS = (
+    "data " * 300,
+    "na " * 120,
+    "字" * 250,
+    "х" * 200,
+    "سلام " * 200,
+    "का " * 150,
+    "=" * 80,
+    "| | | --- | --- |" * 20,
+    " ".join(str(7 * number) for number in range(200)),
+)
+"""Texts that repeat a token: they give larger activations than others."""
 
-def calibration_texts(count: int = 300) -> list[str]:
-    """Texts to take activation ranges from: the even sentences, alone and joined."""
-    return list(_drawn(SENTENCES[::2], count, random.Random(1)))
+
+def calibration_texts(count: int = 500) -> list[str]:
+    """Texts to take activation ranges from: the even short texts, and the even sentences, alone and
+    joined; and the repeated texts.
+    """
+    kept = [*SHORT_TEXTS[::2], *REPEATED_TEXTS]
+    return [*kept, *_drawn(SENTENCES[::2], count - len(kept), random.Random(1))]
 
 
 def calibration(file: Path | None) -> list[str]:
@@ -72,9 +92,11 @@ def calibration(file: Path | None) -> list[str]:
 
 
 def check_texts(count: int = 600) -> list[str]:
-    """Texts to compare vectors on: the odd texts, then the odd sentences, alone and joined."""
-    drawn = _drawn(SENTENCES[1::2], count - len(ODD_TEXTS), random.Random(2))
-    return [*ODD_TEXTS, *drawn]
+    """Texts to compare vectors on: the odd texts, the short texts and sentences that calibration
+    does not use, alone and joined.
+    """
+    kept = [*ODD_TEXTS, *SHORT_TEXTS[1::2]]
+    return [*kept, *_drawn(SENTENCES[1::2], count - len(kept), random.Random(2))]
 
 
 def mixed_texts(count: int = 1000, seed: int = 3) -> list[str]:
