@@ -1,70 +1,71 @@
-"""Designs: the cost of the ensemble's contract, served in four ways, in one interleaved run.
+"""Designs: the ensemble of three steps against one process that runs them all, in one run.
 
-All four are up in one Triton: the ensemble of three steps; the same without the pooler, which
-cannot cut to DIMENSIONS and is the least that an ensemble with pooling in the graph can be; one
-process beneath an ensemble of one step; and one process itself.
+A Triton of each design is up at once; the loads go to one after the other, so that both see the
+machine in the same state.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from threading import Event
 
-import tritonclient.grpc as grpcclient
+import psutil  # type: ignore[import-untyped]
 
-from halimede_repository import configs
-from halimede_tools.bench import report
-from halimede_tools.bench.server import CONCURRENCY, PACKAGES, TEXTS, PerfAnalyzer, engine_alone
-from halimede_tools.build import model_config
-from halimede_tools.build.model_config import Pin
+from halimede import Embedder
+from halimede_tools.bench import closed_loop, report
+from halimede_tools.bench.server import PACKAGES, TEXTS, PerfAnalyzer
 from halimede_tools.build.repository import served_name
+from halimede_tools.build.samples import corpus
 from halimede_tools.console import console
 from halimede_tools.progress import Progress
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
-DESIGNS = {
-    "steps": "ensemble: tokenizer, onnxruntime, pooler",
-    "two": "ensemble: tokenizer, onnxruntime; no DIMENSIONS",
-    "shell": "ensemble of one step: one process",
-    "one": "one process",
-}
+DESIGNS = {"steps": "ensemble of three steps", "one": "one process"}
+CALLERS = (1, 8, 32, 64)
+BESIDE = "beside bulk"
+LOADS = (*(f"{callers} callers" for callers in CALLERS), BESIDE)
+LONE_TEXTS = 200
+BULK_LEAD_S = 0.5
+"""Time for bulk to fill the server before lone texts are sent beside it."""
+FIRST_PORT = 18_000
 
-
-class Load(NamedTuple):
-    """One round of one design."""
-
-    texts_per_s: float
-    p50_ms: float
-    p99_ms: float
-    cpu_ms: Mapping[str, float]
-    """CPU a text takes: process → ms."""
+Figures = dict[str, list[float]]
+"""Name of a figure → its value in each round."""
 
 
 def designs(settings: Settings, model: str, precisions: Sequence[str], rounds: int) -> Path:
     """Measure, print the table and write the report; the report's path."""
     analyzer = PerfAnalyzer(settings.home / "perf")
-    steps = [f"{name}, {part}" for name in precisions for part in ("engine", *DESIGNS)]
+    steps = [f"{name}, {load}" for name in precisions for load in LOADS]
     rows = []
-    with Progress("bench designs", steps, rounds + 1) as progress:
+    with Progress("bench designs", steps, rounds) as progress:
         for precision in precisions:
-            rows += _measure(settings, analyzer, model, precision, rounds, progress)
-    columns = "precision|design|texts/s|of engine|p50 ms|p99 ms|tritonserver|python"
+            measured = _measure(settings, analyzer, model, precision, rounds, progress)
+            rows += [[precision, DESIGNS[design], *_cells(measured[design])] for design in DESIGNS]
+    rates = [f"{callers} callers texts/s" for callers in CALLERS]
+    columns = [
+        "precision", "design", *rates, "alone p50, p99 ms", "beside bulk p50, p99 ms",
+        "bulk texts/s", "memory MB", "start s",
+    ]  # fmt: skip
     return report.publish(
         report.FOLDER / "designs.md",
-        "Four designs",
-        report.table(columns.split("|"), rows),
+        "Two designs",
+        report.table(columns, rows),
         report.origin("halimede bench designs", model, PACKAGES),
         [
-            f"{TEXTS} mixed texts, {CONCURRENCY} single-text requests on their way over gRPC, "
-            f"medians of {rounds} rounds; engine and designs in turn, all up in one Triton. *of "
-            "engine*: over one process that is given all texts at once. *tritonserver*, *python*: "
-            "CPU a text takes there, ms."
+            f"{TEXTS} mixed texts as single-text requests of perf_analyzer over gRPC, medians of "
+            f"{rounds} rounds, the designs in turn, both up. *alone*, *beside bulk*: {LONE_TEXTS} "
+            f"texts one after the other; beside them another client embeds {TEXTS} texts a call. "
+            "*memory*: proportional, of Triton and its processes, at the end. *start*: from the "
+            "start of Triton to the first embedding, its files in memory."
         ],
     )
 
@@ -76,95 +77,109 @@ def _measure(
     precision: str,
     rounds: int,
     progress: Progress,
-) -> list[list[str]]:
+) -> dict[str, Figures]:
+    """The figures of each design."""
     name = served_name(model, precision)
-    engine: list[float] = []
-    loads: dict[str, list[Load]] = {design: [] for design in DESIGNS}
-    with tempfile.TemporaryDirectory(dir=settings.home) as folder:
-        repository = Path(folder)
-        lay_out(settings.repository, name, repository)
-        options = wheel.Options(
-            http_port=18000, grpc_port=18001, metrics_port=18002,
-            models=tuple(f"{name}-{design}" for design in DESIGNS), steps=True,
-        )  # fmt: skip
-        run = repository / "run"
-        run.mkdir()
-        console.print(f"  {precision}: starting Triton")
-        with wheel.serve(repository, settings.python_backend, run, options) as server:
-            for number in range(rounds + 1):  # the first warms
-                with progress.step(f"{precision}, engine"):
-                    if number:
-                        engine.append(engine_alone(settings, name, model)[0])
-                for design, measured in loads.items():
-                    with progress.step(f"{precision}, {design}"):
-                        load = _load(analyzer, server, f"{name}-{design}")
-                    if number:
-                        measured.append(load)
-    whole = statistics.median(engine)
-    return [[precision, title, *_cells(loads[design], whole)] for design, title in DESIGNS.items()]
+    figures: dict[str, Figures] = {design: defaultdict(list) for design in DESIGNS}
+    with contextlib.ExitStack() as stack:
+        servers: dict[str, wheel.Server] = {}
+        for number, design in enumerate(DESIGNS):
+            console.print(f"  {precision}: starting {DESIGNS[design]}")
+            began = time.monotonic()
+            servers[design] = stack.enter_context(_served(settings, name, design, number))
+            _lone(servers[design], name, 1)
+            figures[design]["start"].append(time.monotonic() - began)
+        for server in servers.values():  # warms
+            analyzer.run(name, server.grpc_address)
+            _lone(server, name, LONE_TEXTS)
+        for _ in range(rounds):
+            for callers, load in zip(CALLERS, LOADS, strict=False):
+                with progress.step(f"{precision}, {load}"):
+                    for design, server in servers.items():
+                        rate = analyzer.run(name, server.grpc_address, callers)
+                        figures[design][load].append(rate["Inferences/Second"])
+            with progress.step(f"{precision}, {BESIDE}"):
+                for design, server in servers.items():
+                    for key, value in _latencies(server, name).items():
+                        figures[design][key].append(value)
+        for design, server in servers.items():
+            figures[design]["memory"].append(_memory_mb(server))
+    return figures
 
 
-def lay_out(source: Path, name: str, target: Path) -> None:
-    """Write a repository with the served `name` in every design."""
-    served = configs.read(source, name)
-    for step in served.steps:
-        shutil.copytree(source / step, target / step, copy_function=os.link)
-    ensemble = model_config.read(source / name / configs.CONFIG)
-    one = model_config.read(source / name / "configs" / f"{configs.ONE_PROCESS}.pbtxt")
-    process = Pin(f"{name}-one", int(served.folder.name))
-    for design, made in {
-        "steps": ensemble,
-        "two": model_config.without_pooler(ensemble),
-        "shell": model_config.shell(ensemble, process),
-        "one": one,
-    }.items():
-        folder = target / f"{name}-{design}"
-        shutil.copytree(source / name, folder)
-        made.name = folder.name
-        (folder / configs.CONFIG).write_text(model_config.to_text(made))
-
-
-def _load(analyzer: PerfAnalyzer, server: wheel.Server, model: str) -> Load:
-    texts, cpu_s = _texts(server, model), _cpu_s(server)
-    figures = analyzer.run(model, server.grpc_address)
-    more = _texts(server, model) - texts
-    return Load(
-        figures["Inferences/Second"],
-        figures["p50 latency"] / 1000,
-        figures["p99 latency"] / 1000,
-        {name: (now - cpu_s[name]) / more * 1000 for name, now in _cpu_s(server).items()},
+@contextlib.contextmanager
+def _served(settings: Settings, name: str, design: str, number: int) -> Iterator[wheel.Server]:
+    port = FIRST_PORT + 10 * number
+    options = wheel.Options(
+        http_port=port,
+        grpc_port=port + 1,
+        metrics_port=port + 2,
+        models=(name,),
+        steps=design == "steps",
     )
+    with (
+        tempfile.TemporaryDirectory(dir=settings.home) as run,
+        wheel.serve(settings.repository, settings.python_backend, Path(run), options) as server,
+    ):
+        yield server
 
 
-def _texts(server: wheel.Server, model: str) -> float:
-    """How many texts a model has answered."""
-    with grpcclient.InferenceServerClient(server.grpc_address) as client:
-        [figures] = client.get_inference_statistics(model).model_stats
-    return float(figures.inference_count)
+def _latencies(server: wheel.Server, name: str) -> Mapping[str, float]:
+    """Latencies of lone texts, alone and beside bulk, and the rate of the bulk."""
+    alone = _lone(server, name, LONE_TEXTS)
+    done = Event()
+    mixed = corpus.mixed_texts(TEXTS)
 
+    def send_bulk() -> float:
+        calls, began = 0, time.monotonic()
+        with Embedder(f"grpc://{server.grpc_address}", name) as embedder:
+            while not done.is_set():
+                embedder.embed(mixed)
+                calls += 1
+        return calls * len(mixed) / (time.monotonic() - began)
 
-def _cpu_s(server: wheel.Server) -> dict[str, float]:
-    """CPU seconds of Triton itself and of its Python processes together."""
-    import psutil  # type: ignore[import-untyped]
-
-    triton_itself = psutil.Process(server.process.pid)
-    python = triton_itself.children(recursive=True)
+    with ThreadPoolExecutor(1) as sender:
+        bulk = sender.submit(send_bulk)
+        time.sleep(BULK_LEAD_S)
+        beside = _lone(server, name, LONE_TEXTS)
+        done.set()
     return {
-        "tritonserver": sum(triton_itself.cpu_times()[:2]),
-        "python": sum(sum(process.cpu_times()[:2]) for process in python),
+        "alone p50": _percentile_ms(alone, 50),
+        "alone p99": _percentile_ms(alone, 99),
+        "beside p50": _percentile_ms(beside, 50),
+        "beside p99": _percentile_ms(beside, 99),
+        "bulk": bulk.result(),
     }
 
 
-def _cells(loads: Sequence[Load], engine: float) -> list[str]:
-    rate = statistics.median(load.texts_per_s for load in loads)
-    cpu_ms = [
-        statistics.median(load.cpu_ms[name] for load in loads)
-        for name in ("tritonserver", "python")
-    ]
+def _lone(server: wheel.Server, name: str, count: int) -> list[float]:
+    """Seconds of each of `count` texts, one after the other."""
+    texts = sorted(corpus.mixed_texts(), key=len)[:: len(corpus.mixed_texts()) // LONE_TEXTS]
+    with Embedder(f"grpc://{server.grpc_address}", name) as embedder:
+        embedder.embed("connects")
+        load = closed_loop.threads(embedder.embed, texts[:count], 1)
+    load.raise_errors()
+    return load.latencies_s
+
+
+def _percentile_ms(latencies_s: Sequence[float], percent: int) -> float:
+    return statistics.quantiles(latencies_s, n=100, method="inclusive")[percent - 1] * 1000
+
+
+def _memory_mb(server: wheel.Server) -> float:
+    """Proportional memory of Triton and its processes."""
+    triton_itself = psutil.Process(server.process.pid)
+    processes = [triton_itself, *triton_itself.children(recursive=True)]
+    return sum(process.memory_full_info().pss for process in processes) / 1e6
+
+
+def _cells(figures: Figures) -> list[str]:
+    median = {name: statistics.median(values) for name, values in figures.items()}
     return [
-        f"{rate:.0f}",
-        f"{rate / engine:.0%}",
-        f"{statistics.median(load.p50_ms for load in loads):.0f}",
-        f"{statistics.median(load.p99_ms for load in loads):.0f}",
-        *(f"{ms:.2f}" for ms in cpu_ms),
+        *(f"{median[f'{callers} callers']:.0f}" for callers in CALLERS),
+        f"{median['alone p50']:.1f}, {median['alone p99']:.1f}",
+        f"{median['beside p50']:.1f}, {median['beside p99']:.1f}",
+        f"{median['bulk']:.0f}",
+        f"{median['memory']:.0f}",
+        f"{median['start']:.1f}",
     ]

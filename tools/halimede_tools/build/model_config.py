@@ -362,26 +362,6 @@ def one_process(described: Ensemble, device: str) -> pb.ModelConfig:
     )
 
 
-def without_pooler(ensemble: pb.ModelConfig) -> pb.ModelConfig:
-    """The ensemble without its pooler: it gives the pooled vectors and takes no DIMENSIONS."""
-    changed = _copy(ensemble)
-    changed.input.remove(_dimensions())
-    del changed.ensemble_scheduling.step[2:]
-    changed.ensemble_scheduling.step[1].output_map[POOLED] = "EMBEDDING"
-    return changed
-
-
-def shell(ensemble: pb.ModelConfig, pin: Pin) -> pb.ModelConfig:
-    """An ensemble with the same inputs and outputs and `pin` as its only step."""
-    changed = _copy(ensemble)
-    inputs, outputs = (
-        {entry.name: entry.name for entry in end} for end in (changed.input, changed.output)
-    )
-    del changed.ensemble_scheduling.step[:]
-    changed.ensemble_scheduling.step.append(_step(pin, inputs, outputs))
-    return changed
-
-
 def warm_text(length: int) -> str:
     """Name of the file with a warm-up text of about `length` tokens."""
     return f"text_{length}"

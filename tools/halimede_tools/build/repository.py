@@ -42,7 +42,7 @@ RECIPE = 5
 and options."""
 RECIPE_GRAPHS = {
     "fp32": "1592cdca2e68a133",
-    "fp16": "02b37ade82fef10a",
+    "fp16": "217917aacbb1b370",
     "int8": "7e8638d3e75d4f8b",
 }
 """Digests of RECIPE with the structure of the default model's graphs: tests/tools/test_versions.py

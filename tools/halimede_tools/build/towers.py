@@ -70,17 +70,13 @@ def by_length(lengths: Sequence[int], cosines: np.ndarray) -> list[LengthClass]:
     names.append(f"{bounds[-1]} and more")
     classes = np.digitize(lengths, LENGTH_CLASSES)
     parts = [(name, cosines[classes == place]) for place, name in enumerate(names)]
-    return [
-        LengthClass(
-            name,
-            len(part),
-            float(part.mean()),
-            float(np.percentile(part, 1)),
-            float(part.min()),
-        )
-        for name, part in parts
-        if len(part)
-    ]
+    return [length_class(name, part) for name, part in parts if len(part)]
+
+
+def length_class(tokens: str, cosines: np.ndarray) -> LengthClass:
+    """The length class of inputs with these cosines, `[inputs]`."""
+    mean, p1, least = cosines.mean(), np.percentile(cosines, 1), cosines.min()
+    return LengthClass(tokens, len(cosines), float(mean), float(p1), float(least))
 
 
 Rows = engine.MakeRows

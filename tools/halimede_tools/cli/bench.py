@@ -74,9 +74,9 @@ def lone(
 
 @app.command()
 def designs(
-    model: Model = DEFAULT_MODEL, precisions: Precisions = "fp32,int8", rounds: Rounds = 3
+    model: Model = DEFAULT_MODEL, precisions: Precisions = "fp32,int8", rounds: Rounds = 5
 ) -> None:
-    """Measure four ways to serve the ensemble's contract."""
+    """Measure the ensemble of three steps against one process that runs them all."""
     with needs_extra(EXTRA):
         from halimede_tools.bench import designs
 
@@ -115,6 +115,21 @@ def cache() -> None:
         from halimede_tools.bench.cache import bench_cache
 
         bench_cache()
+
+
+@app.command()
+def quality(
+    file: Annotated[
+        Path, typer.Option(help="One text a line, or a .tsv with score, sentence1, sentence2.")
+    ],
+    model: Model = DEFAULT_MODEL,
+    precisions: Precisions = "fp32,fp16,int8",
+) -> None:
+    """Compare each precision's vectors with sentence-transformers', by length of the text."""
+    with needs_extra(EXTRA):
+        from halimede_tools.bench.quality import quality as bench_quality
+
+        bench_quality(Settings(), model, names(precisions), file)
 
 
 @app.command()

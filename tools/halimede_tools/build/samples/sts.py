@@ -23,6 +23,23 @@ def spearman(file: Path, embed: Callable[[Sequence[str]], np.ndarray]) -> float:
     """
     from scipy.stats import spearmanr
 
+    scores, first, second = _read(file)
+    cosines = vectors.cosine(embed(first), embed(second))
+    return float(100 * np.float64(spearmanr(cosines, scores).statistic))
+
+
+def sentences(file: Path) -> list[str]:
+    """All sentences of an STS file.
+
+    Raises:
+        InvalidInput: the file cannot be read or lacks a column.
+    """
+    _, first, second = _read(file)
+    return first + second
+
+
+def _read(file: Path) -> tuple[list[float], list[str], list[str]]:
+    """The scores, and the first and second sentences."""
     try:
         with file.open(encoding="utf-8", newline="") as lines:
             rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -33,5 +50,4 @@ def spearman(file: Path, embed: Callable[[Sequence[str]], np.ndarray]) -> float:
             "the STS file cannot be read; it must be tab-separated with the columns score, "
             f"sentence1 and sentence2 ({type(error).__name__})"
         ) from None
-    cosines = vectors.cosine(embed(first), embed(second))
-    return float(100 * np.float64(spearmanr(cosines, scores).statistic))
+    return scores, first, second
