@@ -79,6 +79,8 @@ def test_models_shows_every_precision_with_its_figures(server: wheel.Server) -> 
     assert set(rows) == set(NAMES.values())
     assert rows[NAMES["int8"]]["mean_cosine"] >= 0.995
     assert rows[NAMES["int8"]]["texts"] >= 500
+    assert rows[NAMES["int8"]]["p1_cosine"] >= 0.98
+    assert {row["arithmetic"] for row in rows.values()} >= {"f32", "int8"}
     table = halimede("models", "--verbose", server=server).stdout.decode()
     assert "mean_cosine" in table
     assert NAMES["fp16"] in table

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import MODEL
 
 from halimede_ops import vectors
+from halimede_ops.errors import InvalidInput
+from halimede_tools.bench import quality, report
 from halimede_tools.bench.peers import compare, engines, limit, tables
 from halimede_tools.settings import Settings
 
@@ -80,3 +83,25 @@ def test_the_conclusion_marks_what_misses_its_goal() -> None:
     assert ["≥ 10.0", "", "10.0"] in rows
     assert ["≥ 12.5", "", "**10.0**"] in rows
     assert len(rows) == len(tables.GOALS)
+
+
+def test_quality_compares_texts_of_ones_own(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report has a line for each length class that has texts, and one for all."""
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    file = tmp_path / "texts.txt"
+    file.write_text("a short text\nanother one\n" + "many more words " * 10)
+    lines = quality.quality(settings, MODEL, ("fp32",), file).read_text().splitlines()
+    assert [line for line in lines if line.startswith("| fp32")] == [
+        "| fp32 | f32 | 1-19 | 2 | 1.000000 | 1.000000 | 1.0000 |  |",
+        "| fp32 | f32 | 20-63 | 1 | 1.000000 | 1.000000 | 1.0000 |  |",
+        "| fp32 | f32 | all | 3 | 1.000000 | 1.000000 | 1.0000 |  |",
+    ]
+
+
+def test_quality_refuses_a_file_without_texts(settings: Settings, tmp_path: Path) -> None:
+    """And says what to give."""
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(InvalidInput, match="one text a line"):
+        quality.quality(settings, MODEL, ("fp32",), tmp_path / "empty.txt")

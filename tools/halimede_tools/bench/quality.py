@@ -38,7 +38,8 @@ def quality(settings: Settings, model: str, precisions: Sequence[str], file: Pat
         ModelNotFound: the repository lacks a precision.
     """
     scored = file.suffix == ".tsv"
-    texts = sorted(set(sts.sentences(file) if scored else read_lines(file, "the file of texts")))
+    given = sts.sentences(file) if scored else read_lines(file, "the file of texts")
+    texts = sorted({text for text in given if text.strip()})
     if not texts:
         raise InvalidInput("the file has no text; give one text a line.")
     source = settings.models / model / "source"
