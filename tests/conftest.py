@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import hypothesis
 import numpy as np
+import onnx
 import psutil
 import pytest
 from filelock import FileLock
@@ -19,13 +21,15 @@ from opentelemetry.sdk.trace import TracerProvider
 
 ROOT = Path(__file__).resolve().parents[1]
 from halimede_engine import cores
-from halimede_repository import configs
+from halimede_repository import checksums, configs
 from halimede_tools.build.samples import corpus
 from halimede_tools.serve import ports, programs, wheel
 from halimede_tools.settings import Settings
 
 MODEL = "all-MiniLM-L6-v2"
 PRECISIONS = ("fp32", "fp16", "int8")
+POISON, POISON_ID = "[MASK]", 103
+"""A token of the default model that no other text has, and its id."""
 NAMES = {"fp32": MODEL, "fp16": f"{MODEL}-fp16", "int8": f"{MODEL}-int8"}
 
 
@@ -139,6 +143,33 @@ def steps_server(
     options = free_options(models=(MODEL,), steps=True)
     with wheel.serve(settings.repository, settings.python_backend, run, options) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def poisoned(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model's repository with NaN as the embedding of the token POISON: in FP32, a text
+    that has it has no finite vector.
+    """
+    repository = tmp_path_factory.mktemp("poisoned") / "repository"
+    shutil.copytree(settings.repository, repository, copy_function=os.link)
+    folder = version_folder(repository / f"{MODEL}-onnx")
+    [embedding] = [
+        tensor
+        for tensor in onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer
+        if tensor.name.endswith("word_embeddings.weight")
+    ]
+    offset = {entry.key: entry.value for entry in embedding.external_data}["offset"]
+    data = folder / "model.onnx.data"
+    content = bytearray(data.read_bytes())
+    rows = np.frombuffer(content, np.float32, int(np.prod(embedding.dims)), int(offset))
+    rows.reshape(embedding.dims)[POISON_ID] = np.nan
+    data.unlink()  # it is a link to the file of the default repository
+    data.write_bytes(content)
+    sums = folder / checksums.FILE_NAME
+    listed = [folder / line.split()[1] for line in sums.read_text().splitlines()]
+    sums.unlink()
+    sums.write_text(checksums.sha256sums(listed))
+    return repository
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,11 @@ class Engine:
         return self._make_rows(inputs)
 
     def embed(self, inputs: Sequence[Any]) -> np.ndarray:
-        """Embeddings `[len(inputs), dims]` float32, in order."""
+        """Embeddings `[len(inputs), dims]` float32, in order.
+
+        Raises:
+            NonFiniteVector: the model gives NaN or infinity for an input.
+        """
         return vectors.embed(self.session.run(self.rows(inputs)), self.spec)
 
 
@@ -119,11 +123,11 @@ class SharedEngine:
             rows, outputs = [one.row for one in outcome], [one.output for one in outcome]
             try:
                 embeddings = self._embeddings(cached, rows, outputs, dimensions)
-            except Exception as error:
+            except Exception as error:  # perhaps of a vector that must not be stored
                 answer(error)
             else:
                 answer(embeddings)
-            self._store(missing, rows, outputs)
+                self._store(missing, rows, outputs)
 
         if missing:
             self._scheduler.submit(missing, finish, is_cancelled)
@@ -138,6 +142,7 @@ class SharedEngine:
 
         Raises:
             InvalidDimensions: the model has no vectors of this length.
+            NonFiniteVector: the model gives NaN or infinity for an input.
             Exception: what the run raised.
         """
         cached, missing = self._cached(inputs)

@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime
 
 from halimede_engine import arithmetic, batching, memory
+from halimede_ops import vectors
 from halimede_ops.errors import InvalidModel
 from halimede_ops.spec import PIXELS, POOLED
 
@@ -193,15 +194,21 @@ class Session:
         run = map if self._threads is None else self._threads.map
         results = list(run(lambda part: self.run_together([rows[i] for i in part]), parts))
         out = np.empty((len(rows), results[0].shape[1]), np.float32)
-        for part, vectors in zip(parts, results, strict=True):
-            out[part] = vectors
+        for part, pooled in zip(parts, results, strict=True):
+            out[part] = pooled
         return out
 
     def run_together(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
-        """Run rows as one micro-batch: pooled vectors `[len(rows), dims]` float32, in order."""
+        """Run rows as one micro-batch: pooled vectors `[len(rows), dims]` float32, in order.
+
+        A row without a finite vector has NaN or infinity; the other rows are not affected.
+        """
         inputs = self._inputs(rows)
         [pooled] = self._outputs([POOLED], inputs)
-        return np.asarray(_text_vectors(pooled, inputs.positions))
+        pooled = _text_vectors(pooled, inputs.positions)
+        for index in _to_run_alone(pooled):
+            pooled[index] = self.run_together([rows[index]])[0]
+        return pooled
 
     def run_with_heads(self, rows: Sequence[Row | Pixels]) -> list[dict[str, np.ndarray]]:
         """Run rows as one micro-batch: every output of each row, by name.
@@ -211,12 +218,15 @@ class Session:
         inputs = self._inputs(rows)
         pooled, *heads = self._outputs([POOLED, *self.heads], inputs)
         named = list(zip(self.heads, heads, strict=True))
-        vectors = _text_vectors(pooled, inputs.positions)
-        return [
+        pooled = _text_vectors(pooled, inputs.positions)
+        outputs = [
             {POOLED: vector}
             | {name: values[at.row, at.start :][: row.length] for name, values in named}
-            for row, at, vector in zip(rows, inputs.positions, vectors, strict=True)
+            for row, at, vector in zip(rows, inputs.positions, pooled, strict=True)
         ]
+        for index in _to_run_alone(pooled):
+            outputs[index] = self.run_with_heads([rows[index]])[0]
+        return outputs
 
     def _outputs(self, names: list[str], inputs: Inputs) -> list[np.ndarray]:
         self._on_run(inputs.tokens)
@@ -311,7 +321,16 @@ def _text_vectors(pooled: np.ndarray, positions: Sequence[TextPosition]) -> np.n
     """
     rows = max(at.row for at in positions) + 1
     vectors_per_row = len(pooled) // rows
-    return pooled[[at.row * vectors_per_row + at.number for at in positions]]
+    return np.asarray(pooled[[at.row * vectors_per_row + at.number for at in positions]])
+
+
+def _to_run_alone(pooled: np.ndarray) -> list[int]:
+    """The rows of a run of several whose vectors are not finite: `[rows, dims]` → indices.
+
+    A text with NaN makes its neighbours in a packed row NaN: attention multiplies its values by 0,
+    which is NaN again. Only a run of its own says which text is at fault.
+    """
+    return [] if len(pooled) == 1 else np.flatnonzero(~vectors.are_finite(pooled)).tolist()
 
 
 def stack_outputs(rows: Sequence[Any]) -> dict[str, np.ndarray]:

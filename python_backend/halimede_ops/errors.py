@@ -18,6 +18,7 @@ HalimedeError                  INTERNAL      no          (the root of the tree)
 │   ├── DeadlineExceeded       UNAVAILABLE   yes         no answer within `timeout_s`
 │   ├── OutOfMemory            UNAVAILABLE   yes         too many texts at once for the memory
 │   └── ModelChanged           UNAVAILABLE   yes         another model has this name now
+├── NonFiniteVector            INTERNAL      no          a model gave NaN or infinity for an input
 ├── UnsupportedInput           INVALID_ARG   no          a model embeds no inputs of this kind
 ├── RequestCancelled           CANCELLED     no          the caller cancelled before the run
 ├── AccessDenied               INTERNAL      no          a provider refuses or requires a key
@@ -45,28 +46,22 @@ from __future__ import annotations
 
 from typing import ClassVar, TypeVar
 
-Invalid = TypeVar("Invalid", bound="InvalidInput")
+Located = TypeVar("Located", bound="HalimedeError")
 
 
 class HalimedeError(Exception):
-    """The root of the tree: catch it to catch every error that halimede raises on purpose."""
-
-    code: ClassVar[str] = "INTERNAL"
-    retryable: ClassVar[bool] = False
-    index: int | None = None
-    """Index of the text, image or pair that the error is about. None: it is not about one."""
-    retry_after_s: float | None = None
-    """Seconds after which the server asks to send again (`Retry-After`). None: it does not say."""
-
-
-class InvalidInput(HalimedeError, ValueError):
-    """The request is invalid: change it before you send it again.
+    """The root of the tree: catch it to catch every error that halimede raises on purpose.
 
     With a `subject` the message begins with it and the index: `InvalidText("is not valid UTF-8.",
     subject="text", index=3)` reads "text 3 is not valid UTF-8."
     """
 
-    code = "INVALID_ARG"
+    code: ClassVar[str] = "INTERNAL"
+    retryable: ClassVar[bool] = False
+    index: int | None
+    """Index of the text, image or pair that the error is about. None: it is not about one."""
+    retry_after_s: float | None = None
+    """Seconds after which the server asks to send again (`Retry-After`). None: it does not say."""
 
     def __init__(self, message: str, *, subject: str = "", index: int | None = None) -> None:
         super().__init__(message)
@@ -77,9 +72,15 @@ class InvalidInput(HalimedeError, ValueError):
         message = super().__str__()
         return f"{self.subject} {self.index} {message}" if self.subject else message
 
-    def at(self: Invalid, index: int) -> Invalid:
+    def at(self: Located, index: int) -> Located:
         """Return the same error about the input at another index."""
         return type(self)(self.args[0], subject=self.subject, index=index)
+
+
+class InvalidInput(HalimedeError, ValueError):
+    """The request is invalid: change it before you send it again."""
+
+    code = "INVALID_ARG"
 
 
 class InvalidText(InvalidInput):
@@ -147,6 +148,10 @@ class OutOfMemory(ServerError):
 
 class ModelChanged(ServerError):
     """The name belongs to another model now. Describe the model again, then send again."""
+
+
+class NonFiniteVector(HalimedeError):
+    """The model's vector of an input has NaN or infinity. It is not answered and not cached."""
 
 
 class UnsupportedInput(HalimedeError):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from halimede_ops import vectors
 from halimede_ops.spec import MULTI_VECTOR, SPARSE, TOKEN_EMBEDDINGS, ModelSpec
 
 NO_TOKEN = -1
@@ -29,17 +30,23 @@ def outputs(
         spec: the model's spec, for its special tokens.
 
     Returns:
-        SPARSE_IDS and SPARSE_WEIGHTS as in `sparse`; MULTI_VECTORS and TOKEN_EMBEDDINGS as in
-        `per_token`; each only if `rows` has its head.
+        SPARSE_IDS and SPARSE_WEIGHTS as in `sparse`; MULTI_VECTORS without the first token, and
+        TOKEN_EMBEDDINGS, as in `per_token`; each only if `rows` has its head.
+
+    Raises:
+        NonFiniteVector: an output of a token has NaN or infinity.
     """
+    rows = {name: per_token(values, mask) for name, values in rows.items()}
+    for values in rows.values():
+        vectors.check_finite(values)
     named: dict[str, np.ndarray] = {}
     if SPARSE in rows:
         weights = rows[SPARSE][:, :, 0]
         named["SPARSE_IDS"], named["SPARSE_WEIGHTS"] = sparse(ids, weights, mask, spec.special_ids)
     if MULTI_VECTOR in rows:
-        named["MULTI_VECTORS"] = per_token(rows[MULTI_VECTOR], mask, first=1)
+        named["MULTI_VECTORS"] = rows[MULTI_VECTOR][:, 1:]
     if TOKEN_EMBEDDINGS in rows:
-        named["TOKEN_EMBEDDINGS"] = per_token(rows[TOKEN_EMBEDDINGS], mask)
+        named["TOKEN_EMBEDDINGS"] = rows[TOKEN_EMBEDDINGS]
     return named
 
 
@@ -70,10 +77,10 @@ def _largest(ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return unique, largest
 
 
-def per_token(vectors: np.ndarray, mask: np.ndarray, first: int = 0) -> np.ndarray:
-    """The vectors of the tokens from index `first` on; zeros for padding.
+def per_token(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The values of the tokens; zeros for padding, whatever the model gives there.
 
-    `vectors` `[batch, tokens, width]` float32, `mask` `[batch, tokens]` int64 →
-    `[batch, tokens - first, width]` float32.
+    `values` `[batch, tokens, width]` float32, `mask` `[batch, tokens]` int64 →
+    `[batch, tokens, width]` float32.
     """
-    return (vectors * (mask != 0)[:, :, None].astype(np.float32))[:, first:]
+    return np.where((mask != 0)[:, :, None], values, np.float32(0))

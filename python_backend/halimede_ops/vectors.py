@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
 
-from halimede_ops.errors import InvalidDimensions, InvalidInput
+from halimede_ops.errors import InvalidDimensions, InvalidInput, NonFiniteVector
 from halimede_ops.fusion import Fusion
 from halimede_ops.spec import ModelSpec
 
@@ -29,8 +30,10 @@ def embed(pooled: np.ndarray, spec: ModelSpec, dimensions: int | None = None) ->
 
     Raises:
         InvalidDimensions: `dimensions` is outside 1 … `spec.dims`.
+        NonFiniteVector: a pooled vector is not finite.
     """
     dims = check_dimensions(dimensions, spec)
+    check_finite(pooled)
     if spec.layer_norm_before_cut and dims < spec.dims:
         pooled = layer_norm(pooled)
     truncated = truncate(pooled, dims)
@@ -51,6 +54,30 @@ def check_dimensions(dimensions: int | None, spec: _Model) -> int:
             f"Omit it for all {spec.dims}."
         )
     return dimensions
+
+
+def check_finite(vectors: np.ndarray) -> None:
+    """Raise unless each vector of a batch, `[batch, …]` float, is finite.
+
+    Raises:
+        NonFiniteVector: one is not; `index` is that of the first one.
+    """
+    finite = are_finite(vectors)
+    if not finite.all():
+        raise NonFiniteVector(
+            "has no vector: the model gives NaN or infinity for it. Leave it out, or use the model "
+            "in a higher precision.",
+            subject="input",
+            index=int(finite.argmin()),
+        )
+
+
+def are_finite(vectors: np.ndarray) -> np.ndarray:
+    """Whether each vector and its L2 norm are finite: `[batch, …]` float → `[batch]` bool."""
+    rows = vectors.astype(np.float32, copy=False)
+    rows = rows.reshape(len(rows), math.prod(rows.shape[1:]))
+    # A norm beyond float32 would scale its vector to 0.
+    return np.isfinite(np.einsum("nd,nd->n", rows, rows))
 
 
 def truncate(vectors: np.ndarray, dimensions: int) -> np.ndarray:

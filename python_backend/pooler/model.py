@@ -59,13 +59,11 @@ class TritonPythonModel:
         return heads.outputs(rows, ids[:, :tokens], mask[:, :tokens], self.spec)
 
     def _embed(self, requests: list[PoolRequest]) -> list[dict[str, np.ndarray] | HalimedeError]:
-        return [
-            {
-                "EMBEDDING": vectors.embed(request.vectors, self.spec, request.dimensions),
-                **request.heads,
-            }
-            for request in requests
-        ]
+        return [triton.attempt(self._embed_one, request) for request in requests]
+
+    def _embed_one(self, request: PoolRequest) -> dict[str, np.ndarray]:
+        embeddings = vectors.embed(request.vectors, self.spec, request.dimensions)
+        return {"EMBEDDING": embeddings, **request.heads}
 
 
 def _write(outputs: dict[str, np.ndarray]) -> list[Any]:

@@ -24,8 +24,10 @@ from halimede_ops.errors import (
     InvalidDimensions,
     InvalidModel,
     InvalidText,
+    NonFiniteVector,
     UnknownInputType,
 )
+from halimede_ops.spec import MULTI_VECTOR, SPARSE, TOKEN_EMBEDDINGS
 from halimede_tools.build.graph import rewrite
 from halimede_tools.build.repository import SUFFIXES, served_name
 from halimede_tools.settings import Settings
@@ -236,6 +238,35 @@ def test_normalise_keeps_zero_zero() -> None:
     assert out.dtype == np.float32
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+def test_embed_refuses_what_is_not_finite(bad: float) -> None:
+    """NaN, infinity and a norm beyond float32 in any component are an error about that row, however
+    few dimensions are kept. A zero vector stays zero.
+    """
+    pooled = np.ones((3, SPEC.dims), np.float32)
+    pooled[0] = 0
+    assert not vectors.embed(pooled, SPEC)[0].any()
+    pooled[2, -1] = bad
+    for dimensions in (None, 8):
+        with pytest.raises(NonFiniteVector, match="^input 2 has no vector") as raised:
+            vectors.embed(pooled, SPEC, dimensions)
+        assert raised.value.index == 2
+
+
+@pytest.mark.parametrize("head", [SPARSE, MULTI_VECTOR, TOKEN_EMBEDDINGS])
+def test_further_outputs_refuse_what_is_not_finite(head: str) -> None:
+    """NaN at a token is an error about that row; NaN at padding is none."""
+    ids, mask = np.ones((2, 3), np.int64), np.array([[1, 1, 1], [1, 1, 0]])
+    rows = np.ones((2, 3, 1), np.float32)
+    rows[1, 2] = np.nan
+    assert all(
+        np.isfinite(out).all() for out in heads.outputs({head: rows}, ids, mask, SPEC).values()
+    )
+    rows[1, 1] = np.nan
+    with pytest.raises(NonFiniteVector, match="^input 1 "):
+        heads.outputs({head: rows}, ids, mask, SPEC)
+
+
 def test_embed_truncates_then_normalises() -> None:
     """Fewer dimensions are the leading ones, of norm 1 again."""
     pooled = np.random.default_rng(0).normal(size=(4, SPEC.dims)).astype(np.float32)
@@ -434,10 +465,11 @@ def test_sparse_weights_take_the_largest_of_each_id() -> None:
 
 
 def test_vectors_a_token_are_zero_behind_a_row() -> None:
-    """Rows keep their tokens from `first` on; padding is zeros, whatever stood there."""
+    """Rows keep their tokens; padding is zeros, whatever stood there."""
     vectors_a_token = np.ones((2, 3, 4), np.float32)
-    kept = heads.per_token(vectors_a_token, np.array([[1, 1, 1], [1, 1, 0]]), first=1)
-    assert kept.shape == (2, 2, 4)
-    assert kept[1, 0].all() and not kept[1, 1].any()
+    vectors_a_token[1, 2] = np.nan
+    kept = heads.per_token(vectors_a_token, np.array([[1, 1, 1], [1, 1, 0]]))
+    assert kept.shape == (2, 3, 4)
+    assert kept[1, 1].all() and not kept[1, 2].any()
     padded = batching.pad_heads([np.ones((3, 2)), np.ones((1, 2))])
     assert padded.shape == (2, 3, 2) and padded.sum() == 8

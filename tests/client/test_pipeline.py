@@ -20,6 +20,7 @@ from halimede import (
     Embedder,
     HalimedeError,
     OutOfMemory,
+    NonFiniteVector,
     ServerOverloaded,
     ServerUnreachable,
 )
@@ -357,8 +358,9 @@ def test_a_vector_that_is_not_finite_is_an_error(bad: float, count: int) -> None
     """No provider's answer may hold NaN or infinity, whatever gave it."""
     fake = FakeProvider(vectors={"bad": [1.0, bad, 0.0], "good": [1.0, 0.0, 0.0]})
     with through(fake) as embedder:
-        with pytest.raises(HalimedeError, match="NaN or infinity"):
-            embedder.embed(["bad"] + ["good"] * (count - 1))
+        with pytest.raises(NonFiniteVector, match="NaN or infinity") as raised:
+            embedder.embed(["good"] * (count - 1) + ["bad"])
+        assert raised.value.index == count - 1
 
 
 def test_progress_never_passes_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,17 +17,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import psutil
 import pytest
-from conftest import MODEL, free_options, resident_bytes, version_folder, wait_until
+import tritonclient.grpc as grpcclient
+from conftest import MODEL, POISON, free_options, resident_bytes, version_folder, wait_until
 from test_serve import read_until, start
 
 from halimede import Embedder
 from halimede_ops import vectors
-from halimede_ops.errors import OutOfMemory, ServerError
+from halimede_ops.errors import NonFiniteVector, OutOfMemory, ServerError
 from halimede_tools.serve import programs, wheel
 from halimede_tools.settings import Settings
 
@@ -210,6 +212,47 @@ def test_a_changed_byte_is_not_served(settings: Settings, tmp_path: Path, file: 
     assert process.returncode == 1
     assert printed.startswith(f"error: model {MODEL} did not load: {file} is not what was built")
     assert "build the model again" in printed
+
+
+@pytest.mark.parametrize("steps", [False, True], ids=["one process", "steps"])
+def test_a_vector_that_is_not_finite_is_an_error(
+    poisoned: Path,
+    settings: Settings,
+    tmp_path: Path,
+    right: np.ndarray,
+    steps: bool,
+) -> None:
+    """A text for which the model gives NaN ends in a typed error, however often it is sent. Texts
+    that run beside it, in one packed row, get the vectors that they always get.
+    """
+    options = free_options(models=(MODEL,), steps=steps, response_cache_mb=0 if steps else 1)
+    bad = f"text number {POISON}"
+    with (
+        wheel.serve(poisoned, settings.python_backend, tmp_path, options) as server,
+        Embedder(server.grpc_address) as embedder,
+    ):
+        for row in (0, 1, 20):
+            with pytest.raises(NonFiniteVector, match=f"^input {row} has no vector") as raised:
+                embedder.embed([*TEXTS[:row], bad, *TEXTS[row:]])
+            assert raised.value.index == row
+        outcomes: dict[int, Any] = {}
+        with grpcclient.InferenceServerClient(server.grpc_address) as client:
+            for number in range(120):
+                text = bad if number % 3 == 0 else TEXTS[number % len(TEXTS)]
+                tensor = grpcclient.InferInput("TEXT", [1, 1], "BYTES")
+                tensor.set_data_from_numpy(np.array([[text.encode()]], np.object_))
+
+                def answered(result: Any, error: Any, number: int = number) -> None:
+                    outcomes[number] = error or result.as_numpy("EMBEDDING")[0]
+
+                client.async_infer(MODEL, [tensor], answered)
+            wait_until(lambda: len(outcomes) == 120)
+    for number, outcome in outcomes.items():
+        if number % 3 == 0:
+            assert "NonFiniteVector: input 0 has no vector" in str(outcome)
+            assert outcome.status() == "StatusCode.INTERNAL"
+        else:
+            assert np.dot(outcome, right[number % len(TEXTS)]) >= 0.99999
 
 
 def test_clients_that_never_read(server: wheel.Server, right: np.ndarray) -> None:

@@ -92,4 +92,4 @@ class Fallback:
         if len(failed) == 1:
             return error
         reasons = " | ".join(f"{provider.name}: {failures[provider]}" for provider in failed)
-        return type(error)(f"no provider could answer. {reasons}")
+        return type(error)(f"no provider could answer. {reasons}", index=error.index)

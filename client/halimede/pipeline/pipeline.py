@@ -46,18 +46,26 @@ from halimede_ops.errors import (
     InvalidInput,
     InvalidText,
     ModelChanged,
+    NonFiniteVector,
     ServerError,
     SpaceRefused,
     UrlRefused,
 )
 from halimede_ops.quantise import quantise
-from halimede_ops.vectors import check_dimensions
+from halimede_ops.vectors import check_dimensions, check_finite
 
 MODEL_CHANGES = 5
 """Times that a call begins anew because the model changed during it."""
 CLOCK_S = 0.005
 """A request that ends this shortly before the call's deadline ended because of it."""
-ABOUT_ONE_INPUT = (InvalidImage, ImageTooLarge, InvalidText, UrlRefused, FetchFailed)
+ABOUT_ONE_INPUT = (
+    InvalidImage,
+    ImageTooLarge,
+    InvalidText,
+    UrlRefused,
+    FetchFailed,
+    NonFiniteVector,
+)
 """Errors about one input, which say nothing of the others."""
 
 
@@ -348,7 +356,7 @@ class _Attempt(NamedTuple):
                 answer = yield from self._compute(contents, may_block)
                 return _Part(answer, np.zeros(len(contents), np.bool_))
             return (yield from self._cached(self.cache, contents, may_block))
-        except InvalidInput as error:
+        except HalimedeError as error:
             if error.index is None:
                 raise
             raise error.at(rows.start + self.call.first + error.index) from None
@@ -433,7 +441,7 @@ def _check(answer: Answer, model: ServedModel, rows: int, dims: int) -> None:
             f"{model.name} was asked for {rows} × {dims}; it gave {answer.vectors.shape}."
         )
     if not math.isfinite(np.add.reduce(answer.vectors, axis=None)):  # the cheapest check of all
-        raise ServerError(f"{model.name} gave a vector with NaN or infinity.")
+        check_finite(answer.vectors)
 
 
 def _image_infos(answer: Answer) -> tuple[ImageInfo, ...]:

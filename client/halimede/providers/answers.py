@@ -19,7 +19,8 @@ def to_matrix(rows: Any, count: int) -> np.ndarray:
     """Convert lists of numbers to vectors `[count, dims]` float32.
 
     Raises:
-        ServerError: there are not `count` rows of one length, or not all values are finite.
+        ServerError: there are not `count` rows of one length.
+        NonFiniteVector: a row has NaN or infinity.
     """
     try:
         given = np.asarray(rows)
@@ -30,8 +31,7 @@ def to_matrix(rows: Any, count: int) -> np.ndarray:
         raise ServerError("the provider's answer is not a list of vectors.") from None
     if vectors.ndim != 2 or len(vectors) != count or not vectors.shape[1]:
         raise ServerError(f"{count} texts were sent; the answer's shape is {vectors.shape}.")
-    if not np.isfinite(vectors).all():
-        raise ServerError("the provider's answer has values that are not finite numbers.")
+    ops.check_finite(vectors)
     return vectors
 
 

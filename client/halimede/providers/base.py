@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from halimede.inputs.content import Content, InputKind
 from halimede.pipeline.waiting import Future
 from halimede.results import ServedModel
-from halimede_ops.errors import InvalidInput
+from halimede_ops.errors import HalimedeError
 
 DEFAULT_TIMEOUT_S = 30.0
 
@@ -96,7 +96,7 @@ def reindexed(rows: Sequence[int]) -> Iterator[None]:
     """Within a part of a request, raise an error about input `i` as one about input `rows[i]`."""
     try:
         yield
-    except InvalidInput as error:
+    except HalimedeError as error:
         if error.index is None:
             raise
         raise error.at(rows[error.index]) from None

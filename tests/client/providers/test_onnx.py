@@ -15,18 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import small_models
-from conftest import MODEL, version_folder, wait_until
+from conftest import MODEL, POISON, version_folder, wait_until
 from PIL import Image
 
+from halimede import Embedder
 from halimede.inputs.content import Pair
 from halimede.providers.base import Request
 from halimede.providers.onnx import Onnx, Options, connect
 from halimede.results import ServedModel
 from halimede_engine.session import Session
 from halimede_ops import vectors
-from halimede_ops.errors import InvalidImage, InvalidText, ModelChanged, ModelNotFound
+from halimede_ops.errors import (
+    InvalidImage,
+    InvalidText,
+    ModelChanged,
+    ModelNotFound,
+    NonFiniteVector,
+)
 from halimede_tools.build.fusion import write_untrained
 from halimede_tools.build.plan import build, build_request
 from halimede_tools.settings import Settings
@@ -195,6 +203,60 @@ def test_changed_files_are_opened_by_describe_alone(settings: Settings, tmp_path
     answer = wait_for(provider.embed(request._replace(model=after), TIMEOUT_S))
     assert answer.model is after
     provider.close()
+
+
+def test_a_vector_that_is_not_finite_is_an_error(poisoned: Path) -> None:
+    """A text for which the model gives NaN is named, whoever runs it. It is not cached, and the
+    texts beside it in a packed row have the vectors that they have alone.
+    """
+    model = {"provider": "onnx", "model_id": MODEL, "path": str(poisoned)}
+    bad = f"a {POISON}"
+    with Embedder(config={"models": {"m": model}, "cache": {}}) as embedder:
+        for row in (0, 3, 40):
+            texts = [f"text {index}" for index in range(row)] + [bad, "a dog"]
+            for _ in range(2):
+                with pytest.raises(NonFiniteVector, match=f"^input {row} has no vector") as raised:
+                    embedder.embed(texts)
+                assert raised.value.index == row
+        assert not embedder.stats()["cache"]["tiers"]["memory"]["size_bytes"]
+    [provider] = connect(Options(model_id=MODEL, path=poisoned))
+    describe(provider)
+    session = provider._open_models["text"].engine._scheduler._run_alone
+    rows = provider._open_models["text"].engine._scheduler._make_rows(["a cat", bad, "a dog"])
+    together = session(rows)
+    assert np.isfinite(together).all(axis=1).tolist() == [True, False, True]
+    alone = np.concatenate([session([rows[0]]), session([rows[2]])])
+    assert vectors.cosine(together[[0, 2]], alone).min() >= 0.99999
+    provider.close()
+
+
+@pytest.mark.parametrize("name", ["clip-image", "multimodal"])
+def test_an_image_or_a_pair_without_a_finite_vector_is_an_error(
+    clip: Onnx, tmp_path: Path, name: str
+) -> None:
+    """Each image is named; with `errors="collect"` the call has the others' vectors."""
+    repository = tmp_path / "repository"
+    shutil.copytree(clip._options.path, repository)
+    [path] = repository.glob("clip-image-onnx/*/model.onnx")
+    graph = onnx.load(path)
+    [weights] = [one for one in graph.graph.initializer if one.name.endswith("class_embedding")]
+    values = np.full(tuple(weights.dims), np.nan, np.float32)
+    weights.CopyFrom(onnx.numpy_helper.from_array(values, weights.name))
+    onnx.save(graph, path)
+    with Embedder(
+        config={"models": {"m": {"provider": "onnx", "model_id": name, "path": str(repository)}}}
+    ) as embedder:
+        if name == "multimodal":
+            inputs: dict[str, Any] = {"texts": ["a text"] * 2, "images": [None, png(1)]}
+            embed: Any = embedder.embed_multimodal
+        else:
+            inputs, embed = {"images": [png(1), b"no image"]}, embedder.embed_images
+        with pytest.raises(NonFiniteVector, match="NaN or infinity") as raised:
+            embed(**inputs)
+        assert raised.value.index == (1 if name == "multimodal" else 0)
+        result = embed(**inputs, errors="collect")
+        kinds = [type(error) for _, error in sorted(result.errors.items())]
+        assert kinds == [NonFiniteVector] + ([InvalidImage] if name == "clip-image" else [])
 
 
 def test_errors_name_the_input(provider: Onnx, fused: Onnx, clip: Onnx) -> None:

@@ -52,8 +52,8 @@ MESSAGES: tuple[tuple[str, type[errors.HalimedeError], str], ...] = (
     ),
 )
 """Pattern of a message of Triton's, whatever its code → error class → message, with the address."""
-PLACE = re.compile(r"(text|image) (\d+) (.*)", re.DOTALL)
-"""Subject, index and rest of a message about one text or image."""
+PLACE = re.compile(r"(text|image|input) (\d+) (.*)", re.DOTALL)
+"""Subject, index and rest of a message about one input."""
 GRPC_PROXIES = ("grpc", "https", "http")
 """The variables that gRPC reads, with or without TLS."""
 DEFAULT_PORTS = {"grpc": 8001, "grpcs": 443, "http": 80, "https": 443}
@@ -248,6 +248,6 @@ def explained(message: str, address: Address) -> errors.HalimedeError | None:
         return None
     # The text is all that Triton passes on, so the index is read from it.
     place = PLACE.fullmatch(rest)
-    if place is None or not issubclass(ours, errors.InvalidInput):
+    if place is None:
         return ours(rest)
     return ours(place[3], subject=place[1], index=int(place[2]))
