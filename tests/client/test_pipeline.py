@@ -19,8 +19,8 @@ from halimede import (
     DeadlineExceeded,
     Embedder,
     HalimedeError,
-    OutOfMemory,
     NonFiniteVector,
+    OutOfMemory,
     ServerOverloaded,
     ServerUnreachable,
 )
