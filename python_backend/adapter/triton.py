@@ -17,7 +17,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from halimede_ops import errors, text, vectors
-from halimede_ops.errors import HalimedeError, InvalidDimensions, InvalidModel
+from halimede_ops.errors import HalimedeError, InvalidDimensions, InvalidInput, InvalidModel
 from halimede_ops.spec import ModelSpec
 
 NAMED_ERROR = re.compile(r"(?:^|', )([A-Z]\w+): (.*)", re.DOTALL)
@@ -268,14 +268,16 @@ def texts(request: Any, spec: ModelSpec) -> Texts:
     """Read TEXT and INPUT_TYPE of a request.
 
     Raises:
+        InvalidInput: TEXT is missing, or one of them is not `[batch, 1]`.
         InvalidText: a text is not valid UTF-8 or is too large.
         UnknownInputType: the model has no prompt for an input type.
     """
-    values = tensor(request, "TEXT").reshape(-1)
+    values = tensor(request, "TEXT", 1).reshape(-1)
     decoded = [text.decode(value, row, spec) for row, value in enumerate(values)]
-    given = optional_tensor(request, "INPUT_TYPE")
+    given = optional_tensor(request, "INPUT_TYPE", 1)
     if given is None:
         return Texts(decoded, [None] * len(decoded))
+    _check_rows("INPUT_TYPE", given, len(decoded))
     input_types = [
         text.decode(value, row, spec) or None for row, value in enumerate(given.reshape(-1))
     ]
@@ -288,9 +290,10 @@ def dimensions(request: Any, spec: ModelSpec) -> int | None:
     """Read DIMENSIONS of a request; None if the request leaves it out.
 
     Raises:
+        InvalidInput: it is not `[batch, 1]`.
         InvalidDimensions: the values differ between rows, or are outside 1 … the model's dims.
     """
-    given = optional_tensor(request, "DIMENSIONS")
+    given = optional_tensor(request, "DIMENSIONS", 1)
     if given is None:
         return None
     values = np.unique(given)
@@ -307,15 +310,52 @@ def tensors(request: Any, *names: str) -> list[Any]:
     return [tensor for tensor in inputs if tensor is not None]
 
 
-def tensor(request: Any, name: str) -> np.ndarray:
-    """The named input as an array."""
-    return pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+def tensor(request: Any, name: str, *dims: int | str) -> np.ndarray:
+    """The named input as an array `[batch, *dims]`; see `optional_tensor`.
+
+    Raises:
+        InvalidInput: the request leaves it out, or its shape is another.
+    """
+    array = optional_tensor(request, name, *dims)
+    if array is None:
+        raise InvalidInput(f"the input {name} is missing; send it as {_shape(dims)}.")
+    return array
 
 
-def optional_tensor(request: Any, name: str) -> np.ndarray | None:
-    """The named input as an array, or None if the request leaves it out."""
+def optional_tensor(request: Any, name: str, *dims: int | str) -> np.ndarray | None:
+    """The named input as an array `[batch, *dims]`, or None if the request leaves it out.
+
+    A dimension is its length, or a name that stands for any length from 1 on. Triton checks shapes
+    too, but counts rows in 32 bits: of `[2**32, 1]` the batch is 0 and the array has no rows.
+
+    Raises:
+        InvalidInput: its shape is another.
+    """
     given = pb_utils.get_input_tensor_by_name(request, name)
-    return None if given is None else given.as_numpy()
+    if given is None:
+        return None
+    array: np.ndarray = given.as_numpy()
+    is_right = array.ndim == 1 + len(dims) and array.size > 0
+    if not is_right or any(
+        isinstance(length, int) and length != actual
+        for length, actual in zip(dims, array.shape[1:], strict=True)
+    ):
+        raise InvalidInput(
+            f"the input {name} has the shape {list(array.shape)}; it must be {_shape(dims)}, with "
+            "at least one row."
+        )
+    return array
+
+
+def _check_rows(name: str, array: np.ndarray, rows: int) -> None:
+    if len(array) != rows:
+        raise InvalidInput(
+            f"the input {name} has {len(array)} rows for {rows} texts; send one row for each."
+        )
+
+
+def _shape(dims: Sequence[int | str]) -> str:
+    return f"[{', '.join(['batch', *map(str, dims)])}]"
 
 
 def output(name: str, array: np.ndarray) -> Any:

@@ -52,6 +52,8 @@ class TritonPythonModel:
         self.metrics.close()
 
     def _read(self, request: Any) -> FuseRequest:
+        for name in ("TEXT", "INPUT_TYPE", "IMAGE"):
+            triton.optional_tensor(request, name, 1)  # raise here: the models would answer
         text = triton.tensors(request, "TEXT")
         return FuseRequest(
             text + triton.tensors(request, "INPUT_TYPE") if text else [],

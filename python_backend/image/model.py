@@ -43,7 +43,7 @@ class TritonPythonModel:
 
 
 def _read(request: Any) -> list[bytes]:
-    return list(triton.tensor(request, "IMAGE").reshape(-1))
+    return list(triton.tensor(request, "IMAGE", 1).reshape(-1))
 
 
 def _write(images: list[PreparedImage]) -> list[Any]:

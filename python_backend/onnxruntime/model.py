@@ -11,15 +11,26 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
 from adapter import metrics, scheduler, triton
-from halimede_engine import batching, session
+from halimede_engine import batching, graph, session
 from halimede_engine.scheduler import ItemResult
 from halimede_ops import spec
 from halimede_ops.errors import InvalidInput
 from halimede_repository import checksums
+
+
+class Limits(NamedTuple):
+    """What the graph takes. Beyond it, OpenVINO computes a vector of something else."""
+
+    vocabulary: int | None
+    """Ids are below it. None: unknown."""
+    max_tokens: int | None
+    """Most tokens of a text. None: unknown."""
 
 
 class TritonPythonModel:
@@ -32,10 +43,11 @@ class TritonPythonModel:
             config.fields.get("default_model_filename") or session.FILE_NAME
         )
         triton.load(lambda: checksums.check(config.version_folder))
-        self.read = _read
+        max_tokens = int(config.parameter("max_tokens", "0"))
         if [entry["name"] for entry in config.fields["input"]] == [spec.PIXELS]:
-            positions = int(config.parameter("max_tokens"))
-            self.read = partial(_read_pixels, positions=positions)
+            self.read = partial(_read_pixels, positions=max_tokens)
+        else:
+            self.read = partial(_read, limits=Limits(graph.vocabulary(path), max_tokens or None))
         self.metrics = metrics.Metrics(config, *metrics.RUN_COUNTERS)
         self.scheduler = scheduler.open_scheduler(
             config, path, args["model_instance_kind"], self.metrics
@@ -54,15 +66,16 @@ class TritonPythonModel:
         self.metrics.close()
 
 
-def _read(request: Any) -> list[session.Row]:
-    ids = triton.tensor(request, "input_ids")
-    mask = triton.tensor(request, "attention_mask")
+def _read(request: Any, limits: Limits) -> list[session.Row]:
+    ids = triton.tensor(request, "input_ids", "tokens")
+    mask = triton.tensor(request, "attention_mask", "tokens")
     if ids.shape != mask.shape:
         raise InvalidInput(
             f"input_ids is {list(ids.shape)} and attention_mask {list(mask.shape)}; "
             "both must be [batch, tokens]"
         )
     lengths = batching.used_lengths(mask)
+    _check(ids, mask, int(lengths.max()), limits)
     return [
         # Copy: the arrays are Triton's memory, valid until `execute` returns.
         session.Row(ids[row, :length].copy(), mask[row, :length].copy())
@@ -70,8 +83,26 @@ def _read(request: Any) -> list[session.Row]:
     ]
 
 
+def _check(ids: np.ndarray, mask: np.ndarray, longest: int, limits: Limits) -> None:
+    """Raise InvalidInput for values that the graph does not take."""
+    # The numbers of a mask separate the texts of a packed row: a 2 would join another's text.
+    if ((mask != 0) & (mask != 1)).any():
+        raise InvalidInput("attention_mask has a value besides 0 and 1; 1 marks a token.")
+    if ids.min() < 0 or (limits.vocabulary is not None and ids.max() >= limits.vocabulary):
+        known = "" if limits.vocabulary is None else f" to {limits.vocabulary - 1:,}"
+        raise InvalidInput(
+            f"input_ids has ids from {ids.min():,} to {ids.max():,}; the model has 0{known}. Use "
+            "the model's own tokenizer."
+        )
+    if limits.max_tokens is not None and longest > limits.max_tokens:
+        raise InvalidInput(
+            f"a text has {longest:,} tokens; the model takes {limits.max_tokens:,}. Truncate it."
+        )
+
+
 def _read_pixels(request: Any, positions: int) -> list[session.Pixels]:
-    return session.pixel_rows(triton.tensor(request, spec.PIXELS).copy(), positions)
+    pixels = triton.tensor(request, spec.PIXELS, 3, "height", "width")
+    return session.pixel_rows(pixels.copy(), positions)
 
 
 def _write(results: Sequence[ItemResult]) -> list[Any]:

@@ -16,7 +16,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).parent.parent))
 from adapter import metrics, triton
 from halimede_ops import heads, spec, vectors
-from halimede_ops.errors import HalimedeError
+from halimede_ops.errors import HalimedeError, InvalidInput
 
 
 class PoolRequest(NamedTuple):
@@ -47,15 +47,27 @@ class TritonPythonModel:
         self.metrics.close()
 
     def _read(self, request: Any) -> PoolRequest:
-        pooled = triton.tensor(request, spec.POOLED)
+        pooled = triton.tensor(request, spec.POOLED, self.spec.dims)
         return PoolRequest(pooled, triton.dimensions(request, self.spec), self._heads(request))
 
     def _heads(self, request: Any) -> dict[str, np.ndarray]:
         if not self.spec.heads:
             return {}
-        rows = {name: triton.tensor(request, name) for name in self.spec.heads}
+        rows = {
+            name: triton.tensor(request, name, "tokens", width)
+            for name, width in self.spec.heads.items()
+        }
+        # The engine gives no rows for padding, which ids and mask have.
         tokens = min(values.shape[1] for values in rows.values())
-        ids, mask = (triton.tensor(request, name) for name in ("input_ids", "attention_mask"))
+        rows = {name: values[:, :tokens] for name, values in rows.items()}
+        ids, mask = (
+            triton.tensor(request, name, "tokens") for name in ("input_ids", "attention_mask")
+        )
+        if min(ids.shape[1], mask.shape[1]) < tokens:
+            raise InvalidInput(
+                f"input_ids has {ids.shape[1]} tokens and attention_mask {mask.shape[1]}; the "
+                f"outputs of tokens have {tokens}."
+            )
         return heads.outputs(rows, ids[:, :tokens], mask[:, :tokens], self.spec)
 
     def _embed(self, requests: list[PoolRequest]) -> list[dict[str, np.ndarray] | HalimedeError]:

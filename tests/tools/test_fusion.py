@@ -136,6 +136,11 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, make in (("texts", small_models.like_minilm), ("clip", small_models.clip)):
         build(build_request(str(make(folder / name)), name, precisions=("fp32",)), home)
     fusion.write_untrained("plain", "texts", "clip-image", 0.5, home.repository)
+    fusion.write_untrained("broken", "texts", "clip-image", 0.5, home.repository)
+    folder_of_broken = version_folder(home.repository / "broken")
+    broken = ops.load(folder_of_broken)
+    broken.image_projection[:] = np.nan
+    ops.save(broken, folder_of_broken)
     fusion.write_fitted("fitted", "texts", "clip-image", write_pairs(folder), home.repository)
     return home.repository
 
@@ -240,6 +245,16 @@ def test_served_fusion_is_the_operation_on_both_models(
         assert vectors.cosine(got, expected)[0] >= 0.99999
         cut = embed(client, model, **given, DIMENSIONS=64)
         assert vectors.cosine(cut, expected[:, :64])[0] >= 0.99999
+
+
+def test_a_fused_vector_that_is_not_finite_is_an_error(
+    client: triton_grpc.InferenceServerClient,
+) -> None:
+    """It is that of its request alone: a text, which has no part in it, is answered."""
+    image = pictures.check_pictures(1)[0]
+    with pytest.raises(InferenceServerException, match="NonFiniteVector: input 0 has no vector"):
+        embed(client, "broken", TEXT=b"a", IMAGE=image)
+    assert np.isfinite(embed(client, "broken", TEXT=b"a")).all()
 
 
 @pytest.mark.parametrize(
