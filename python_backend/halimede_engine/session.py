@@ -32,6 +32,11 @@ FIRST_RUNS = 2
 """Runs of a new shape that do not overlap with the first runs of any other shape. With OpenVINO
 2025.4, about 1 of 70 processes gave wrong vectors when two streams began with one shape at the same
 moment: from then on, one stream gave wrong vectors for every run of that shape."""
+FIRST_RUNS_CHECKED = ("1.24.1",)
+"""Releases of onnxruntime-openvino with which FIRST_RUNS was checked. 1.24.1 has OpenVINO 2025.4.1.
+
+For another release run `python tests/first_runs.py 200`. If every process with the guard is right,
+add the release here. If a process without it is wrong or hangs, the guard is still needed."""
 _FIRST_RUN_LOCK = threading.Lock()
 """Held during the first runs of a shape. It belongs to the process, not to a session: some of what
 these runs prepare, such as oneDNN's compiled kernels, is shared by all sessions."""
