@@ -159,7 +159,7 @@ def test_the_way_of_a_text_is_short_and_as_documented(server: Server) -> None:
     assert wired == ("providers/triton/grpc_connection.py", "GrpcConnection.start")
     assert len({file for file, _ in before_the_wire}) <= 5, passed
     assert len(passed) <= 20, passed
-    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    page = (ROOT / "docs" / "how-it-works" / "index.md").read_text()
     for file, function in passed:
         assert file.rpartition("/")[0] in page
         assert f"{function.rpartition('.')[2]}" in page, function
