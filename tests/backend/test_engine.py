@@ -5,17 +5,18 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MODEL, version_folder, wait_until
+from conftest import MODEL, POISON, version_folder, wait_until
 
 from halimede_engine.engine import Embeddings, Engine, SharedEngine, text_rows
 from halimede_engine.response_cache import ResponseCache
 from halimede_engine.scheduler import Scheduler
 from halimede_engine.session import FILE_NAME, Session, open_session
 from halimede_ops import spec, text, vectors
-from halimede_ops.errors import InvalidDimensions
+from halimede_ops.errors import InvalidDimensions, NonFiniteVector
 from halimede_tools.settings import Settings
 
 TOKENIZER = version_folder(Settings().repository / f"{MODEL}-tokenizer")
@@ -97,6 +98,26 @@ def test_an_error_is_the_answer_to_its_request_alone(shared: SharedEngine) -> No
     assert isinstance(refused, InvalidDimensions)
     result, _ = embed(shared, ["a"], 8)
     assert isinstance(result, Embeddings) and result.vectors.shape == (1, 8)
+
+
+def test_a_vector_that_is_not_finite_is_not_cached(
+    poisoned: Path, tokenizer: text.TextTokenizer
+) -> None:
+    """Nor are the texts of its request. What others asked for is."""
+    path = version_folder(poisoned / f"{MODEL}-onnx") / FILE_NAME
+    opened, _ = open_session(path, max_tokens=SPEC.max_tokens)
+    scheduler = Scheduler(
+        opened.run_together, opened.plan, threads=1, make_rows=text_rows(tokenizer)
+    )
+    engine = SharedEngine(scheduler, SPEC, ResponseCache(1_000_000))
+    assert isinstance(embed(engine, ["a cat"])[0], Embeddings)
+    for _ in range(2):
+        refused, cached = embed(engine, ["a cat", POISON, "a dog"])
+        assert isinstance(refused, NonFiniteVector) and refused.index == 1
+        assert cached == 1
+        with pytest.raises(NonFiniteVector, match="^input 1 "):
+            engine.embed_now(["a cat", POISON, "a dog"], None)
+    engine.close()
 
 
 def test_a_lone_caller_gets_what_many_get(
