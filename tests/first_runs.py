@@ -8,13 +8,17 @@ an hour on 2 cores; OpenVINO 2025.4 gave wrong vectors in about 1 of 70 without 
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from halimede_engine import session
 from halimede_ops import vectors
@@ -26,8 +30,10 @@ STREAMS = 2
 FURTHER_RUNS = 2
 """Runs of a shape by each thread after the first: a wrong stream stays wrong."""
 COSINE = 0.9999
-TIMEOUT_S = 120.0
-"""A process that takes longer hangs: it takes a few seconds."""
+IDLE_S = 30.0
+"""A process that takes no time of a core for this long hangs, however busy the machine is."""
+LONGEST_CPU_S = 120.0
+"""A process that takes more hangs too: it takes about 8 s."""
 SHAPES = [(rows, 64) for rows in range(8, 1, -1)] + [(1, tokens) for tokens in range(16, 257, 16)]
 """Rows and tokens of each row. Rows of 64 tokens fill a packed row each. (8, 64) was seen wrong."""
 RIGHT, WRONG, HUNG, DIED = "right", "wrong", "hung", "died"
@@ -59,31 +65,49 @@ def wrong_shapes() -> int:
     wrong: set[int] = set()
 
     def run() -> None:
-        for shape, of_shape in enumerate(rows):
-            together.wait()
-            for _ in range(1 + FURTHER_RUNS):
-                given = opened.run_together(of_shape)
-                if not vectors.cosine(given, expected[shape]).min() >= COSINE:
-                    wrong.add(shape)
+        try:
+            for shape, of_shape in enumerate(rows):
+                together.wait()
+                for _ in range(1 + FURTHER_RUNS):
+                    given = opened.run_together(of_shape)
+                    if not vectors.cosine(given, expected[shape]).min() >= COSINE:
+                        wrong.add(shape)
+        except Exception:
+            together.abort()  # or the other thread would wait for this one
+            raise
 
-    threads = [threading.Thread(target=run) for _ in range(STREAMS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(STREAMS) as threads:
+        for done in [threads.submit(run) for _ in range(STREAMS)]:
+            done.result()
     return len(wrong)
 
 
 def outcome(guard: str) -> str:
     """What became of a fresh process, one of RIGHT, WRONG, HUNG and DIED."""
     command = [sys.executable, __file__, guard]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return HUNG
-    if done.returncode:
+    process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with process:
+        if hangs(process):
+            process.kill()
+            return HUNG
+        wrong = process.stdout.read()
+    if process.returncode:
         return DIED
-    return WRONG if int(done.stdout) else RIGHT
+    return WRONG if int(wrong) else RIGHT
+
+
+def hangs(process: psutil.Popen) -> bool:
+    """Wait until the process ends; return True if it hangs instead."""
+    used_s, changed_s = 0.0, time.monotonic()
+    while process.poll() is None:
+        time.sleep(0.2)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            if times.user + times.system > used_s + 0.05:
+                used_s, changed_s = times.user + times.system, time.monotonic()
+        if time.monotonic() - changed_s > IDLE_S or used_s > LONGEST_CPU_S:
+            return True
+    return False
 
 
 def count(guard: str, processes: int) -> Counter[str]:
