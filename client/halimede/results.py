@@ -83,7 +83,8 @@ class Embeddings:
     vectors: np.ndarray
     """`[rows, dims]` of `output_type`; for `binary` and `ubinary` `[rows, dims / 8]` bytes."""
     tokens: np.ndarray
-    """`[rows]` int32: tokens of each whole text, special tokens included. -1 if unknown."""
+    """`[rows]` int32: tokens of each whole text, special tokens included. -1 if unknown. Of a
+    text of more than 65,536 characters perhaps a lower bound, above `max_tokens`."""
     model: str
     space: str
     precision: str

@@ -23,6 +23,11 @@ TOKEN_EMBEDDINGS = "token_embeddings"  # noqa: S105
 """Head of models built with it: the last hidden state, `[batch, tokens, width]` float32."""
 
 
+MAX_TEXT_BYTES = 4 * 1024 * 1024
+"""Maximum size of a text, in bytes of UTF-8, of a model whose `spec.json` names no other."""
+MAX_REQUEST_BYTES = 8 * 1024 * 1024
+"""Maximum size of all texts of one request, in bytes of UTF-8. halimede's client cuts its calls
+into requests of this size."""
 MAX_IMAGE_BYTES = 10 * 1024 * 1024
 MAX_IMAGE_PIXELS = 64_000_000
 
@@ -86,7 +91,7 @@ class ModelSpec:
     length_buckets: tuple[int, ...] = (16, 32, 64, 128, 256)
     """Lengths in tokens that rows are padded to for a backend that computes padding. Ascending; the
     last is `max_tokens`."""
-    max_text_bytes: int = 4 * 1024 * 1024
+    max_text_bytes: int = MAX_TEXT_BYTES
     """Maximum size of a text, in bytes of UTF-8."""
     image: ImageSpec | None = None
     """The preprocessing of images; None: the model takes texts alone."""

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import MODEL, version_folder
+from conftest import MODEL, ROOT, version_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -22,6 +22,7 @@ from halimede_ops import errors, heads, spec, text, vectors
 from halimede_ops.errors import (
     HalimedeError,
     InvalidDimensions,
+    InvalidInput,
     InvalidModel,
     InvalidText,
     NonFiniteVector,
@@ -111,6 +112,34 @@ def test_too_large_text_is_refused() -> None:
     """A text beyond max_text_bytes gives InvalidText with both sizes."""
     with pytest.raises(InvalidText, match="4,194,305 bytes; .* takes 4,194,304"):
         text.decode(b"a" * (SPEC.max_text_bytes + 1), 0, SPEC)
+
+
+def test_texts_that_are_too_large_together_are_refused() -> None:
+    """Texts within the limit of one, beyond that of a request: both sizes, and what to do."""
+    largest = b"a" * SPEC.max_text_bytes
+    assert len(text.decode_all([largest, largest], SPEC)) == 2
+    with pytest.raises(
+        InvalidInput,
+        match="the 3 texts have 8,388,609 bytes together; a request takes 8,388,608. Send them in",
+    ):
+        text.decode_all([largest, largest, b"a"], SPEC)
+
+
+def test_documented_limits_are_those_of_the_code() -> None:
+    """The reference and the guide to security name the sizes that are enforced."""
+    reference = (ROOT / "docs/reference/tensors.md").read_text()
+    security = (ROOT / "docs/guides/security.md").read_text()
+    text_mib, request_mib = spec.MAX_TEXT_BYTES // 2**20, spec.MAX_REQUEST_BYTES // 2**20
+    assert SPEC.max_text_bytes == spec.MAX_TEXT_BYTES
+    assert f"| one text | {text_mib} MiB of UTF-8 |" in reference
+    assert f"| all texts of one request | {request_mib} MiB of UTF-8 |" in reference
+    assert (
+        f"| unanswered requests of more than {batching.INTERACTIVE_ROWS} texts, "
+        f"{batching.INTERACTIVE_BYTES // 1024} KiB or {batching.INTERACTIVE_TOKENS:,} tokens, of one "
+        f"model | {8 * request_mib} MiB of UTF-8" in reference
+    )
+    assert f"{text.COUNTED_CHARACTERS:,} characters" in reference.replace("\n", " ")
+    assert f"largest text {text_mib} MiB, {request_mib} MiB and 128 rows a request" in security
 
 
 @given(st.lists(st.integers(0, 300), max_size=60), st.sampled_from([256, 512, 4096]))

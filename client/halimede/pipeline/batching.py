@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from halimede.inputs.content import Content, Input, InputKind, memory_bytes
+from halimede_ops.spec import MAX_REQUEST_BYTES
 
 REQUESTS_IN_FLIGHT = 4
 """Requests of one window that run at once, so that the server's steps overlap."""
@@ -29,8 +30,8 @@ WINDOWING: Mapping[InputKind, Windowing] = {
     "image": Windowing(1, IMAGES_IN_FLIGHT),
     "pair": Windowing(1, IMAGES_IN_FLIGHT),
 }
-REQUEST_BYTES = 8 * 1024 * 1024
-"""Maximum bytes of text in one request."""
+REQUEST_BYTES = MAX_REQUEST_BYTES
+"""Maximum bytes of text in one request: what a server takes."""
 REQUEST_TOKENS = 32_768
 """Maximum tokens in one request, as estimated from bytes: 128 texts of 256 tokens."""
 BYTES_PER_TOKEN = 4
