@@ -13,20 +13,27 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from adapter import triton
 from adapter.metrics import Metrics
 from halimede_engine import arithmetic, batching, cores, session
 from halimede_engine.engine import MakeRows
-from halimede_engine.scheduler import Run, Scheduler
+from halimede_engine.requests import Run
+from halimede_engine.scheduler import Scheduler
 from halimede_engine.session import OnRun, Session
+from halimede_ops.spec import MAX_REQUEST_BYTES
 
 STREAMS = 2
 """Default number of micro-batches that an instance runs at the same time, each on its share of the
 threads."""
 NICENESS = 5
-"""Niceness of the threads that run micro-batches side by side. With 5, an interactive request
-beside bulk gets three quarters of each core; with 10 it was not answered sooner."""
+"""Niceness of the threads that run micro-batches side by side, and of the bulk reader. With 5, an
+interactive request beside bulk gets three quarters of each core; with 10 it was not answered
+sooner."""
+
+MAX_BULK_BYTES = 8 * MAX_REQUEST_BYTES
+"""Maximum bytes of text in all unanswered bulk requests of an instance."""
 
 Opened = tuple[Session, list[str]]
 """A session, and the names of the accelerators that this onnxruntime lacks."""
@@ -38,6 +45,7 @@ def open_scheduler(
     kind: str,
     metrics: Metrics,
     make_rows: MakeRows = list,
+    size_bytes: Callable[[Any], int] = lambda item: 0,
     max_requests: int | None = None,
 ) -> Scheduler:
     """A scheduler that runs the model.onnx at `path` and counts its runs in `metrics`.
@@ -48,6 +56,7 @@ def open_scheduler(
         kind: the instance's kind, CPU or GPU.
         metrics: counters of this process.
         make_rows: makes one row of each item; by default the items are rows.
+        size_bytes: bytes of text of one item; by default unknown.
         max_requests: maximum number of unanswered requests in each lane.
 
     Raises:
@@ -56,16 +65,23 @@ def open_scheduler(
     threads = _threads(config)
     streams = min(int(config.parameter("streams", str(STREAMS))), threads)
     triton.inform(f"{config.name}: {threads=}, {streams=}, of {cores.read()}")
-    shared, lone = _open_sessions(config, path, kind, streams, metrics.count_run_tokens)
+    shared, lone = _open_sessions(
+        config, path, kind, streams, triton.reported(metrics.count_run_tokens)
+    )
     return Scheduler(
         _run(shared),
         shared.plan,
         streams,
         make_rows=make_rows,
         run_alone=_run(lone),
+        size_bytes=size_bytes,
         on_run=metrics.count_run,
+        on_error=triton.report,
+        on_broken=triton.end_process,
         clock=time.monotonic,
         max_requests=max_requests,
+        max_bulk_bytes=MAX_BULK_BYTES,
+        reader_niceness=NICENESS,
     )
 
 

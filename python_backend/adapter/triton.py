@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -191,9 +192,12 @@ def _compute_all(
     if not values:
         return []
     results = attempt(compute, values)
-    if isinstance(results, HalimedeError):
-        return [results] * len(values)
-    return results
+    if not isinstance(results, HalimedeError):
+        return results
+    if len(values) == 1:
+        return [results]
+    # One of them failed all: compute each alone, so that it fails alone.
+    return [result for value in values for result in _compute_all(compute, [value])]
 
 
 def attempt(function: Callable[[T], R], value: T) -> R | HalimedeError:
@@ -218,7 +222,7 @@ def _respond(
     if not isinstance(outputs, HalimedeError):
         return pb_utils.InferenceResponse(output_tensors=outputs)
     _drop_frames(outputs)
-    on_error(outputs)
+    reported(on_error)(outputs)
     code = getattr(pb_utils.TritonError, outputs.code)
     # The message starts with the class: the client raises the same one.
     message = f"{type(outputs).__name__}: {outputs}"
@@ -237,13 +241,39 @@ def _drop_frames(error: Exception) -> None:
 def _internal(error: Exception) -> HalimedeError:
     """Log an unexpected exception and return the error that the caller gets instead.
 
-    The exception's message could hold a user's text. The log therefore gets its class, file and
-    line alone, and the caller gets none of them.
+    The caller gets neither its class nor its message.
     """
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    line = f"{Path(frame.filename).name}:{frame.lineno}"
-    pb_utils.Logger.log_error(f"{type(error).__name__} at {line}")
+    report(error)
     return HalimedeError("internal error in the server; see its log")
+
+
+def report(error: BaseException) -> None:
+    """Log the class, file and line of an exception. Its message could hold a user's text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "no line"
+    pb_utils.Logger.log_error(f"{type(error).__name__} at {line}")
+
+
+def reported(function: Callable[[T], None]) -> Callable[[T], None]:
+    """A function that logs what `function` raises. For counters: no request fails by its count."""
+
+    def call(value: T) -> None:
+        try:
+            function(value)
+        except Exception as error:
+            report(error)
+
+    return call
+
+
+def end_process(error: BaseException) -> None:
+    """Log what ended a thread of the scheduler, and end this process.
+
+    Triton cannot be told that a model is no longer ready. It notices that a backend's process has
+    ended; `halimede serve` and the containers then start the server again.
+    """
+    report(error)
+    os._exit(1)
 
 
 def inform(message: str) -> None:
@@ -268,12 +298,13 @@ def texts(request: Any, spec: ModelSpec) -> Texts:
     """Read TEXT and INPUT_TYPE of a request.
 
     Raises:
-        InvalidInput: TEXT is missing, or one of them is not `[batch, 1]`.
+        InvalidInput: TEXT is missing, one of them is not `[batch, 1]`, or the texts are too large
+            together.
         InvalidText: a text is not valid UTF-8 or is too large.
         UnknownInputType: the model has no prompt for an input type.
     """
     values = tensor(request, "TEXT", 1).reshape(-1)
-    decoded = [text.decode(value, row, spec) for row, value in enumerate(values)]
+    decoded = text.decode_all(values, spec)
     given = optional_tensor(request, "INPUT_TYPE", 1)
     if given is None:
         return Texts(decoded, [None] * len(decoded))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 sys.path.append(str(Path(__file__).parent.parent))
 from adapter import metrics, scheduler, triton
 from halimede_engine import session
-from halimede_engine.engine import Embeddings, SharedEngine, text_rows
+from halimede_engine.engine import Embeddings, SharedEngine, text_bytes, text_rows
 from halimede_engine.response_cache import ResponseCache
 from halimede_ops import spec, text
 from halimede_repository import checksums
@@ -61,7 +61,8 @@ class TritonPythonModel:
             onnx / session.FILE_NAME,
             args["model_instance_kind"],
             self.metrics,
-            text_rows(self.tokenizer, self._count_truncated),
+            text_rows(self.tokenizer, triton.reported(self._count_truncated)),
+            text_bytes,
             max_requests=int(config.parameter("max_queue_size", "0")) or None,
         )
         cache_bytes = int(os.environ.get(CACHE_MB, "0")) * MB
@@ -89,7 +90,7 @@ class TritonPythonModel:
     ) -> None:
         prompted = self.tokenizer.prompted(*request.texts)
         cached = self.engine.submit(prompted, request.dimensions, answer, is_cancelled)
-        self.metrics.count_cached(cached)
+        triton.reported(self.metrics.count_cached)(cached)
 
     def _count_truncated(self, tokens: Sequence[text.Tokens]) -> None:
         self.metrics.count_truncated(tokens, self.spec)

@@ -9,26 +9,38 @@ An input is a text with its prompt in front, or the pixels of an image, `[3, hei
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from halimede_engine import batching, session
+from halimede_engine import batching, memory, session
 from halimede_engine.response_cache import Entry, ResponseCache
 from halimede_engine.session import Pixels, Row, Session
 from halimede_ops import heads, vectors
 from halimede_ops.spec import POOLED, ImageSpec, ModelSpec
 
 if TYPE_CHECKING:  # images need no tokenizers
-    from halimede_engine.scheduler import Outcome, Scheduler
+    from halimede_engine.requests import Outcome
+    from halimede_engine.scheduler import Scheduler
     from halimede_ops.text import TextTokenizer, Tokens
 
 MakeRows = Callable[[Sequence[Any]], Sequence[Row | Pixels]]
 """Makes one row of each input, in order."""
 Outputs = Sequence[Any] | np.ndarray
 """What the model gave for each row, in order."""
+
+LARGE_CHARACTERS = 500_000
+"""Texts longer than this, as a tokenizer gets them, are tokenized one at a time, and the memory is
+returned: 1 MB takes up to 400 MB while it is tokenized."""
+_LARGE_TEXT_LOCK = threading.Lock()
+
+
+def text_bytes(text: str) -> int:
+    """Size of a text, in bytes of UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def text_rows(
@@ -37,7 +49,12 @@ def text_rows(
     """A function that tokenizes texts with their prompts in front; `on_tokens` gets the tokens."""
 
     def make_rows(prompted: Sequence[str]) -> list[Row]:
-        tokens = tokenizer.encode_prompted(prompted)
+        if max(map(len, prompted), default=0) > LARGE_CHARACTERS:
+            with _LARGE_TEXT_LOCK:
+                tokens = tokenizer.encode_prompted(prompted)
+                memory.trim()
+        else:
+            tokens = tokenizer.encode_prompted(prompted)
         on_tokens(tokens)
         return session.token_rows(tokens)
 
@@ -115,6 +132,7 @@ class SharedEngine:
             RequestCancelled: the engine is closed; `answer` is not called.
         """
         cached, missing = self._cached(inputs)
+        stored = missing if self._cache is not None else ()  # else the texts can go before the end
 
         def finish(outcome: Outcome) -> None:
             if isinstance(outcome, Exception):
@@ -127,7 +145,7 @@ class SharedEngine:
                 answer(error)
             else:
                 answer(embeddings)
-                self._store(missing, rows, outputs)
+                self._store(stored, rows, outputs)
 
         if missing:
             self._scheduler.submit(missing, finish, is_cancelled)

@@ -17,6 +17,8 @@ import numpy as np
 
 ENTRY_BYTES = 400
 """Memory of an entry besides its vector."""
+MAX_CHARACTERS = 65_536
+"""Longer texts are not cached: a digest of 4 MB takes 4 ms, as long as embedding a short text."""
 
 
 class Entry(NamedTuple):
@@ -43,10 +45,12 @@ class ResponseCache:
         self._lock = threading.Lock()
 
     def get(self, texts: Iterable[str]) -> list[Entry | None]:
-        """The entry of each text, prompt included; None for a text that is not cached."""
+        """The entry of each text, prompt included; None for a text that is not cached, as each of
+        more than MAX_CHARACTERS.
+        """
         if not self._size_bytes:
             return [None for _ in texts]
-        keys = [self._key(text) for text in texts]
+        keys = [self._key(text) if len(text) <= MAX_CHARACTERS else b"" for text in texts]
         with self._lock:
             entries = [self._entries.get(key) for key in keys]
             for key, entry in zip(keys, entries, strict=True):
@@ -60,6 +64,8 @@ class ResponseCache:
             return
         with self._lock:
             for text, entry in zip(texts, entries, strict=True):
+                if len(text) > MAX_CHARACTERS:
+                    continue
                 # Copy: the vector is a view of the whole run's output.
                 self._entries[self._key(text)] = entry._replace(vector=entry.vector.copy())
             max_entries = self._size_bytes // (ENTRY_BYTES + entries[0].vector.nbytes)

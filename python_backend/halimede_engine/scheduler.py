@@ -3,27 +3,49 @@
             submit                  make_rows                plan, run              answer
     request ──────> queued request ──────────> queued rows ──────────> micro-batch ──────> caller
 
-A request with more than INTERACTIVE_ROWS items is bulk, any other is interactive. Each of the two
-lanes has its own limits. `threads` threads serve both lanes; one more serves interactive requests
-while bulk runs. They start with the first `submit`.
+A request is bulk if it has many items, many bytes of text or many tokens (`batching.is_bulk`), any
+other is interactive. Each of the two lanes has its own limits. The threads start with the first
+`submit`:
+
+- `threads` run threads make the rows of interactive requests, and run micro-batches of both lanes.
+- The bulk reader makes the rows of bulk requests, so that nothing else waits for long texts.
+- The urgent thread serves short requests while the run threads are busy with longer ones.
+- The answer thread calls `answer` under load.
 
 `run_now` runs an interactive request in the caller's thread instead, while nothing else runs.
+
+What fails, fails alone. A bad item fails its request; a micro-batch that fails is run again, the
+rows of each request for themselves; and no callback that raises ends a thread.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import queue
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
-
-import numpy as np
+from typing import Any, NamedTuple, TypeVar
 
 from halimede_engine import batching
-from halimede_ops.errors import RequestCancelled, ServerOverloaded
+from halimede_engine.requests import (
+    ItemResult,
+    MicroBatch,
+    Outcome,
+    Outputs,
+    QueuedRow,
+    Request,
+    Run,
+    by_request,
+    queued_rows,
+    run_rows,
+)
+from halimede_ops.errors import RequestCancelled, ServerError, ServerOverloaded
+
+T = TypeVar("T")
 
 QUEUED_ROWS = 128
 """Rows from which a micro-batch is chosen: enough to fill one, few enough to plan again for each
@@ -36,49 +58,18 @@ GATHER_S = 0.001
 """Maximum duration of `gather`: requests that are read together cost less than one by one."""
 
 CANCEL_CHECK_RUNS = 16
-"""Micro-batches that run before a request is checked for cancellation. The check is a message to
-Triton, which takes time too."""
-
+"""Micro-batches that run before an interactive request is checked for cancellation. The check is a
+message to Triton, which takes time too. Bulk is checked before each part is read and run."""
 
 EXIT_WAIT_S = 10.0
 """Maximum time that the end of a program waits for runs under way: a daemon thread that is ended
 inside onnxruntime aborts the process."""
 
 
-class Row(Protocol):
-    """An item in the form that the model runs."""
-
-    @property
-    def length(self) -> int:
-        """Cost of running the row, in tokens."""
-
-
-MakeRows = Callable[[Sequence[Any]], Sequence[Row]]
-"""Makes one row of each item, in order."""
-Run = Callable[[Sequence[Any]], Sequence[Any] | np.ndarray]
-"""Runs one micro-batch: one output for each row, in order."""
+MakeRows = Callable[[Sequence[Any]], Sequence[Any]]
+"""Makes one row (`requests.Row`) of each item, in order."""
 Plan = Callable[[Sequence[int], int], list[list[int]]]
 """Splits rows of these lengths into micro-batches of indices, for a number of free threads."""
-
-
-class ItemResult(NamedTuple):
-    """The result of one item."""
-
-    row: Any
-    """The row that `make_rows` made of the item."""
-    output: Any
-    """What `run` returned for the row."""
-
-
-Outcome = Sequence[ItemResult] | Exception
-"""One result for each item of a request, in order, or the exception that the request ended with."""
-
-
-_Outputs = Sequence[Any] | np.ndarray | Exception
-"""One output for each row of a micro-batch, in order, or the exception that running it raised."""
-
-
-_Delivered = tuple[list["_QueuedRow"], _Outputs]
 
 
 class CompletedRun(NamedTuple):
@@ -92,23 +83,31 @@ class CompletedRun(NamedTuple):
 class Scheduler:
     """Threads that turn queued requests into rows and run the rows in micro-batches.
 
-    A thread that becomes free takes the micro-batch of the row that is queued longest, so no row
-    starves. The other rows of the micro-batch are those that cost least beside it, from any
-    request, so there is little padding. Interactive requests do not wait for bulk: while bulk is
-    read or run, one more thread serves interactive requests alone.
+    A thread that becomes free takes the micro-batch of the row that is queued longest: by turns of
+    any row and of an interactive one, so no row starves and none waits for all of bulk. The other
+    rows of the micro-batch are those that cost least beside it, from any request, so there is
+    little padding.
 
     Args:
         run: runs one micro-batch.
-        plan: splits the queued rows into micro-batches.
+        plan: splits the queued rows into micro-batches. If it raises, each row runs alone.
         threads: maximum number of micro-batches that run at the same time, those of `run_now`
-            included, besides the one more for interactive requests.
+            included, besides that of the urgent thread.
         make_rows: makes one row of each item; by default the items are rows.
-        run_alone: runs a micro-batch while no other runs, and interactive requests beside bulk; by
+        run_alone: runs a micro-batch while no other runs, and those of the urgent thread; by
             default `run`.
-        on_run: called after each run, in the thread that ran it.
+        size_bytes: bytes of text of one item; by default unknown.
+        on_run: called after each run that succeeded, in the thread that ran it.
+        on_error: called with an exception that a callback raised, other than `run` and `make_rows`.
+            Such an exception ends neither a request nor a thread.
+        on_broken: called with the exception that ended a thread. The scheduler is closed then, and
+            its unanswered requests end with ServerError.
         clock: time in seconds, for `CompletedRun.queued_s`; without it that is 0.
         max_requests: maximum number of unanswered requests in each lane.
-        cancel_check_runs: micro-batches that run before a request is checked for cancellation.
+        max_bulk_bytes: maximum bytes of text of all unanswered bulk requests.
+        cancel_check_runs: micro-batches that run before an interactive request is checked for
+            cancellation.
+        reader_niceness: niceness of the bulk reader above that of the process; on Linux only.
     """
 
     def __init__(
@@ -119,52 +118,60 @@ class Scheduler:
         *,
         make_rows: MakeRows = list,
         run_alone: Run | None = None,
+        size_bytes: Callable[[Any], int] = lambda item: 0,
         on_run: Callable[[CompletedRun], None] = lambda completed: None,
+        on_error: Callable[[Exception], None] = lambda error: None,
+        on_broken: Callable[[BaseException], None] = lambda error: None,
         clock: Callable[[], float] = lambda: 0.0,
         max_requests: int | None = None,
+        max_bulk_bytes: int | None = None,
         cancel_check_runs: int = CANCEL_CHECK_RUNS,
+        reader_niceness: int = 0,
     ) -> None:
-        self._run = run
-        self._run_alone = run_alone or run
-        self._plan = plan
-        self._threads = threads
-        self._make_rows = make_rows
-        self._on_run = on_run
-        self._clock = clock
-        self._max_requests = max_requests
-        self._cancel_check_runs = cancel_check_runs
+        self._run, self._run_alone = run, run_alone or run
+        self._plan, self._threads, self._make_rows = plan, threads, make_rows
+        self._size_bytes, self._clock = size_bytes, clock
+        self._on_run, self._on_error, self._on_broken = on_run, on_error, on_broken
+        self._max_requests, self._max_bulk_bytes = max_requests, max_bulk_bytes
+        self._cancel_check_runs, self._reader_niceness = cancel_check_runs, reader_niceness
+        self._answers: queue.SimpleQueue[_Delivered | None] = queue.SimpleQueue()
+        self._closed = False
         self._lock = threading.RLock()
-        """Guards all attributes below, except `_closed` and `_answers`. Reentrant, so that `close`
-        can find out whether the garbage collector called it while this thread held the lock."""
+        """Guards all attributes of `_reset`. Reentrant, so that `close` can find out whether the
+        garbage collector called it while this thread held the lock."""
         self._work_queued = threading.Condition(self._lock)
+        self._bulk_queued = threading.Condition(self._lock)
         self._urgent_queued = threading.Condition(self._lock)
         self._room_changed = threading.Condition(self._lock)
-        self._requests: list[_Request] = []
-        """Requests without rows yet, in order of arrival."""
-        self._rows: list[_QueuedRow] = []
-        """Rows that wait to run, in order of arrival."""
-        self._planned: list[list[_QueuedRow]] = []
-        """The micro-batches of all `_rows`, in the order they run; empty: not planned yet."""
-        self._closed = False
-        self._runs_started = 0
-        self._urgent_runs = False  # whether the thread for interactive requests beside bulk works
-        self._running = 0
-        """Threads, callers of `run_now` included, that read or run, besides the interactive one."""
-        self._unanswered = {True: 0, False: 0}
-        """Unanswered requests by `is_bulk`."""
-        self._bulk_rows = 0
-        """Bulk rows among `_rows`."""
-        self._bulk_threads = 0
-        """Threads that read or run bulk."""
-        self._answers: queue.SimpleQueue[_Delivered | None] = queue.SimpleQueue()
         self._run_threads: list[threading.Thread] = []
         self._answer_thread: threading.Thread | None = None
         self._pid = os.getpid()
+        self._reset()
         _SCHEDULERS.add(self)
 
-    def run_now(
-        self, items: Sequence[Any]
-    ) -> tuple[Sequence[Any], Sequence[Any] | np.ndarray] | None:
+    def _reset(self) -> None:
+        self._requests: list[Request] = []
+        """Requests without rows yet, in order of arrival."""
+        self._rows: list[QueuedRow] = []
+        """Rows that wait to run, in order of arrival."""
+        self._planned: list[list[QueuedRow]] = []
+        """The micro-batches of all `_rows`, in the order they run; empty: not planned yet."""
+        self._unanswered: dict[bool, set[Request]] = {True: set(), False: set()}
+        """Unanswered requests by `is_bulk`."""
+        self._runs_started = 0
+        self._running = 0
+        """Run threads at work, and callers of `run_now`."""
+        self._reads_bulk = False
+        self._urgent_runs = False
+        """Whether the urgent thread is at work."""
+        self._long_runs = 0
+        """Threads that run rows of a request that is not short."""
+        self._is_interactive_turn = False
+        """Whether the next micro-batch is that of an interactive row, if there is one."""
+        self._broken = ""
+        """What the requests of a scheduler are told that lost a thread."""
+
+    def run_now(self, items: Sequence[Any]) -> tuple[Sequence[Any], Outputs] | None:
         """Run an interactive request in the caller's thread: its rows and their outputs, in order.
 
         None if the request is bulk or others are queued or run: `submit` runs it together with
@@ -173,10 +180,10 @@ class Scheduler:
         Raises:
             Exception: what `make_rows` or `run_alone` raised.
         """
-        if len(items) > batching.INTERACTIVE_ROWS:
+        if batching.is_bulk(len(items), sum(map(self._size_bytes, items))):
             return None
         with self._lock:
-            if self._running or self._requests or self._rows or self._bulk_threads or self._closed:
+            if self._running or self._requests or self._rows or self._closed:
                 return None
             self._running += 1
             self._runs_started += 1
@@ -185,7 +192,7 @@ class Scheduler:
             outputs = self._run_alone(rows)
         finally:
             self._end_turn()
-        self._on_run(CompletedRun(rows, 0.0))
+        self._safely(None, self._on_run, CompletedRun(rows, 0.0))
         return rows, outputs
 
     def submit(
@@ -197,21 +204,21 @@ class Scheduler:
         """Queue the items of one request.
 
         `answer` is called once with the outcome, in another thread. If `is_cancelled` returns
-        True after a long wait, the rows do not run and the outcome is RequestCancelled.
+        True after a long wait, or for bulk at any time before its last run, no more rows run and
+        the outcome is RequestCancelled.
 
         Raises:
-            ServerOverloaded: `max_requests` requests of this lane are unanswered.
+            ServerOverloaded: this lane has `max_requests` unanswered requests, or bulk has
+                `max_bulk_bytes` with this request.
             RequestCancelled: the scheduler is closed.
+            ServerError: the scheduler has lost a thread.
         """
-        request = _Request(items, answer, is_cancelled, self._runs_started, self._clock())
+        sizes_bytes = [self._size_bytes(item) for item in items]
+        now_s = self._safely(0.0, self._clock)
         with self._lock:
-            if self._closed:
-                raise RequestCancelled("the engine is closed; the request was not run.")
-            if self._unanswered[request.is_bulk] == self._max_requests:
-                raise ServerOverloaded(
-                    f"the queue is full: {self._max_requests:,} requests wait. Send again."
-                )
-            self._unanswered[request.is_bulk] += 1
+            request = Request(items, sizes_bytes, answer, is_cancelled, self._runs_started, now_s)
+            self._check_room(request)
+            self._unanswered[request.is_bulk].add(request)
             self._requests.append(request)
             has_threads = self._answer_thread is not None or self._start_threads()
             self._wake()
@@ -219,9 +226,9 @@ class Scheduler:
             self._serve_here()
 
     def gather(self) -> None:
-        """Wait up to GATHER_S for more requests, if every thread is busy with interactive ones."""
+        """Wait up to GATHER_S for more requests, if every thread is busy with short rows."""
         with self._lock:
-            if self._running == self._threads and not self._bulk_threads:
+            if self._running == self._threads and not self._long_runs:
                 self._room_changed.wait(GATHER_S)
 
     def wait_for_room(self) -> None:
@@ -246,8 +253,9 @@ class Scheduler:
         self.stop()
         own = [*self._run_threads, self._answer_thread]
         is_within = threading.current_thread() in own or self._lock._is_owned()  # type: ignore[attr-defined]
-        if self._answer_thread is not None and not is_within:
-            self._answer_thread.join()
+        for thread in own:
+            if thread is not None and not is_within:
+                thread.join()
 
     def settle(self) -> None:
         """Drop all queued requests unanswered, and wait for the runs under way.
@@ -256,67 +264,144 @@ class Scheduler:
         """
 
         def is_settled() -> bool:
-            self._requests, self._rows, self._planned, self._bulk_rows = [], [], [], 0
-            return not (self._running or self._urgent_runs)
+            self._requests, self._rows, self._planned = [], [], []
+            return not (self._running or self._reads_bulk or self._urgent_runs)
 
         if self._pid == os.getpid():  # a forked child has none of the threads
             with self._lock:
                 self._room_changed.wait_for(is_settled, EXIT_WAIT_S)
 
+    def _check_room(self, request: Request) -> None:
+        if self._broken:
+            raise ServerError(self._broken)
+        if self._closed:
+            raise RequestCancelled("the engine is closed; the request was not run.")
+        lane = self._unanswered[request.is_bulk]
+        if self._max_requests is not None and len(lane) >= self._max_requests:
+            raise ServerOverloaded(f"the queue is full: {len(lane):,} requests wait. Send again.")
+        queued_bytes = sum(waiting.size_bytes for waiting in lane)
+        if (
+            request.is_bulk
+            and self._max_bulk_bytes is not None
+            and queued_bytes + request.size_bytes > self._max_bulk_bytes
+        ):
+            raise ServerOverloaded(
+                f"the queue is full: texts of {queued_bytes:,} bytes wait and this request has "
+                f"{request.size_bytes:,}; the queue takes {self._max_bulk_bytes:,}. Send again."
+            )
+
     def _start_threads(self) -> bool:
-        """Start all threads; False where none can be started: the interpreter is shutting down."""
-        loops = [(self._serve, "run")] * self._threads + [(self._serve_interactive, "interactive")]
-        run_threads = [
-            threading.Thread(target=loop, name=f"engine-{name}", daemon=True)
-            for loop, name in loops
-        ]
+        """Start the threads; False if none can be started: the interpreter is shutting down."""
         # Under load another thread answers, so that running threads lose no time.
-        answer_thread = threading.Thread(
-            target=self._answer_queued, name="engine-answer", daemon=True
-        )
-        try:
-            for thread in (*run_threads, answer_thread):
+        loops = [(self._answer_queued, "answer"), (self._read_bulk, "read")]
+        loops += [*[(self._serve, "run")] * self._threads, (self._serve_urgent, "urgent")]
+        started = []
+        for loop, name in loops:
+            thread = threading.Thread(
+                target=self._watch, args=(loop,), name=f"engine-{name}", daemon=True
+            )
+            try:
                 thread.start()
-        except RuntimeError:
+            except RuntimeError:
+                break
+            started.append(thread)
+        if not started:
             return False
-        self._run_threads, self._answer_thread = run_threads, answer_thread
+        self._answer_thread, *self._run_threads = started
+        if len(started) < len(loops):
+            self._break("the system has too few threads for the engine")
         return True
 
+    def _watch(self, loop: Callable[[], None]) -> None:
+        """Run a thread's loop. If it raises, close the scheduler and say so to every request."""
+        try:
+            loop()
+        except BaseException as error:
+            self._break(f"the engine lost a thread ({type(error).__name__})")
+            self._safely(None, self._on_broken, error)
+
+    def _break(self, reason: str) -> None:
+        """Close the scheduler, and tell the reason to every request, now and later."""
+        with self._lock:
+            self._broken = f"{reason}; start it again."
+            unanswered = [*self._unanswered[True], *self._unanswered[False]]
+            self._requests, self._rows, self._planned = [], [], []
+            self._reads_bulk = False
+            self.stop()
+            self._wake_all()
+        for request in unanswered:
+            self._finish(request, ServerError(self._broken))
+
+    def _safely(self, default: T, callback: Callable[..., T], *args: Any) -> T:
+        """What a callback returns, or `default` if it raises: its error is told to `on_error`."""
+        try:
+            return callback(*args)
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                self._on_error(error)
+            return default
+
     def _has_room(self) -> bool:
-        unread = sum(len(request.items) for request in self._requests)
-        unread_bulk = sum(len(request.items) for request in self._requests if request.is_bulk)
-        return (
-            unread_bulk + self._bulk_rows <= QUEUED_BULK_ROWS
-            and unread - unread_bulk + self._interactive_rows() <= QUEUED_ROWS
+        bulk = sum(request.rows for request in self._requests if request.is_bulk)
+        interactive = sum(request.rows for request in self._requests) - bulk
+        bulk_rows = sum(queued.request.is_bulk for queued in self._rows)
+        return self._closed or (
+            bulk + bulk_rows <= QUEUED_BULK_ROWS
+            and interactive + len(self._rows) - bulk_rows <= QUEUED_ROWS
         )
 
-    def _interactive_rows(self) -> int:
-        return len(self._rows) - self._bulk_rows
+    def _interactive_rows(self) -> list[QueuedRow]:
+        return [queued for queued in self._rows if not queued.request.is_bulk]
+
+    def _short_rows(self) -> list[QueuedRow]:
+        return [queued for queued in self._rows if queued.request.is_short]
+
+    def _has_interactive(self) -> bool:
+        return any(not request.is_bulk for request in self._requests)
 
     def _is_urgent(self) -> bool:
-        """Whether interactive requests are queued behind bulk that is read or run."""
-        return self._bulk_threads > 0 and (
-            self._interactive_rows() > 0 or any(not request.is_bulk for request in self._requests)
-        )
+        return self._long_runs > 0 and (self._has_interactive() or bool(self._short_rows()))
+
+    def _may_run(self) -> bool:
+        return self._running < self._threads and (bool(self._rows) or self._has_interactive())
+
+    def _may_read(self) -> bool:
+        is_bulk = any(request.is_bulk for request in self._requests)
+        return is_bulk and len(self._rows) < QUEUED_ROWS
+
+    def _has_ended(self) -> bool:
+        return self._closed and not (self._rows or self._requests or self._reads_bulk)
 
     def _wake(self) -> None:
-        """Wake one thread for the queued work; it wakes the next for what it leaves."""
-        if self._rows or self._requests:
+        """Wake one thread of each kind that has work; it wakes the next for what it leaves."""
+        if self._has_ended():
+            self._wake_all()
+        if self._may_run():
             self._work_queued.notify()
+        if self._may_read():
+            self._bulk_queued.notify()
         if self._is_urgent():
             self._urgent_queued.notify()
+
+    def _wake_all(self) -> None:
+        for changed in (
+            self._work_queued, self._bulk_queued, self._urgent_queued, self._room_changed
+        ):  # fmt: skip
+            changed.notify_all()
 
     def _serve(self) -> None:
         # No name here is bound to requests: while the thread waits they would keep their engine.
         while self._take_turn(self._wait_for_work()):
             pass
 
-    def _take_turn(self, requests: Sequence[_Request] | None) -> bool:
+    def _take_turn(self, requests: Sequence[Request] | None) -> bool:
         """Run the next micro-batch, once these requests are queued; False if there are none."""
         if requests is None:
             return False
-        self._run_micro_batch(self._micro_batch(requests, self._next_micro_batch))
-        self._end_turn()
+        try:
+            self._read_and_run(requests, self._next_micro_batch)
+        finally:
+            self._end_turn()
         return True
 
     def _serve_here(self) -> None:
@@ -324,23 +409,55 @@ class Scheduler:
         while self._rows or self._requests:
             with self._lock:
                 self._running += 1
-                requests = self._next_requests()
+                bulk = self._next_bulk_request() if self._may_read() else None
+                requests = self._next_interactive_requests()
+            self._queue_bulk(bulk)
             self._take_turn(requests)
         while not self._answers.empty():
             self._answer_next()
 
-    def _serve_interactive(self) -> None:
+    def _serve_urgent(self) -> None:
         while self._wait_for_urgent_work():
-            self._run_micro_batch(
-                self._micro_batch(
-                    self._next_interactive_requests(), self._next_interactive_micro_batch
-                )
-            )
-            with self._lock:
-                self._urgent_runs = False
-                self._room_changed.notify_all()
+            try:
+                self._read_and_run(self._next_interactive_requests(), self._next_urgent_micro_batch)
+            finally:
+                with self._lock:
+                    self._urgent_runs = False
+                    self._room_changed.notify_all()
+                    self._wake()
 
-    def _wait_for_work(self) -> list[_Request] | None:
+    def _read_bulk(self) -> None:
+        if sys.platform == "linux" and self._reader_niceness:  # elsewhere it would be the process's
+            os.nice(self._reader_niceness)
+        while self._queue_bulk(self._wait_for_bulk()):
+            pass
+
+    def _queue_bulk(self, request: Request | None) -> bool:
+        """Make and queue the rows of a bulk request; False if there is none."""
+        if request is None:
+            return False
+        rows = self._bulk_rows(request)
+        with self._lock:
+            self._reads_bulk = False
+            self._rows += rows
+            self._planned = []
+            self._room_changed.notify_all()
+            self._wake()
+        return True
+
+    def _wait_for_bulk(self) -> Request | None:
+        """Block until bulk is queued and rows are few; None if closed and nothing is left."""
+        with self._lock:
+            self._bulk_queued.wait_for(lambda: self._may_read() or self._has_ended())
+            return None if self._has_ended() else self._next_bulk_request()
+
+    def _next_bulk_request(self) -> Request:
+        request = next(request for request in self._requests if request.is_bulk)
+        self._requests.remove(request)
+        self._reads_bulk = True
+        return request
+
+    def _wait_for_work(self) -> list[Request] | None:
         """Block until something is queued and may run; return the requests to make rows of, perhaps
         none. None if closed and nothing is left.
         """
@@ -349,13 +466,7 @@ class Scheduler:
             if self._has_ended():
                 return None
             self._running += 1
-            return self._next_requests()
-
-    def _may_run(self) -> bool:
-        return self._running < self._threads and bool(self._rows or self._requests)
-
-    def _has_ended(self) -> bool:
-        return self._closed and not (self._rows or self._requests)
+            return self._next_interactive_requests()
 
     def _end_turn(self) -> None:
         with self._lock:
@@ -370,119 +481,149 @@ class Scheduler:
             self._urgent_runs = not self._closed  # if closed, the other threads run what is queued
             return self._urgent_runs
 
-    def _next_requests(self) -> list[_Request]:
-        """Dequeue the oldest request if it is bulk and rows are few, else all interactive ones."""
+    def _next_interactive_requests(self) -> list[Request]:
         with self._lock:
-            if self._requests and self._requests[0].is_bulk and len(self._rows) < QUEUED_ROWS:
-                self._bulk_threads += 1
-                requests = [self._requests.pop(0)]
-            else:
-                requests = self._dequeue_interactive()
+            interactive = [r for r in self._requests if not r.is_bulk][:QUEUED_ROWS]
+            dequeued = set(interactive)
+            self._requests = [r for r in self._requests if r not in dequeued]
             self._wake()
-            return requests
+            return interactive
 
-    def _next_interactive_requests(self) -> list[_Request]:
-        with self._lock:
-            return self._dequeue_interactive()
-
-    def _dequeue_interactive(self) -> list[_Request]:
-        interactive = [request for request in self._requests if not request.is_bulk][:QUEUED_ROWS]
-        dequeued = set(interactive)
-        self._requests = [request for request in self._requests if request not in dequeued]
-        return interactive
-
-    def _micro_batch(
-        self, requests: Sequence[_Request], dequeue: Callable[[], _MicroBatch]
-    ) -> _MicroBatch:
-        """Make and queue the rows of requests of one lane, and dequeue the next micro-batch.
+    def _read_and_run(self, requests: Sequence[Request], dequeue: Callable[[], MicroBatch]) -> None:
+        """Make and queue the rows of interactive requests, then run the next micro-batch.
 
         No thread is woken in between: this one takes its micro-batch of these rows first.
         """
-        rows = self._rows_of(requests) if requests else []
+        rows = self._rows_of(requests)
         with self._lock:
-            if requests:
+            if rows:
                 self._rows += rows
                 self._planned = []
-                self._bulk_rows += sum(row.request.is_bulk for row in rows)
-                self._bulk_threads -= requests[0].is_bulk
-            return dequeue()
-
-    def _rows_of(self, requests: Sequence[_Request]) -> list[_QueuedRow]:
-        """Make the rows of all requests in one call; a request with a bad item fails alone."""
+            micro_batch = dequeue()
+            is_long = any(not queued.request.is_short for queued in micro_batch.rows)
+            self._long_runs += is_long
+            self._wake()
         try:
-            rows = iter(self._make_rows([item for request in requests for item in request.items]))
-            return [
-                _QueuedRow(request, index, next(rows))
-                for request in requests
-                for index in range(len(request.items))
-            ]
+            self._run_micro_batch(micro_batch)
+        finally:
+            with self._lock:
+                self._long_runs -= is_long
+
+    def _rows_of(self, requests: Sequence[Request]) -> list[QueuedRow]:
+        """Make the rows of all requests in one call; a request with a bad item fails alone."""
+        if not requests:
+            return []
+        items = [item for request in requests for item in request.items]
+        try:
+            rows = queued_rows(requests, self._make_rows(items))
+            for own in by_request(rows):
+                self._choose_lane(own)
         except Exception as error:
             if len(requests) > 1:
                 return [row for request in requests for row in self._rows_of([request])]
             self._finish(requests[0], error)
             return []
+        return rows
 
-    def _next_micro_batch(self) -> _MicroBatch:
-        with self._lock:
-            rows = self._dequeue_cheapest(self._rows[:QUEUED_ROWS])
-            others_run = self._running > 1
-            is_alone = not (self._rows or self._requests or others_run)
-            return _MicroBatch(rows, self._run_alone if is_alone else self._run)
+    def _bulk_rows(self, request: Request) -> list[QueuedRow]:
+        """Make the rows of a bulk request in parts, and stop when its caller has gone."""
+        rows: list[Any] = []
+        try:
+            for part in request.parts():
+                if self._is_cancelled(request):
+                    raise _cancelled()
+                rows += self._make_rows(part)
+            request.items = ()
+            return queued_rows([request], rows)
+        except Exception as error:
+            self._finish(request, error)
+            return []
 
-    def _next_interactive_micro_batch(self) -> _MicroBatch:
+    def _choose_lane(self, rows: Sequence[QueuedRow]) -> None:
+        """Make a request bulk or short by the tokens of its rows; it needs its items no more."""
+        request = rows[0].request
+        request.items = ()
+        tokens = sum(queued.row.length for queued in rows)
         with self._lock:
-            interactive = [row for row in self._rows if not row.request.is_bulk]
+            request.is_short = tokens <= batching.SHORT_TOKENS
+            if batching.is_bulk(len(rows), tokens=tokens):
+                self._unanswered[False].discard(request)
+                self._unanswered[True].add(request)
+                request.is_bulk = True
+
+    def _next_micro_batch(self) -> MicroBatch:
+        waiting = (self._is_interactive_turn and self._interactive_rows()) or self._rows
+        self._is_interactive_turn = not self._is_interactive_turn
+        # Short requests run without longer ones beside them: those would hold up their answer.
+        candidates = [row for row in waiting if row.request.is_short == waiting[0].request.is_short]
+        if len(candidates) < len(self._rows):
             self._planned = []
-            return _MicroBatch(self._dequeue_cheapest(interactive[:QUEUED_ROWS]), self._run_alone)
+        rows = self._dequeue_cheapest(candidates[:QUEUED_ROWS])
+        is_alone = not (self._rows or self._has_interactive() or self._running > 1)
+        return MicroBatch(rows, self._run_alone if is_alone else self._run)
 
-    def _dequeue_cheapest(self, candidates: Sequence[_QueuedRow]) -> list[_QueuedRow]:
+    def _next_urgent_micro_batch(self) -> MicroBatch:
+        self._planned = []
+        return MicroBatch(self._dequeue_cheapest(self._short_rows()[:QUEUED_ROWS]), self._run_alone)
+
+    def _dequeue_cheapest(self, candidates: Sequence[QueuedRow]) -> list[QueuedRow]:
         """Dequeue the micro-batch with the first of these rows; empty if there are no rows."""
         if not candidates:
             return []
-        if not self._planned:
-            lengths = [queued.row.length for queued in candidates]
-            parts = sorted(self._plan(lengths, 1 + self._threads - self._running), key=min)
-            self._planned = [[candidates[index] for index in part] for part in parts]
-        micro_batch, *others = self._planned
+        micro_batch, *others = self._planned or self._micro_batches(candidates)
         dequeued = set(map(id, micro_batch))
         self._rows = [queued for queued in self._rows if id(queued) not in dequeued]
         # A plan of all queued rows is valid until more arrive.
         self._planned = others if sum(map(len, others)) == len(self._rows) else []
-        bulk_rows = sum(queued.request.is_bulk for queued in micro_batch)
-        self._bulk_rows -= bulk_rows
-        self._bulk_threads += bulk_rows > 0
         self._runs_started += 1
         self._room_changed.notify_all()
-        self._wake()
         return micro_batch
 
-    def _run_micro_batch(self, micro_batch: _MicroBatch) -> None:
-        if not micro_batch.rows:
+    def _micro_batches(self, candidates: Sequence[QueuedRow]) -> list[list[QueuedRow]]:
+        """These rows in micro-batches, that of the first row first; one by one if `plan` fails."""
+        lengths = [queued.row.length for queued in candidates]
+        alone = [[index] for index in range(len(candidates))]
+        parts = self._safely(alone, self._checked_plan, lengths)
+        return [[candidates[index] for index in part] for part in parts]
+
+    def _checked_plan(self, lengths: Sequence[int]) -> list[list[int]]:
+        parts = sorted(self._plan(lengths, 1 + self._threads - self._running), key=min)
+        if sorted(index for part in parts for index in part) != list(range(len(lengths))):
+            raise ValueError("a plan must have each row once")
+        return parts
+
+    def _run_micro_batch(self, micro_batch: MicroBatch) -> None:
+        for request in {queued.request for queued in micro_batch.rows}:
+            if self._is_cancelled(request):
+                self._finish(request, _cancelled())
+        rows = [queued for queued in micro_batch.rows if not queued.request.is_answered]
+        if rows:
+            self._run_rows(rows, micro_batch.run, self._safely(0.0, self._clock))
+
+    def _run_rows(self, rows: list[QueuedRow], run: Run, started_at_s: float) -> None:
+        """Run rows together. If that fails, run those of each request alone: an error reaches the
+        request whose rows raise it, and no other.
+        """
+        outputs = run_rows(rows, run)
+        if not isinstance(outputs, Exception):
+            self._deliver(rows, outputs)
+            queued_s = sum(started_at_s - queued.request.submitted_at_s for queued in rows)
+            completed = CompletedRun([queued.row for queued in rows], queued_s)
+            self._safely(None, self._on_run, completed)
             return
-        started_at_s = self._clock()
-        cancelled = self._cancelled({queued.request for queued in micro_batch.rows})
-        kept = [queued for queued in micro_batch.rows if queued.request not in cancelled]
-        if cancelled:
-            dropped = [queued for queued in micro_batch.rows if queued.request in cancelled]
-            self._deliver(dropped, RequestCancelled("the request was cancelled; it was not run."))
-        if kept:
-            rows = [queued.row for queued in kept]
-            self._deliver(kept, _outputs(rows, micro_batch.run))
-            queued_s = sum(started_at_s - queued.request.submitted_at_s for queued in kept)
-            self._on_run(CompletedRun(rows, queued_s))
-        with self._lock:
-            self._bulk_threads -= any(queued.request.is_bulk for queued in micro_batch.rows)
+        requests = by_request(rows)
+        if len(requests) == 1:
+            self._finish(rows[0].request, outputs)
+            return
+        for own in requests:
+            self._run_rows(own, run, started_at_s)
 
-    def _cancelled(self, requests: set[_Request]) -> set[_Request]:
-        """The requests that waited long and are cancelled."""
-        latest_start = self._runs_started - self._cancel_check_runs
-        return {
-            request
-            for request in requests
-            if request.runs_before < latest_start and request.is_cancelled()
-        }
+    def _is_cancelled(self, request: Request) -> bool:
+        """Whether a request's caller has gone. It is asked for bulk, and after a long wait."""
+        has_waited = request.runs_before < self._runs_started - self._cancel_check_runs
+        return (request.is_bulk or has_waited) and self._safely(False, request.is_cancelled)
 
-    def _deliver(self, rows: list[_QueuedRow], outputs: _Outputs) -> None:
+    def _deliver(self, rows: list[QueuedRow], outputs: Outputs) -> None:
         if self._rows or self._requests:
             self._answers.put((rows, outputs))
         else:
@@ -492,8 +633,7 @@ class Scheduler:
         while self._answer_next():
             pass
         with self._lock:
-            self._work_queued.notify_all()
-            self._urgent_queued.notify()
+            self._wake_all()
         for thread in self._run_threads:
             thread.join()
         while not self._answers.empty():
@@ -506,21 +646,25 @@ class Scheduler:
             self._answer(*delivered)
         return delivered is not None
 
-    def _answer(self, rows: list[_QueuedRow], outputs: _Outputs) -> None:
+    def _answer(self, rows: list[QueuedRow], outputs: Outputs) -> None:
         for number, (request, index, row) in enumerate(rows):
-            if isinstance(outputs, Exception):
-                is_complete = request.put(index, outputs)
-            else:
-                is_complete = request.put(index, ItemResult(row, outputs[number]))
-            if is_complete:
-                self._finish(request, request.outcome())
+            if request.put(index, ItemResult(row, outputs[number])):
+                self._finish(request, request.results())
 
-    def _finish(self, request: _Request, outcome: Outcome) -> None:
+    def _finish(self, request: Request, outcome: Outcome) -> None:
+        """Answer a request, once. If it failed, its other rows do not run."""
         with self._lock:
-            self._unanswered[request.is_bulk] -= 1
-        request.answer(outcome)
+            if request.is_answered:
+                return
+            request.is_answered = True
+            self._unanswered[request.is_bulk].discard(request)
+            if isinstance(outcome, Exception):
+                self._rows = [queued for queued in self._rows if queued.request is not request]
+                self._planned = []
+        self._safely(None, request.answer, outcome)
 
 
+_Delivered = tuple[list[QueuedRow], Outputs]
 _SCHEDULERS: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 
@@ -530,61 +674,5 @@ def _settle_all() -> None:
         scheduler.settle()
 
 
-def _outputs(rows: list[Any], run: Run) -> _Outputs:
-    try:
-        return run(rows)
-    except Exception as error:
-        return error
-
-
-class _Request:
-    """The items of one `submit`, answered together."""
-
-    def __init__(
-        self,
-        items: Sequence[Any],
-        answer: Callable[[Outcome], None],
-        is_cancelled: Callable[[], bool],
-        runs_before: int,
-        submitted_at_s: float,
-    ) -> None:
-        self.items = items
-        self.is_bulk = len(items) > batching.INTERACTIVE_ROWS
-        self.answer = answer
-        self.is_cancelled = is_cancelled
-        self.runs_before = runs_before
-        """Micro-batches that started before the request arrived."""
-        self.submitted_at_s = submitted_at_s
-        self._results: list[Any] = [None] * len(items)
-        self._error: Exception | None = None
-        self._missing = len(items)
-        self._lock = threading.Lock()
-
-    def put(self, index: int, result: ItemResult | Exception) -> bool:
-        """Store the result of the item at `index`; return whether all items have one."""
-        if isinstance(result, Exception):
-            self._error = result
-        self._results[index] = result
-        with self._lock:
-            self._missing -= 1
-            return not self._missing
-
-    def outcome(self) -> Outcome:
-        """The results of all items, or the exception of one."""
-        return self._error or self._results
-
-
-class _QueuedRow(NamedTuple):
-    """One row of a request."""
-
-    request: _Request
-    item_index: int
-    """Index of the row's item in the request."""
-    row: Any
-
-
-class _MicroBatch(NamedTuple):
-    """Rows that run together, perhaps none, and the function that runs them."""
-
-    rows: list[_QueuedRow]
-    run: Run
+def _cancelled() -> RequestCancelled:
+    return RequestCancelled("the request was cancelled; it was not run.")

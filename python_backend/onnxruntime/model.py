@@ -18,7 +18,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).parent.parent))
 from adapter import metrics, scheduler, triton
 from halimede_engine import batching, graph, session
-from halimede_engine.scheduler import ItemResult
+from halimede_engine.requests import ItemResult
 from halimede_ops import spec
 from halimede_ops.errors import InvalidInput
 from halimede_repository import checksums

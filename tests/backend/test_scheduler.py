@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from halimede_engine import batching
 from halimede_engine.batching import INTERACTIVE_ROWS
-from halimede_engine.scheduler import QUEUED_BULK_ROWS, QUEUED_ROWS, Outcome, Scheduler
+from halimede_engine.requests import Outcome
+from halimede_engine.scheduler import QUEUED_BULK_ROWS, QUEUED_ROWS, Scheduler
 from halimede_engine.session import Row
 from halimede_ops.errors import RequestCancelled, ServerOverloaded
 

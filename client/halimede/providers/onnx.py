@@ -279,6 +279,7 @@ class Onnx:
             opened.plan,
             self._streams,
             make_rows=make_rows,
+            size_bytes=(lambda item: 0) if kind == "image" else engine.text_bytes,
             run_alone=_runs.around(run_alone),
             cancel_check_runs=0,
         )

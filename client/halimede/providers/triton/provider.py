@@ -216,7 +216,8 @@ def _infer_request(model: str, request: Request) -> Any:
         message.raw_input_contents.append(np.full(rows, request.dimensions, "<i4").tobytes())
     for name in OUTPUTS[request.kind]:
         message.outputs.add(name=name)
-    if rows > batching.INTERACTIVE_ROWS:
+    size_bytes = sum(map(len, request.inputs)) if request.kind == "text" else 0
+    if batching.is_bulk(rows, size_bytes):
         message.parameters["priority"].uint64_param = BULK_PRIORITY
     return message
 
