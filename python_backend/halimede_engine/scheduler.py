@@ -279,16 +279,13 @@ class Scheduler:
         lane = self._unanswered[request.is_bulk]
         if self._max_requests is not None and len(lane) >= self._max_requests:
             raise ServerOverloaded(f"the queue is full: {len(lane):,} requests wait. Send again.")
-        queued_bytes = sum(waiting.size_bytes for waiting in lane)
-        if (
-            request.is_bulk
-            and self._max_bulk_bytes is not None
-            and queued_bytes + request.size_bytes > self._max_bulk_bytes
-        ):
-            raise ServerOverloaded(
-                f"the queue is full: texts of {queued_bytes:,} bytes wait and this request has "
-                f"{request.size_bytes:,}; the queue takes {self._max_bulk_bytes:,}. Send again."
-            )
+        if request.is_bulk and self._max_bulk_bytes is not None:
+            queued_bytes = sum(waiting.size_bytes for waiting in lane)
+            if queued_bytes + request.size_bytes > self._max_bulk_bytes:
+                raise ServerOverloaded(
+                    f"the queue is full: texts of {queued_bytes:,} bytes wait and this request has "
+                    f"{request.size_bytes:,}; the queue takes {self._max_bulk_bytes:,}. Send again."
+                )
 
     def _start_threads(self) -> bool:
         """Start the threads; False if none can be started: the interpreter is shutting down."""
