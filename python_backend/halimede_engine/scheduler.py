@@ -367,7 +367,8 @@ class Scheduler:
         return is_bulk and len(self._rows) < QUEUED_ROWS
 
     def _has_ended(self) -> bool:
-        return self._closed and not (self._rows or self._requests or self._reads_bulk)
+        is_read = self._reads_bulk or self._urgent_runs  # by a thread that may leave rows to others
+        return self._closed and not (self._rows or self._requests or is_read)
 
     def _wake(self) -> None:
         """Wake one thread of each kind that has work; it wakes the next for what it leaves."""
@@ -621,7 +622,7 @@ class Scheduler:
         return (request.is_bulk or has_waited) and self._safely(False, request.is_cancelled)
 
     def _deliver(self, rows: list[QueuedRow], outputs: Outputs) -> None:
-        if self._rows or self._requests:
+        if (self._rows or self._requests) and not self._closed:
             self._answers.put((rows, outputs))
         else:
             self._answer(rows, outputs)

@@ -92,7 +92,7 @@ class TextTokenizer:
     def _tokens(self, encoding) -> Tokens:  # type: ignore[no-untyped-def]
         ids = encoding.ids
         # Every overflowing part has special tokens of its own.
-        overflowing = sum(len(part.ids) - self._special_tokens for part in encoding.overflowing)
+        overflowing = sum(len(part) - self._special_tokens for part in encoding.overflowing)
         return Tokens(ids, len(ids) + overflowing)
 
 

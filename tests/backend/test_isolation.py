@@ -255,6 +255,36 @@ def test_close_answers_what_waits_and_returns(threads: int, rows: int) -> None:
     closed_while_it_works(threads, rows)
 
 
+def test_close_answers_what_the_urgent_thread_leaves() -> None:
+    """It reads a request of middle size while the scheduler is closed, and does not run it."""
+    gate, reading, go_on = Gate(), threading.Event(), threading.Event()
+
+    def make_rows(items: Sequence[Row]) -> list[Row]:
+        if threading.current_thread().name == "engine-urgent":
+            reading.set()
+            assert go_on.wait(TIMEOUT_S)
+        return list(items)
+
+    scheduler = Scheduler(
+        gate.run, batching.plan, 1, make_rows=make_rows, run_alone=first_ids, cancel_check_runs=0
+    )
+    long, bulk = Answer(), Answer()
+    scheduler.submit([row(200, 1)] * 12, bulk)  # several runs, on `run`
+    assert gate.entered.wait(TIMEOUT_S)
+    scheduler.submit([row(200, 2)], long)
+    assert reading.wait(TIMEOUT_S)
+    closer = threading.Thread(target=scheduler.close)
+    closer.start()
+    wait_until(lambda: scheduler._closed)
+    gate.opened.set()
+    assert bulk.wait() == [1] * 12
+    time.sleep(0.1)
+    go_on.set()
+    assert long.wait() == [2]
+    closer.join(TIMEOUT_S)
+    assert not closer.is_alive()
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_each_request_that_races_with_close_is_answered_or_refused(threads: int) -> None:
     """Whatever the order of `submit` and `close`: no request hangs."""
@@ -273,7 +303,7 @@ def test_each_request_that_races_with_close_is_answered_or_refused(threads: int)
             for number in range(200):
                 answer = Answer()
                 try:
-                    scheduler.submit([row(16, number)] * rows, answer)
+                    scheduler.submit([row(16 + number % 3 * 100, number)] * rows, answer)
                 except RequestCancelled:
                     return
                 accepted.append(answer)
