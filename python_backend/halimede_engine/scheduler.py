@@ -437,8 +437,7 @@ class Scheduler:
         rows = self._bulk_rows(request)
         with self._lock:
             self._reads_bulk = False
-            self._rows += rows
-            self._planned = []
+            self._queue_rows(rows)
             self._room_changed.notify_all()
             self._wake()
         return True
@@ -494,9 +493,7 @@ class Scheduler:
         """
         rows = self._rows_of(requests)
         with self._lock:
-            if rows:
-                self._rows += rows
-                self._planned = []
+            self._queue_rows(rows)
             micro_batch = dequeue()
             is_long = any(not queued.request.is_short for queued in micro_batch.rows)
             self._long_runs += is_long
@@ -506,6 +503,11 @@ class Scheduler:
         finally:
             with self._lock:
                 self._long_runs -= is_long
+
+    def _queue_rows(self, rows: Sequence[QueuedRow]) -> None:
+        if rows and not self._broken:  # the requests of a broken scheduler are answered
+            self._rows += rows
+            self._planned = []
 
     def _rows_of(self, requests: Sequence[Request]) -> list[QueuedRow]:
         """Make the rows of all requests in one call; a request with a bad item fails alone."""

@@ -234,7 +234,7 @@ async def main():
     async with AsyncEmbedder(config={"models": {"m": model}}) as embedder:
         await embedder.embed(["a text"] * 300)
         names = Counter(thread.name for thread in threading.enumerate())
-        print(names["engine-run"], names["engine-interactive"])
+        print(names["engine-run"], names["engine-urgent"])
 
 asyncio.run(main())
 """

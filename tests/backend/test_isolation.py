@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import threading
@@ -183,21 +184,52 @@ def test_a_lost_thread_is_said(place: str) -> None:
     )
     answers = [Answer() for _ in range(5)]
     scheduler.submit([row(16)], end if place == "answer" else Answer())  # type: ignore
-    starts_by_hand = threading.Thread(
-        target=lambda: [scheduler.submit([row(16, 1)] * 9, answer) for answer in answers]
-    )
-    starts_by_hand.start()
-    if place != "plan":  # it holds the lock
-        starts_by_hand.join(TIMEOUT_S)
+
+    def send() -> None:
+        with contextlib.suppress(ServerError):  # `plan` holds the lock until it ends its thread
+            for answer in answers:
+                scheduler.submit([row(16, 1)] * 9, answer)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    if place != "plan":
+        sender.join(TIMEOUT_S)
     release.set()
     wait_until(lambda: broken, 10)
-    starts_by_hand.join(TIMEOUT_S)
+    sender.join(TIMEOUT_S)
     if place != "plan":
         outcomes = [answer.wait() for answer in answers]
         assert all(isinstance(one, ServerError) or one == [1] * 9 for one in outcomes)
     with pytest.raises(ServerError, match=r"lost a thread \(SystemExit\)"):
         scheduler.submit([row(16)], Answer())
+    scheduler.stop()
+    wait_until(lambda: not any(one and one.is_alive() for one in threads_of(scheduler)), 10)
     scheduler.close()
+
+
+def test_rows_that_are_made_while_a_thread_is_lost_are_not_queued() -> None:
+    """The threads end: nobody would run those rows."""
+    reading, go_on, broken = threading.Event(), threading.Event(), threading.Event()
+
+    def make_rows(items: Sequence[Row]) -> list[Row]:
+        if len(items) > 1:
+            reading.set()
+            assert go_on.wait(TIMEOUT_S)
+        return list(items)
+
+    def end(rows: Sequence[Row]) -> list[int]:
+        raise SystemExit(1)
+
+    scheduler = Scheduler(
+        end, batching.plan, 1, make_rows=make_rows, on_broken=lambda error: broken.set()
+    )
+    bulk, single = Answer(), Answer()
+    scheduler.submit([row(16)] * 9, bulk)
+    assert reading.wait(TIMEOUT_S)
+    scheduler.submit([row(16)], single)
+    assert broken.wait(TIMEOUT_S)
+    go_on.set()
+    assert isinstance(bulk.wait(), ServerError) and isinstance(single.wait(), ServerError)
     wait_until(lambda: not any(one and one.is_alive() for one in threads_of(scheduler)), 10)
 
 

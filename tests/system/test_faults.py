@@ -24,8 +24,17 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc as grpcclient
-from conftest import MODEL, POISON, free_options, resident_bytes, version_folder, wait_until
+from conftest import (
+    MODEL,
+    POISON,
+    free_options,
+    own_bytes,
+    resident_bytes,
+    version_folder,
+    wait_until,
+)
 from test_serve import read_until, start
+from tritonclient.utils import InferenceServerException
 
 from halimede import Embedder
 from halimede_ops import vectors
@@ -288,6 +297,50 @@ def test_clients_that_never_read(server: wheel.Server, right: np.ndarray) -> Non
     assert outcomes["right"] > 0
     print(f"{before:,} bytes before, {during:,} during; {outcomes}")
     assert during < before + 200 * 2**20
+
+
+def test_texts_of_4_mb_beside_short_ones(server: wheel.Server, right: np.ndarray) -> None:
+    """Callers with texts of 4 MB, some of which give up: every short text is answered, what is too
+    much is refused with a typed error, and the memory stays bounded and is returned.
+    """
+    url = server.grpc_address
+    stopped, refused = threading.Event(), Counter[str]()
+
+    def send(text: str, texts: int, timeout_s: float) -> None:
+        with grpcclient.InferenceServerClient(url) as client:
+            values = np.array([[text.encode()]] * texts, np.object_)
+            tensor = grpcclient.InferInput("TEXT", [texts, 1], "BYTES")
+            tensor.set_data_from_numpy(values)
+            while not stopped.is_set():
+                try:
+                    client.infer(MODEL, [tensor], client_timeout=timeout_s)
+                except InferenceServerException as error:
+                    refused[str(error)[:80]] += 1
+                    time.sleep(0.1)
+
+    large = [("word " * 800_000, 2, 60.0), ("a" * 4_000_000, 2, 0.3), ("b " * 2_000_000, 8, 60.0)]
+    load = Load(url, right, callers=2)
+    load.wait_for_answers(60)
+    before = own_bytes(server.process.pid)
+    callers = [threading.Thread(target=send, args=each) for each in large * 2]
+    for caller in callers:
+        caller.start()
+    during = 0
+    for _ in range(20):
+        load.wait_for_answers(20)
+        during = max(during, own_bytes(server.process.pid))
+        time.sleep(0.2)
+    stopped.set()
+    for caller in callers:
+        caller.join()
+    outcomes = load.stop()
+    time.sleep(2)
+    after = own_bytes(server.process.pid)
+    print(f"{before:,} bytes before, {during:,} during, {after:,} after; {outcomes}; {refused}")
+    assert set(outcomes) == {"right"}
+    assert any("8 texts have 32,000,000" in message for message in refused)
+    assert during < before + 1200 * 2**20
+    assert after < before + 500 * 2**20
 
 
 @pytest.mark.needs("faketime")
