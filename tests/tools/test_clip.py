@@ -121,6 +121,7 @@ def test_configs_say_what_is_taken_and_name_the_other_tower(home: Settings) -> N
     assert said == {
         "space": facts.space,
         "precision": "int8",
+        "arithmetic": "int8",
         "dims": "32",
         "input": "image",
         "text_model": "clip-int8",
