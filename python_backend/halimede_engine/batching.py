@@ -19,6 +19,8 @@ INTERACTIVE_TOKENS = 2048
 """Tokens of the largest interactive request, after truncation."""
 SHORT_TOKENS = 64
 """Tokens of the largest request that does not wait for longer ones: a run takes 4 to 8 ms."""
+URGENT_TOKENS = 256
+"""Tokens of the largest request that does not wait for bulk: a run takes 10 to 40 ms."""
 PACKED_TOKENS = 64
 """Packed rows are padded to a multiple of this. Longer rows would hold more texts, but attention
 costs grow with the length of the row."""

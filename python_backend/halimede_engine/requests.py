@@ -58,8 +58,8 @@ class Request:
         self.size_bytes = sum(sizes_bytes)
         self.is_bulk = batching.is_bulk(self.rows, self.size_bytes)
         """The lane; a request may become bulk when its rows show how many tokens it has."""
-        self.is_short = False
-        """Whether its rows have at most SHORT_TOKENS tokens together; known when it has rows."""
+        self.tokens = 0
+        """Tokens of its rows together; 0 until it has rows."""
         self.answer = answer
         self.is_cancelled = is_cancelled
         self.runs_before = runs_before
@@ -70,6 +70,11 @@ class Request:
         self._results: list[Any] = [None] * len(items)
         self._missing = len(items)
         self._lock = threading.Lock()
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it does not wait for longer ones; False until it has rows."""
+        return 0 < self.tokens <= batching.SHORT_TOKENS
 
     def parts(self) -> Iterator[Sequence[Any]]:
         """The items in parts of up to READ_BYTES, or of one item."""

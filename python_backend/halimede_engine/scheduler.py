@@ -9,7 +9,8 @@ other is interactive. Each of the two lanes has its own limits. The threads star
 
 - `threads` run threads make the rows of interactive requests, and run micro-batches of both lanes.
 - The bulk reader makes the rows of bulk requests, so that nothing else waits for long texts.
-- The urgent thread serves short requests while the run threads are busy with longer ones.
+- The urgent thread serves short requests while the run threads are busy with longer ones, and
+  single longer texts while they are busy with bulk.
 - The answer thread calls `answer` under load.
 
 `run_now` runs an interactive request in the caller's thread instead, while nothing else runs.
@@ -166,6 +167,8 @@ class Scheduler:
         """Whether the urgent thread is at work."""
         self._long_runs = 0
         """Threads that run rows of a request that is not short."""
+        self._bulk_runs = 0
+        """Threads that run rows of bulk."""
         self._is_interactive_turn = False
         """Whether the next micro-batch is that of an interactive row, if there is one."""
         self._broken = ""
@@ -350,14 +353,26 @@ class Scheduler:
     def _interactive_rows(self) -> list[QueuedRow]:
         return [queued for queued in self._rows if not queued.request.is_bulk]
 
-    def _short_rows(self) -> list[QueuedRow]:
-        return [queued for queued in self._rows if queued.request.is_short]
+    def _urgent_rows(self) -> list[QueuedRow]:
+        """Rows for the urgent thread: those of short requests; beside bulk, and if there are none,
+        those of the first interactive request that is not too long for it.
+        """
+        short = [queued for queued in self._rows if queued.request.is_short]
+        if short or not self._bulk_runs:
+            return short
+        longer = (
+            queued.request
+            for queued in self._rows
+            if not queued.request.is_bulk and queued.request.tokens <= batching.URGENT_TOKENS
+        )
+        first = next(longer, None)
+        return [queued for queued in self._rows if queued.request is first]
 
     def _has_interactive(self) -> bool:
         return any(not request.is_bulk for request in self._requests)
 
     def _is_urgent(self) -> bool:
-        return self._long_runs > 0 and (self._has_interactive() or bool(self._short_rows()))
+        return self._long_runs > 0 and (self._has_interactive() or bool(self._urgent_rows()))
 
     def _may_run(self) -> bool:
         return self._running < self._threads and (bool(self._rows) or self._has_interactive())
@@ -496,13 +511,16 @@ class Scheduler:
             self._queue_rows(rows)
             micro_batch = dequeue()
             is_long = any(not queued.request.is_short for queued in micro_batch.rows)
+            is_bulk = any(queued.request.is_bulk for queued in micro_batch.rows)
             self._long_runs += is_long
+            self._bulk_runs += is_bulk
             self._wake()
         try:
             self._run_micro_batch(micro_batch)
         finally:
             with self._lock:
                 self._long_runs -= is_long
+                self._bulk_runs -= is_bulk
 
     def _queue_rows(self, rows: Sequence[QueuedRow]) -> None:
         if rows and not self._broken:  # the requests of a broken scheduler are answered
@@ -545,7 +563,7 @@ class Scheduler:
         request.items = ()
         tokens = sum(queued.row.length for queued in rows)
         with self._lock:
-            request.is_short = tokens <= batching.SHORT_TOKENS
+            request.tokens = tokens
             if batching.is_bulk(len(rows), tokens=tokens):
                 self._unanswered[False].discard(request)
                 self._unanswered[True].add(request)
@@ -564,7 +582,8 @@ class Scheduler:
 
     def _next_urgent_micro_batch(self) -> MicroBatch:
         self._planned = []
-        return MicroBatch(self._dequeue_cheapest(self._short_rows()[:QUEUED_ROWS]), self._run_alone)
+        rows = self._dequeue_cheapest(self._urgent_rows()[:QUEUED_ROWS])
+        return MicroBatch(rows, self._run_alone)
 
     def _dequeue_cheapest(self, candidates: Sequence[QueuedRow]) -> list[QueuedRow]:
         """Dequeue the micro-batch with the first of these rows; empty if there are no rows."""

@@ -12,7 +12,12 @@ from conftest import MODEL, version_folder, wait_until
 from test_scheduler import TIMEOUT_S, Answer, Gate, closing, first_ids, row
 
 from halimede_engine import batching, engine
-from halimede_engine.batching import INTERACTIVE_BYTES, INTERACTIVE_TOKENS, SHORT_TOKENS
+from halimede_engine.batching import (
+    INTERACTIVE_BYTES,
+    INTERACTIVE_TOKENS,
+    SHORT_TOKENS,
+    URGENT_TOKENS,
+)
 from halimede_engine.engine import SharedEngine, text_bytes, text_rows
 from halimede_engine.requests import READ_BYTES
 from halimede_engine.scheduler import Scheduler
@@ -101,6 +106,34 @@ def test_a_short_text_does_not_wait_for_longer_runs(threads: int, lengths: list[
     assert beside == [[16]] * 10
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_longer_text_does_not_wait_for_bulk(threads: int) -> None:
+    """While every run thread runs bulk, single texts of up to URGENT_TOKENS are run, one at a time
+    and after the short ones.
+    """
+    gate = Gate()
+    runs: list[list[int]] = []
+
+    def run(rows: Sequence[Row]) -> list[int]:
+        if rows[0].ids[0] == 1:
+            return gate.run(rows)
+        runs.append([int(one.ids[0]) for one in rows])
+        return first_ids(rows)
+
+    with closing(Scheduler(run, batching.plan, threads)) as scheduler:
+        scheduler.submit([row(200, 1)] * 100, Answer())
+        wait_until(lambda: len(gate.parts) == threads)
+        with scheduler._lock:  # all of them wait before one is run
+            answers = [Answer() for _ in range(3)]
+            for answer, waiting in zip(
+                answers, (row(URGENT_TOKENS, 2), row(65, 3), row(16, 4)), strict=True
+            ):
+                scheduler.submit([waiting], answer)
+        assert [answer.wait() for answer in answers] == [[2], [3], [4]]
+        gate.opened.set()
+    assert runs == [[4], [2], [3]]
+
+
 def test_interactive_rows_take_turns_with_bulk() -> None:
     """A request of middle size waits for a few runs of the bulk before it, not for all of them."""
     gate = Gate()
@@ -109,10 +142,10 @@ def test_interactive_rows_take_turns_with_bulk() -> None:
             scheduler.submit([row(256, 1)] * 40, Answer())
         assert gate.entered.wait(TIMEOUT_S)
         middle = Answer()
-        scheduler.submit([row(128, 2)], middle)
+        scheduler.submit([row(URGENT_TOKENS + 1, 2)], middle)
         gate.opened.set()
         assert middle.wait() == [2]
-    assert next(index for index, part in enumerate(gate.parts) if 128 in part) < 5
+    assert next(i for i, part in enumerate(gate.parts) if URGENT_TOKENS + 1 in part) < 5
 
 
 def test_a_request_becomes_bulk_by_its_tokens() -> None:
