@@ -85,6 +85,17 @@ def test_the_conclusion_marks_what_misses_its_goal() -> None:
     assert len(rows) == len(tables.GOALS)
 
 
+def test_the_conclusion_compares_fp16_with_fp32() -> None:
+    """Whatever the column is, the time of FP32 is that of FP32."""
+    figures = {
+        (tables.FP32, "1000"): {"seconds": 3.8},
+        (f"{tables.ENGINE}, fp16", "1000"): {"seconds": 2.0},
+        (f"{tables.ENGINE}, int8", "1000"): {"seconds": 1.0},
+    }
+    lines = tables.conclusion(figures, ["fp32", "fp16", "int8"])
+    assert "| 1000 texts: times as fast as FP32 | ≥ 1.80 |  | 1.90 |  |" in lines
+
+
 def test_quality_compares_texts_of_ones_own(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

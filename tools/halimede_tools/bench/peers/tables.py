@@ -18,6 +18,8 @@ from halimede_tools.build.repository import SUFFIXES
 from halimede_tools.settings import Settings
 
 ENGINE, SERVER, LIMIT = "halimede, in process", "halimede, Triton", "limit"
+FP32 = f"{ENGINE}, fp32"
+"""The engine in FP32, whichever precision is compared with it."""
 LOADS = (32, 64)
 Medians = Mapping[tuple[str, str], Mapping[str, float]]
 """Engine and case → medians of its figures."""
@@ -43,7 +45,8 @@ class Goal(NamedTuple):
         """The ratio, in bold when it misses the bound; empty without the figures."""
         values = []
         for title, case, figure in (self.over, self.under):
-            engine = REFERENCE.name if title == REFERENCE.title else f"{title}, {precision}"
+            of_any = {REFERENCE.title: REFERENCE.name, FP32: FP32}
+            engine = of_any.get(title, f"{title}, {precision}")
             values.append(figures.get((engine, case), {}).get(figure))
         over, under = values
         if over is None or under is None or self.precision not in ("", precision):
@@ -92,6 +95,27 @@ GOALS = (
         (LIMIT, "1000", "seconds"),
         (ENGINE, "1000", "seconds"),
         "fp32",
+    ),
+    Goal(
+        "1000 texts: of the machine's INT8 rate",
+        "≥",
+        0.65,
+        ".0%",
+        (LIMIT, "1000", "seconds"),
+        (ENGINE, "1000", "seconds"),
+        "int8",
+    ),
+    *(
+        Goal(
+            f"{case} texts: times as fast as FP32",
+            "≥",
+            1.8,
+            ".2f",
+            (FP32, case, "seconds"),
+            (ENGINE, case, "seconds"),
+            "fp16",
+        )
+        for case in ("100", "1000", "long")
     ),
 )
 
