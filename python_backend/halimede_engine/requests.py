@@ -1,4 +1,4 @@
-"""What waits in a scheduler: requests, their rows, and the micro-batches made of the rows."""
+"""Requests in a scheduler, their rows, and micro-batches of rows."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ class Scheduler:
         self._is_interactive_turn = False
         """Whether the next micro-batch is that of an interactive row, if there is one."""
         self._broken = ""
-        """What the requests of a scheduler are told that lost a thread."""
+        """The message of the requests' errors after a thread has died; empty: none has."""
 
     def run_now(self, items: Sequence[Any]) -> tuple[Sequence[Any], Outputs] | None:
         """Run an interactive request in the caller's thread: its rows and their outputs, in order.
@@ -337,7 +337,9 @@ class Scheduler:
             self._finish(request, ServerError(self._broken))
 
     def _safely(self, default: T, callback: Callable[..., T], *args: Any) -> T:
-        """What a callback returns, or `default` if it raises: its error is told to `on_error`."""
+        """Return what a callback returns. If it raises, pass the error to `on_error` and return
+        `default`.
+        """
         try:
             return callback(*args)
         except Exception as error:
@@ -452,7 +454,7 @@ class Scheduler:
             pass
 
     def _queue_bulk(self, request: Request | None) -> bool:
-        """Make and queue the rows of a bulk request; False if there is none."""
+        """Make and queue the rows of a bulk request. Return False without a request."""
         if request is None:
             return False
         rows = self._bulk_rows(request)

@@ -16,9 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
-import psutil  # type: ignore[import-untyped]
-
 from halimede import Embedder
+from halimede.observability import server_memory
 from halimede_tools.bench import closed_loop, report
 from halimede_tools.bench.server import PACKAGES, TEXTS, PerfAnalyzer
 from halimede_tools.build.repository import served_name
@@ -168,9 +167,7 @@ def _percentile_ms(latencies_s: Sequence[float], percent: int) -> float:
 
 def _memory_mb(server: wheel.Server) -> float:
     """Proportional memory of Triton and its processes."""
-    triton_itself = psutil.Process(server.process.pid)
-    processes = [triton_itself, *triton_itself.children(recursive=True)]
-    return sum(process.memory_full_info().pss for process in processes) / 1e6
+    return server_memory.used_bytes(server.process.pid) / 1e6
 
 
 def _cells(figures: Figures) -> list[str]:
