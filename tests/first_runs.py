@@ -22,6 +22,7 @@ import psutil
 
 from halimede_engine import session
 from halimede_ops import vectors
+from halimede_ops.text import Tokens
 from halimede_repository import configs
 from halimede_tools.settings import Settings
 
@@ -50,7 +51,7 @@ def rows_of(shape: tuple[int, int]) -> list[session.Row]:
     """Texts of random words that fill the shape."""
     count, tokens = shape
     ids = np.random.default_rng(shape).integers(2000, 20_000, (count, tokens))
-    return session.token_rows((row.tolist(), tokens) for row in ids)
+    return session.token_rows(Tokens(row.tolist(), tokens) for row in ids)
 
 
 def wrong_shapes() -> int:

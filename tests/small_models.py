@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as st
 from tokenizers import (
     Regex,
@@ -189,6 +189,8 @@ ROBERTA_TOKENS = dict(
     bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>",
     pad_token="<pad>", unk_token="<unk>", mask_token="<mask>",
 )  # fmt: skip
+TEXT_INPUTS = dict(model_input_names=["input_ids", "attention_mask"])
+"""For models without token types."""
 SIZES = dict(
     hidden_size=64,
     num_hidden_layers=2,
@@ -412,4 +414,56 @@ def like_sentence_clip(folder: Path) -> Path:
         }
     ]
     (folder / "modules.json").write_text(json.dumps(modules))
+    return folder
+
+
+def bert_reranker(folder: Path, labels: int = 1) -> Path:
+    """BERT for sequence classification, as ms-marco-MiniLM: pairs have token types."""
+    config = hf.BertConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=512, num_labels=labels, **SIZES
+    )
+    model = build(hf.BertForSequenceClassification, config)
+    return save(folder, model, wordpiece(), 512, **BERT_TOKENS)
+
+
+def xlm_reranker(folder: Path) -> Path:
+    """XLM-R for sequence classification, as bge-reranker-v2-m3: no token types."""
+    config = hf.XLMRobertaConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=514, type_vocab_size=1, num_labels=1, **SIZES
+    )
+    model = build(hf.XLMRobertaForSequenceClassification, config)
+    return save(folder, model, unigram(), 512, **ROBERTA_TOKENS, **TEXT_INPUTS)
+
+
+def modernbert_reranker(folder: Path) -> Path:
+    """ModernBERT for sequence classification, as gte-reranker-modernbert."""
+    config = hf.ModernBertConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=1024, num_labels=1,
+        pad_token_id=0, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3,
+        global_attn_every_n_layers=2, local_attention=32, reference_compile=False, **SIZES,
+    )  # fmt: skip
+    model = build(hf.ModernBertForSequenceClassification, config)
+    return save(folder, model, wordpiece(), 512, **BERT_TOKENS, **TEXT_INPUTS)
+
+
+def like_cross_encoder(folder: Path, labels: int = 1) -> Path:
+    """The folder of a CrossEncoder that sentence-transformers saved, its activation in it."""
+    plain = bert_reranker(folder.with_name(folder.name + "-plain"), labels)
+    model = CrossEncoder(str(plain), device="cpu", activation_fn=torch.nn.Identity())
+    model.save_pretrained(str(folder), create_model_card=False)
+    return folder
+
+
+def nli_classifier(folder: Path) -> Path:
+    """A CrossEncoder with three labels, for pairs of texts."""
+    return like_cross_encoder(folder, labels=3)
+
+
+def topic_classifier(folder: Path) -> Path:
+    """A plain classifier with four named labels, for texts."""
+    folder = bert_reranker(folder, labels=4)
+    config = json.loads((folder / "config.json").read_text())
+    names = ["arts", "sports", "science", 'the "rest"']
+    config |= {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

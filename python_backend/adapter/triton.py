@@ -19,7 +19,7 @@ import triton_python_backend_utils as pb_utils
 
 from halimede_ops import errors, text, vectors
 from halimede_ops.errors import HalimedeError, InvalidDimensions, InvalidInput, InvalidModel
-from halimede_ops.spec import ModelSpec
+from halimede_ops.spec import DENSE, RERANKER, ModelSpec
 
 NAMED_ERROR = re.compile(r"(?:^|', )([A-Z]\w+): (.*)", re.DOTALL)
 """Error class and message in a Triton error, after the names of ensembles that Triton prepends."""
@@ -292,39 +292,57 @@ class Texts(NamedTuple):
     texts: list[str]
     input_types: list[str | None]
     """One for each text; None: the model's default."""
+    seconds: list[str] | None = None
+    """The second text of each pair; None: there are no pairs."""
 
 
 def texts(request: Any, spec: ModelSpec) -> Texts:
-    """Read TEXT and INPUT_TYPE of a request.
+    """Read the texts of a request: TEXT and INPUT_TYPE; of a reranker QUERY and TEXT; of a
+    classifier TEXT and TEXT_PAIR.
 
     Raises:
-        InvalidInput: TEXT is missing, one of them is not `[batch, 1]`, or the texts are too large
+        InvalidInput: one of them is missing or is not `[batch, 1]`, or the texts are too large
             together.
         InvalidText: a text is not valid UTF-8 or is too large.
         UnknownInputType: the model has no prompt for an input type.
     """
-    values = tensor(request, "TEXT", 1).reshape(-1)
-    decoded = text.decode_all(values, spec)
+    first, second = ("QUERY", "TEXT") if spec.kind == RERANKER else ("TEXT", "TEXT_PAIR")
+    values = tensor(request, first, 1).reshape(-1)
+    if not spec.takes_pairs:
+        decoded = text.decode_all(values, spec)
+        return Texts(decoded, _input_types(request, len(decoded), spec))
+    read = tensor if spec.kind == RERANKER else optional_tensor
+    given = read(request, second, 1)
+    if given is None:
+        return Texts(text.decode_all(values, spec), [None] * len(values))
+    _check_rows(second, given, len(values))
+    firsts, seconds = text.decode_pairs(values, given.reshape(-1), spec)
+    return Texts(firsts, [None] * len(values), seconds)
+
+
+def _input_types(request: Any, rows: int, spec: ModelSpec) -> list[str | None]:
+    """Read INPUT_TYPE of a request."""
     given = optional_tensor(request, "INPUT_TYPE", 1)
     if given is None:
-        return Texts(decoded, [None] * len(decoded))
-    _check_rows("INPUT_TYPE", given, len(decoded))
+        return [None] * rows
+    _check_rows("INPUT_TYPE", given, rows)
     input_types = [
         text.decode(value, row, spec) or None for row, value in enumerate(given.reshape(-1))
     ]
     for input_type in set(input_types):
         spec.prompt(input_type)  # raise here: an unknown one fails this request alone
-    return Texts(decoded, input_types)
+    return input_types
 
 
 def dimensions(request: Any, spec: ModelSpec) -> int | None:
-    """Read DIMENSIONS of a request; None if the request leaves it out.
+    """Read DIMENSIONS of a request; None if the request leaves it out, and for every kind of model
+    but DENSE, which has no such input.
 
     Raises:
         InvalidInput: it is not `[batch, 1]`.
         InvalidDimensions: the values differ between rows, or are outside 1 … the model's dims.
     """
-    given = optional_tensor(request, "DIMENSIONS", 1)
+    given = optional_tensor(request, "DIMENSIONS", 1) if spec.kind == DENSE else None
     if given is None:
         return None
     values = np.unique(given)

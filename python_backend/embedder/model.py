@@ -1,5 +1,7 @@
-"""Triton backend `embedder`: TEXT, INPUT_TYPE and DIMENSIONS to EMBEDDING, TOKENS and the outputs
-of further heads, in one process.
+"""Triton backend `embedder`: the inputs and outputs of an ensemble of texts, in one process.
+
+It serves every kind of model that takes texts: TEXT, INPUT_TYPE and DIMENSIONS to EMBEDDING, TOKENS
+and the outputs of further heads; QUERY and TEXT to SCORE; TEXT and TEXT_PAIR to SCORES.
 
 It gives what the ensemble's three steps give, from the same files, without passing tensors between
 processes: queued texts are tokenized together and run in the cheapest micro-batches, and each
@@ -71,7 +73,9 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Queue the texts of each request; it is answered when they have run."""
-        triton.answer_later(requests, self._read, self._embed, _write, self.metrics.count_error)
+        triton.answer_later(
+            requests, self._read, self._embed, self._write, self.metrics.count_error
+        )
         self.engine.gather()
 
     def finalize(self) -> None:
@@ -95,10 +99,10 @@ class TritonPythonModel:
     def _count_truncated(self, tokens: Sequence[text.Tokens]) -> None:
         self.metrics.count_truncated(tokens, self.spec)
 
-
-def _write(embeddings: Embeddings) -> list[Any]:
-    return [
-        triton.output("EMBEDDING", embeddings.vectors),
-        triton.output("TOKENS", embeddings.tokens.reshape(-1, 1)),
-        *(triton.output(name, values) for name, values in embeddings.heads.items()),
-    ]
+    def _write(self, embeddings: Embeddings) -> list[Any]:
+        vectors = {spec.VECTOR_OUTPUTS[self.spec.kind]: embeddings.vectors}
+        tokens = embeddings.tokens.reshape(-1, 1)
+        return [
+            triton.output(name, values)
+            for name, values in (vectors | {"TOKENS": tokens} | embeddings.heads).items()
+        ]

@@ -1,6 +1,7 @@
 """From inputs to embeddings: make rows, run the model, truncate and normalise.
 
-An input is a text with its prompt in front, or the pixels of an image, `[3, height, width]` uint8.
+An input is a text with its prompt in front, a pair of texts, or the pixels of an image,
+`[3, height, width]` uint8.
 
 - Triton's `embedder` backend and the client's in-process provider use `SharedEngine`: requests of
   many callers run together.
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from halimede_engine import batching, memory, session
-from halimede_engine.response_cache import Entry, ResponseCache
+from halimede_engine.response_cache import Entry, ResponseCache, characters
 from halimede_engine.session import Pixels, Row, Session
 from halimede_ops import heads, vectors
 from halimede_ops.spec import POOLED, ImageSpec, ModelSpec
@@ -25,7 +26,7 @@ from halimede_ops.spec import POOLED, ImageSpec, ModelSpec
 if TYPE_CHECKING:  # images need no tokenizers
     from halimede_engine.requests import Outcome
     from halimede_engine.scheduler import Scheduler
-    from halimede_ops.text import TextTokenizer, Tokens
+    from halimede_ops.text import Item, TextTokenizer, Tokens
 
 MakeRows = Callable[[Sequence[Any]], Sequence[Row | Pixels]]
 """Makes one row of each input, in order."""
@@ -38,18 +39,22 @@ returned: 1 MB takes up to 400 MB while it is tokenized."""
 _LARGE_TEXT_LOCK = threading.Lock()
 
 
-def text_bytes(text: str) -> int:
-    """Size of a text, in bytes of UTF-8."""
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+def text_bytes(item: Item) -> int:
+    """Size of a text, or of both texts of a pair, in bytes of UTF-8."""
+    if isinstance(item, tuple):
+        return sum(map(text_bytes, item))
+    return len(item) if item.isascii() else len(item.encode("utf-8", "surrogatepass"))
 
 
 def text_rows(
     tokenizer: TextTokenizer, on_tokens: Callable[[Sequence[Tokens]], None] = lambda tokens: None
 ) -> MakeRows:
-    """A function that tokenizes texts with their prompts in front; `on_tokens` gets the tokens."""
+    """A function that tokenizes texts, or pairs of texts, with their prompts in front; `on_tokens`
+    gets the tokens.
+    """
 
-    def make_rows(prompted: Sequence[str]) -> list[Row]:
-        if max(map(len, prompted), default=0) > LARGE_CHARACTERS:
+    def make_rows(prompted: Sequence[Item]) -> list[Row]:
+        if max(map(characters, prompted), default=0) > LARGE_CHARACTERS:
             with _LARGE_TEXT_LOCK:
                 tokens = tokenizer.encode_prompted(prompted)
                 memory.trim()

@@ -11,9 +11,12 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:  # images need no tokenizers
+    from halimede_ops.text import Item
 
 ENTRY_BYTES = 400
 """Memory of an entry besides its vector."""
@@ -44,13 +47,13 @@ class ResponseCache:
         """The most recently used entry is last."""
         self._lock = threading.Lock()
 
-    def get(self, texts: Iterable[str]) -> list[Entry | None]:
-        """The entry of each text, prompt included; None for a text that is not cached, as each of
-        more than MAX_CHARACTERS.
+    def get(self, texts: Iterable[Item]) -> list[Entry | None]:
+        """The entry of each text or pair of texts, prompt included; None for one that is not
+        cached, as each of more than MAX_CHARACTERS.
         """
         if not self._size_bytes:
             return [None for _ in texts]
-        keys = [self._key(text) if len(text) <= MAX_CHARACTERS else b"" for text in texts]
+        keys = [self._key(text) if characters(text) <= MAX_CHARACTERS else b"" for text in texts]
         with self._lock:
             entries = [self._entries.get(key) for key in keys]
             for key, entry in zip(keys, entries, strict=True):
@@ -58,13 +61,13 @@ class ResponseCache:
                     self._entries.move_to_end(key)
         return entries
 
-    def put(self, texts: Iterable[str], entries: Sequence[Entry]) -> None:
+    def put(self, texts: Iterable[Item], entries: Sequence[Entry]) -> None:
         """Store the entry of each text, and evict the least recently used ones."""
         if not self._size_bytes or not entries:
             return
         with self._lock:
             for text, entry in zip(texts, entries, strict=True):
-                if len(text) > MAX_CHARACTERS:
+                if characters(text) > MAX_CHARACTERS:
                     continue
                 # Copy: the vector is a view of the whole run's output.
                 self._entries[self._key(text)] = entry._replace(vector=entry.vector.copy())
@@ -72,5 +75,16 @@ class ResponseCache:
             while len(self._entries) > max_entries:
                 self._entries.popitem(last=False)
 
-    def _key(self, text: str) -> bytes:
-        return hashlib.blake2b(text.encode(), key=self._secret, digest_size=16).digest()
+    def _key(self, text: Item) -> bytes:
+        # A pair has one more string than a text, so their keys cannot be equal.
+        strings = text if isinstance(text, tuple) else (text,)
+        digest = hashlib.blake2b(key=self._secret, digest_size=16)
+        for encoded in map(str.encode, strings):
+            digest.update(len(encoded).to_bytes(8, "little"))
+            digest.update(encoded)
+        return digest.digest()
+
+
+def characters(text: Item) -> int:
+    """Characters of a text, or of both texts of a pair."""
+    return len(text) if isinstance(text, str) else sum(map(len, text))

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -20,7 +20,10 @@ import onnxruntime
 from halimede_engine import arithmetic, batching, memory
 from halimede_ops import vectors
 from halimede_ops.errors import InvalidModel
-from halimede_ops.spec import PIXELS, POOLED
+from halimede_ops.spec import PIXELS, POOLED, TOKEN_TYPES
+
+if TYPE_CHECKING:  # images need no tokenizers
+    from halimede_ops.text import Tokens
 
 FILE_NAME = "model.onnx"
 
@@ -97,6 +100,8 @@ class Row(NamedTuple):
     """Attention mask `[tokens]` int64: 1 for a token, 0 for padding."""
     total: int = 0
     """Tokens of the whole text; more than `ids` has if the text was truncated. 0: unknown."""
+    types: np.ndarray | None = None
+    """Token types `[tokens]` int64 of a pair of texts. None: all are 0."""
 
     @property
     def length(self) -> int:
@@ -148,10 +153,17 @@ class Inputs(NamedTuple):
     """Tokens that the run costs, padding included. Images are not padded."""
 
 
-def token_rows(texts: Iterable[tuple[Sequence[int], int]]) -> list[Row]:
-    """Make a row of each text: its token ids without padding, and the tokens of the whole text."""
-    arrays = [(np.array(ids, np.int64), total) for ids, total in texts]
-    return [Row(ids, np.ones_like(ids), total) for ids, total in arrays]
+def token_rows(texts: Iterable[Tokens]) -> list[Row]:
+    """Make a row of each tokenized text or pair of texts."""
+    return [
+        Row(
+            np.array(ids, np.int64),
+            np.ones(len(ids), np.int64),
+            total,
+            None if types is None else np.array(types, np.int64),
+        )
+        for ids, total, types in texts
+    ]
 
 
 def pixel_rows(images: Iterable[np.ndarray], positions: int) -> list[Pixels]:
@@ -178,6 +190,7 @@ class Session:
         self._lone_length = batching.tight_length if tight_padding else batching.padded_length
         """Padded length of a row that runs alone."""
         self._packed = PACKED in session.get_modelmeta().custom_metadata_map
+        self._takes_types = TOKEN_TYPES in [node.name for node in session.get_inputs()]
         self.heads = [node.name for node in session.get_outputs() if node.name != POOLED]
         """Names of the outputs with one row for each token."""
         self._streams = streams
@@ -252,11 +265,16 @@ class Session:
         texts = [row for row in rows if isinstance(row, Row)]
         positions, shape = self._layout(texts)
         ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        feeds = {"input_ids": ids, "attention_mask": mask}
+        if self._takes_types:
+            feeds[TOKEN_TYPES] = np.zeros(shape, np.int64)
         for text, at in zip(texts, positions, strict=True):
             end = at.start + text.length
             ids[at.row, at.start : end] = text.ids
             mask[at.row, at.start : end] = text.mask * (at.number + 1)
-        return Inputs(positions, {"input_ids": ids, "attention_mask": mask}, math.prod(shape))
+            if self._takes_types and text.types is not None:
+                feeds[TOKEN_TYPES][at.row, at.start : end] = text.types
+        return Inputs(positions, feeds, math.prod(shape))
 
     def _layout(self, texts: Sequence[Row]) -> Layout:
         if self._packed:
@@ -467,7 +485,7 @@ def tensorrt_options(parameters: dict[str, str]) -> dict[str, str]:
 
 
 def _check_signature(session: onnxruntime.InferenceSession) -> None:
-    inputs = {node.name for node in session.get_inputs()}
+    inputs = {node.name for node in session.get_inputs()} - {TOKEN_TYPES}
     outputs = {node.name for node in session.get_outputs()}
     if inputs not in ({"input_ids", "attention_mask"}, {PIXELS}) or POOLED not in outputs:
         raise InvalidModel(

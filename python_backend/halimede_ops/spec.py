@@ -11,8 +11,18 @@ from typing import Any
 from halimede_ops.errors import InvalidModel, UnknownInputType
 
 FILE_NAME = "spec.json"
+DENSE, RERANKER, CLASSIFIER = "dense", "reranker", "classifier"
+SPARSE_KIND, LATE_INTERACTION = "sparse", "late_interaction"
+KINDS = (DENSE, RERANKER, CLASSIFIER, SPARSE_KIND, LATE_INTERACTION)
+"""What a model gives for a text, or for a pair of texts: one vector; a score of relevance; a score
+for each label; weights of the vocabulary's tokens; or a vector for each token."""
+VECTOR_OUTPUTS = {DENSE: "EMBEDDING", RERANKER: "SCORE", CLASSIFIER: "SCORES"}
+"""Kind → the output of its ensemble with one row of numbers for each input."""
 POOLED = "sentence_embedding"
-"""Output of every model.onnx: pooled vectors `[batch, dims]` float32."""
+"""Output of every model.onnx: pooled vectors, or scores, `[batch, dims]` float32."""
+TOKEN_TYPES = "token_type_ids"  # noqa: S105
+"""Third input of some graphs: 0 for tokens of the first text of a pair, 1 for those of the second,
+`[batch, tokens]` int64."""
 PIXELS = "pixels"
 """Input of a vision tower's model.onnx: `[batch, 3, height, width]` uint8."""
 SPARSE = "sparse_weights"
@@ -71,7 +81,7 @@ class ModelSpec:
     """Fingerprint of weights, tokenizer, pooling, head, prompts and dims: 16 hexadecimal digits.
     Vectors of two models can be compared only if their spaces are equal."""
     dims: int
-    """Dimensions of a full vector."""
+    """Dimensions of a full vector. Of a reranker 1, of a classifier the number of its labels."""
     max_tokens: int
     """Token limit, special tokens included. Longer texts are truncated."""
     normalised: bool
@@ -95,6 +105,17 @@ class ModelSpec:
     """Maximum size of a text, in bytes of UTF-8."""
     image: ImageSpec | None = None
     """The preprocessing of images; None: the model takes texts alone."""
+    kind: str = DENSE
+    """One of KINDS."""
+    labels: tuple[str, ...] = ()
+    """Names of a classifier's labels, in the order of its scores."""
+    token_types: bool = False
+    """Whether the model's graph takes TOKEN_TYPES."""
+
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether an input may be, or is, a pair of texts."""
+        return self.kind in (RERANKER, CLASSIFIER)
 
     def prompt(self, input_type: str | None) -> str:
         """The text to prepend to an input of this type.
@@ -140,8 +161,8 @@ def load(folder: Path) -> ModelSpec:
     """
     try:
         fields: dict[str, Any] = json.loads((folder / FILE_NAME).read_text("utf-8"))
-        for name in ("length_buckets", "special_ids", "matryoshka"):
-            fields[name] = tuple(fields[name])
+        for name in ("length_buckets", "special_ids", "matryoshka", "labels"):
+            fields[name] = tuple(fields.get(name, ()))
         if "image" in fields:
             fields["image"] = _image(fields["image"])
         return ModelSpec(**fields)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from tokenizers import Tokenizer
 
@@ -24,14 +24,23 @@ CHARACTERS_PER_TOKEN = 16
 """For each token of the model's limit so many characters are tokenized, if that is more."""
 
 
+TextPair = tuple[str, str]
+"""Two texts that the model reads together: query and document, or text and second text."""
+Item = str | TextPair
+"""What is tokenized as one: a text, or a pair of texts, with its prompt in front."""
+
+
 class Tokens(NamedTuple):
-    """One tokenized text."""
+    """One tokenized text, or pair of texts."""
 
     ids: list[int]
     """At most `max_tokens` token ids, special tokens included."""
     total: int
     """Tokens of the whole text, special tokens included; above `max_tokens` it was truncated.
     If the text was cut before it was tokenized: those of its first part, above `max_tokens`."""
+    types: list[int] | None = None
+    """0 for each token of the first text of a pair, 1 for those of the second. None: the model
+    takes no token types."""
 
 
 class TextTokenizer:
@@ -41,33 +50,78 @@ class TextTokenizer:
         tokenizer.no_padding()
         tokenizer.enable_truncation(spec.max_tokens)
         self._tokenizer = tokenizer
+        self._whole = _without_truncation(tokenizer) if spec.takes_pairs else tokenizer
+        """Tokenizes the texts of a pair, which are truncated together afterwards."""
+        self._pair_tokens = tokenizer.num_special_tokens_to_add(is_pair=True)
         self._special_tokens = tokenizer.num_special_tokens_to_add(is_pair=False)
         self._places = cuts.places(tokenizer)
         self.spec = spec
         self.counted_characters = max(COUNTED_CHARACTERS, CHARACTERS_PER_TOKEN * spec.max_tokens)
         """Longer texts are cut before they are tokenized."""
 
-    def encode(self, texts: Sequence[str], input_types: Sequence[str | None]) -> list[Tokens]:
+    def encode(
+        self,
+        texts: Sequence[str],
+        input_types: Sequence[str | None],
+        seconds: Sequence[str] | None = None,
+    ) -> list[Tokens]:
         """Prepend each text's prompt and tokenize it, as sentence-transformers does; in order.
 
-        Raises:
-            UnknownInputType: the model has no prompt for an input type.
-        """
-        return self.encode_prompted(self.prompted(texts, input_types))
-
-    def prompted(self, texts: Sequence[str], input_types: Sequence[str | None]) -> list[str]:
-        """Prepend to each text the prompt of its input type.
+        `seconds` are the second texts of pairs.
 
         Raises:
             UnknownInputType: the model has no prompt for an input type.
         """
-        return [
+        return self.encode_prompted(self.prompted(texts, input_types, seconds))
+
+    def prompted(
+        self,
+        texts: Sequence[str],
+        input_types: Sequence[str | None],
+        seconds: Sequence[str] | None = None,
+    ) -> Sequence[Item]:
+        """Prepend to each text the prompt of its input type; make pairs with `seconds`, if given.
+
+        Raises:
+            UnknownInputType: the model has no prompt for an input type.
+        """
+        firsts = [
             self.spec.prompt(input_type) + text
             for text, input_type in zip(texts, input_types, strict=True)
         ]
+        return firsts if seconds is None else list(zip(firsts, seconds, strict=True))
 
-    def encode_prompted(self, prompted: Sequence[str]) -> list[Tokens]:
-        """Tokenize texts that have their prompts already; in order."""
+    def encode_prompted(self, prompted: Sequence[Item]) -> list[Tokens]:
+        """Tokenize texts, or pairs of texts, that have their prompts already; in order."""
+        if not self.spec.takes_pairs:
+            return self._encode_texts(cast("Sequence[str]", prompted))
+        pairs = [item for item in prompted if isinstance(item, tuple)]
+        encoded_pairs = iter(self._encode_pairs(pairs))
+        encoded_texts = iter(
+            self._encode_texts([item for item in prompted if isinstance(item, str)])
+        )
+        return [
+            next(encoded_pairs if isinstance(item, tuple) else encoded_texts) for item in prompted
+        ]
+
+    def _encode_pairs(self, pairs: Sequence[TextPair]) -> list[Tokens]:
+        """Tokenize pairs, the longer text of each truncated first. Equal texts are tokenized once:
+        a query has many documents.
+        """
+        distinct = list(dict.fromkeys(text for pair in pairs for text in pair))
+        parts = [cuts.cut(text, self.counted_characters, self._places) for text in distinct]
+        encodings = self._whole.encode_batch(parts, add_special_tokens=False)
+        by_text = dict(zip(distinct, encodings, strict=True))
+        return [self._pair(by_text[first], by_text[second]) for first, second in pairs]
+
+    def _pair(self, first, second) -> Tokens:  # type: ignore[no-untyped-def]
+        joined = self._tokenizer.post_process(first, second)
+        total = len(first) + len(second) + self._pair_tokens
+        return Tokens(joined.ids, total, joined.type_ids if self.spec.token_types else None)
+
+    def _encode_texts(self, prompted: Sequence[str]) -> list[Tokens]:
+        if not prompted:
+            return []
         parts = [cuts.cut(text, self.counted_characters, self._places) for text in prompted]
         return [
             self._tokens(encoding)
@@ -93,7 +147,14 @@ class TextTokenizer:
         ids = encoding.ids
         # Every overflowing part has special tokens of its own.
         overflowing = sum(len(part) - self._special_tokens for part in encoding.overflowing)
-        return Tokens(ids, len(ids) + overflowing)
+        types = encoding.type_ids if self.spec.token_types else None
+        return Tokens(ids, len(ids) + overflowing, types)
+
+
+def _without_truncation(tokenizer: Tokenizer) -> Tokenizer:
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    return copy
 
 
 def load(folder: Path, spec: ModelSpec) -> TextTokenizer:
@@ -115,13 +176,33 @@ def decode_all(values: Sequence[bytes | str], spec: ModelSpec) -> list[str]:
         InvalidText: a text is not valid UTF-8, or is larger than `spec.max_text_bytes`.
         InvalidInput: the texts are together larger than MAX_REQUEST_BYTES.
     """
+    _check_size(values)
+    return [decode(value, row, spec) for row, value in enumerate(values)]
+
+
+def decode_pairs(
+    firsts: Sequence[bytes | str], seconds: Sequence[bytes | str], spec: ModelSpec
+) -> tuple[list[str], list[str]]:
+    """Decode the first and the second texts of the pairs of one request.
+
+    Raises:
+        InvalidText: as `decode_all`; the error's index is that of the pair.
+        InvalidInput: the texts are together larger than MAX_REQUEST_BYTES.
+    """
+    _check_size([*firsts, *seconds])
+    return (
+        [decode(value, row, spec) for row, value in enumerate(firsts)],
+        [decode(value, row, spec) for row, value in enumerate(seconds)],
+    )
+
+
+def _check_size(values: Sequence[bytes | str]) -> None:
     size_bytes = sum(map(len, values))
     if size_bytes > MAX_REQUEST_BYTES and len(values) > 1:
         raise InvalidInput(
             f"the {len(values)} texts have {size_bytes:,} bytes together; a request takes "
             f"{MAX_REQUEST_BYTES:,}. Send them in several requests."
         )
-    return [decode(value, row, spec) for row, value in enumerate(values)]
 
 
 def decode(value: bytes | str, row: int, spec: ModelSpec) -> str:

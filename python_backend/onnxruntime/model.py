@@ -76,9 +76,14 @@ def _read(request: Any, limits: Limits) -> list[session.Row]:
         )
     lengths = batching.used_lengths(mask)
     _check(ids, mask, int(lengths.max()), limits)
+    types = triton.optional_tensor(request, spec.TOKEN_TYPES, ids.shape[1])
     return [
         # Copy: the arrays are Triton's memory, valid until `execute` returns.
-        session.Row(ids[row, :length].copy(), mask[row, :length].copy())
+        session.Row(
+            ids[row, :length].copy(),
+            mask[row, :length].copy(),
+            types=None if types is None else types[row, :length].copy(),
+        )
         for row, length in enumerate(lengths)
     ]
 

@@ -1,5 +1,5 @@
-"""Triton backend `pooler`: pooled vectors and DIMENSIONS to EMBEDDING, and the per-token outputs of
-a model's heads to the outputs that clients get.
+"""Triton backend `pooler`: pooled vectors and DIMENSIONS to EMBEDDING, or scores to SCORE or
+SCORES, and the per-token outputs of a model's heads to the outputs that clients get.
 
 Pooling itself (mean, cls, …) is part of model.onnx. The hidden states of all tokens are an output
 of the engine only for models that are built with that output.
@@ -75,7 +75,7 @@ class TritonPythonModel:
 
     def _embed_one(self, request: PoolRequest) -> dict[str, np.ndarray]:
         embeddings = vectors.embed(request.vectors, self.spec, request.dimensions)
-        return {"EMBEDDING": embeddings, **request.heads}
+        return {spec.VECTOR_OUTPUTS[self.spec.kind]: embeddings, **request.heads}
 
 
 def _write(outputs: dict[str, np.ndarray]) -> list[Any]:

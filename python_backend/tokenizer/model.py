@@ -1,4 +1,6 @@
-"""Triton backend `tokenizer`: TEXT and INPUT_TYPE to token ids, attention mask and TOKENS."""
+"""Triton backend `tokenizer`: a text, or a pair of texts, to token ids, attention mask, token types
+and TOKENS.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,8 @@ class TritonPythonModel:
         return triton.texts(request, self.spec)
 
     def _tokenize(self, requests: list[triton.Texts]) -> list[list[text.Tokens] | HalimedeError]:
-        tokens = self.tokenizer.encode(
-            [text for request in requests for text in request.texts],
-            [input_type for request in requests for input_type in request.input_types],
-        )
+        prompted = [item for request in requests for item in self.tokenizer.prompted(*request)]
+        tokens = self.tokenizer.encode_prompted(prompted)
         self.metrics.count_truncated(tokens, self.spec)
         remaining = iter(tokens)
         return [[next(remaining) for _ in request.texts] for request in requests]
@@ -62,11 +62,15 @@ class TritonPythonModel:
     def _write(self, rows: list[text.Tokens]) -> list[Any]:
         lengths = [len(row.ids) for row in rows]
         length = self._padded_length(max(lengths))
-        return [
-            triton.output("input_ids", batching.pad([row.ids for row in rows], length)),
-            triton.output("attention_mask", batching.mask(lengths, length)),
-            triton.output("TOKENS", np.array([[row.total] for row in rows], np.int32)),
-        ]
+        outputs = {
+            "input_ids": batching.pad([row.ids for row in rows], length),
+            "attention_mask": batching.mask(lengths, length),
+            "TOKENS": np.array([[row.total] for row in rows], np.int32),
+        }
+        if self.spec.token_types:
+            types = [row.types or [0] * len(row.ids) for row in rows]
+            outputs[spec.TOKEN_TYPES] = batching.pad(types, length)
+        return [triton.output(name, values) for name, values in outputs.items()]
 
     def _padded_length(self, longest: int) -> int:
         if PADDING_IS_FREE and longest <= FREE_TOKENS:

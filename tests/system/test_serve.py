@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -34,8 +35,10 @@ def start(
     command += ["--http-port", str(options.http_port), "--grpc-port", str(options.grpc_port)]
     command += ["--metrics-port", str(options.metrics_port), *more]
     return subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    )
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
+        # A test run under nohup ignores SIGHUP, and so would what it starts.
+        preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def read_until(process: subprocess.Popen[str], mark: str) -> str:

@@ -7,7 +7,7 @@ import importlib.metadata
 import io
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from halimede_ops import vectors
 from halimede_ops.spec import ModelSpec
 from halimede_tools.build import describe, towers
 from halimede_tools.build.describe import ModelOptions
+from halimede_tools.build.kinds import activation, scores
+from halimede_tools.build.kinds.recognise import recognise
 from halimede_tools.build.samples.sts import spearman
 from halimede_tools.build.towers import TEXTS, TOWERS, Bar, Engine, Tower
 
@@ -36,7 +38,7 @@ def tool_versions() -> dict[str, str]:
 
 def write_reference(source: Path, options: ModelOptions, inputs: str, folder: Path) -> None:
     """Build step: the vectors that the model in `source` gives for a tower's check inputs."""
-    embed = reference if inputs == TEXTS.inputs else image_reference
+    embed = REFERENCES[inputs]
     np.save(folder / REFERENCE_FILE, embed(source, TOWERS[inputs].check_inputs(), options))
 
 
@@ -112,6 +114,36 @@ def image_reference(source: Path, files: Sequence[bytes], options: ModelOptions)
     return vectors.normalise(np.concatenate(features))
 
 
+def score_reference(source: Path, inputs: Sequence[Any], options: ModelOptions) -> np.ndarray:
+    """CrossEncoder's scores of texts, pairs, or both: `[len(inputs), labels]` float32."""
+    import torch
+
+    model = describe.load(source, options).eval()
+    kind = recognise(source, options.name, options.kind)
+    activated = activation.activation(model, source, kind)
+    prompt = model.prompts.get(model.default_prompt_name or "")
+    scores: dict[int, np.ndarray] = {}
+    for form in (str, tuple):
+        rows = [row for row, item in enumerate(inputs) if isinstance(item, form)]
+        rows.sort(key=lambda row: len(str(inputs[row])))
+        for start in range(0, len(rows), 32):
+            batch = rows[start : start + 32]
+            # Not `predict`, which takes a list of texts for one pair.
+            features = model.preprocess([inputs[row] for row in batch], prompt=prompt)
+            with torch.no_grad():
+                scores |= zip(batch, activated(model(features)["scores"]).numpy(), strict=True)
+    return np.stack([scores[row] for row in range(len(inputs))]).astype(np.float32)
+
+
+REFERENCES: Mapping[str, Callable[[Path, Sequence[Any], ModelOptions], np.ndarray]] = {
+    towers.TEXTS.inputs: reference,
+    towers.IMAGES.inputs: image_reference,
+    towers.PAIRS.inputs: score_reference,
+    towers.LABELLED.inputs: score_reference,
+}
+"""What gives the reference for the inputs of each tower."""
+
+
 def check(
     precision: str,
     model: Path,
@@ -122,23 +154,24 @@ def check(
     expected: np.ndarray,
     tools: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The quality record of one built file: cosines, invariance, size, tools, missed bars."""
+    """The quality record of one built file: agreement with the reference, invariance, size, tools,
+    missed bars.
+    """
     bar = tower.bars[precision]
     together = engine.embed(inputs)
-    cosines = cosines_to(together, expected)
-    lengths = [row.length for row in engine.rows(inputs)]
-    classes = towers.by_length(lengths[tower.odd_inputs :], cosines[tower.odd_inputs :])
+    if isinstance(bar, scores.ScoreBar):
+        figures = scores.agreement(together, expected, inputs)
+    else:
+        lengths = [row.length for row in engine.rows(inputs)]
+        figures = _cosines(together, expected, lengths, tower.odd_inputs)
     size_bytes, fp32_bytes = file_bytes(model), file_bytes(fp32)
     record: dict[str, Any] = {
         "model": engine.spec.name,
         "precision": precision,
         "space": engine.spec.space,
         tower.inputs: len(inputs),
-        "mean_cosine": round(float(cosines.mean()), 6),
-        "p1_cosine": round(min(found.p1_cosine for found in classes), 6),
-        "min_cosine": round(float(cosines.min()), 6),
-        "by_length": [_rounded(found._asdict()) for found in classes],
-        "invariance": round(_invariance(engine, inputs, together), 6),
+        **_rounded(figures),
+        "invariance": round(_invariance(engine, inputs, together, bar), 6),
         "not_finite": int((~np.isfinite(together)).any(axis=1).sum()),
         "size_bytes": size_bytes,
         "size_ratio": round(size_bytes / fp32_bytes, 4),
@@ -146,6 +179,20 @@ def check(
         "tools": dict(tools),
     }
     return record | {"missed": missed(record, bar)}
+
+
+def _cosines(
+    embeddings: np.ndarray, expected: np.ndarray, lengths: Sequence[int], odd_inputs: int
+) -> dict[str, Any]:
+    """The cosines to the reference, over all inputs and by length class."""
+    cosines = cosines_to(embeddings, expected)
+    classes = towers.by_length(lengths[odd_inputs:], cosines[odd_inputs:])
+    return {
+        "mean_cosine": float(cosines.mean()),
+        "p1_cosine": min(found.p1_cosine for found in classes),
+        "min_cosine": float(cosines.min()),
+        "by_length": [_rounded(found._asdict()) for found in classes],
+    }
 
 
 def cosines_to(embeddings: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -165,9 +212,12 @@ def _rounded(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _invariance(engine: Engine, inputs: Sequence[Any], together: np.ndarray) -> float:
+def _invariance(
+    engine: Engine, inputs: Sequence[Any], together: np.ndarray, bar: Bar | scores.ScoreBar
+) -> float:
     """Lowest cosine of an input that runs alone to the same input sorted among all, and to it in a
-    small random batch, where a text is padded to a neighbour's length.
+    small random batch, where a text is padded to a neighbour's length. For scores, the largest
+    difference, as a share of their range.
     """
     rows = engine.rows(inputs)
     order = random.Random(4).sample(range(len(rows)), len(rows))
@@ -176,11 +226,16 @@ def _invariance(engine: Engine, inputs: Sequence[Any], together: np.ndarray) -> 
     batched[order] = engine.run_each(
         [[rows[i] for i in order[start : start + 8]] for start in range(0, len(order), 8)]
     )
+    if isinstance(bar, scores.ScoreBar):
+        largest = max(float(np.abs(singles - other).max()) for other in (together, batched))
+        return largest / scores.spread(together)
     return float(min(cosines_to(singles, other).min() for other in (together, batched)))
 
 
-def missed(record: dict[str, Any], bar: Bar) -> list[str]:
+def missed(record: dict[str, Any], bar: Bar | scores.ScoreBar) -> list[str]:
     """What a record misses of its precision's bar: each figure with its bar."""
+    if isinstance(bar, scores.ScoreBar):
+        return scores.missed(record, bar)
     below = [
         f"{name} is {record[name]}, the bar is {least}"
         for name, least in (("mean_cosine", bar.mean_cosine), ("invariance", bar.invariance))

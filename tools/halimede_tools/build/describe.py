@@ -19,9 +19,21 @@ from typing import Any, NamedTuple
 
 from halimede_ops import text
 from halimede_ops.errors import BuildError, InvalidModel, UntrustedCode
-from halimede_ops.spec import MULTI_VECTOR, SPARSE, TOKEN_EMBEDDINGS, ImageSpec, ModelSpec
+from halimede_ops.spec import (
+    CLASSIFIER,
+    MULTI_VECTOR,
+    RERANKER,
+    SPARSE,
+    TOKEN_EMBEDDINGS,
+    TOKEN_TYPES,
+    ImageSpec,
+    ModelSpec,
+)
 from halimede_repository.checksums import sha256
 from halimede_tools.build.keys import key_of
+from halimede_tools.build.kinds import activation
+from halimede_tools.build.kinds.files import read_json
+from halimede_tools.build.kinds.recognise import recognise
 
 KNOWN_MODULES = (
     "Transformer", "CLIPModel", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout",
@@ -55,10 +67,13 @@ class ModelOptions(NamedTuple):
     layer_norm_before_cut: bool = False
     token_embeddings: bool = False
     """Whether the last hidden state becomes an output."""
+    kind: str | None = None
+    """Kind of the model, one of `halimede_ops.spec.KINDS`. None: as its folder says."""
 
 
 def load(folder: Path, options: ModelOptions) -> Any:
-    """The model in `folder` as a SentenceTransformer on the CPU, its token limit set.
+    """The model in `folder` on the CPU, its token limit set: a SentenceTransformer, or a
+    CrossEncoder for a model that gives scores.
 
     Raises:
         InvalidModel: the folder is no model, is damaged, or has a module that is not supported.
@@ -66,12 +81,11 @@ def load(folder: Path, options: ModelOptions) -> Any:
     """
     check_modules(folder, options.name)
     check_trusted(folder, options)
-    from sentence_transformers import SentenceTransformer
-
+    kind = recognise(folder, options.name, options.kind)
     backend = "torch" if weights(folder) else "onnx"
     try:
         with quiet():
-            model = SentenceTransformer(
+            model = library(kind)(
                 str(folder),
                 device="cpu",
                 local_files_only=True,
@@ -90,31 +104,59 @@ def load(folder: Path, options: ModelOptions) -> Any:
     return model
 
 
+def library(kind: str) -> Any:
+    """The class of sentence-transformers that is the reference for a kind of model."""
+    import sentence_transformers
+
+    if kind in (RERANKER, CLASSIFIER):
+        return sentence_transformers.CrossEncoder
+    return sentence_transformers.SentenceTransformer
+
+
 def describe(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
     """The ModelSpec of a loaded model."""
     own = {name: prompt for name, prompt in model.prompts.items() if prompt}
     prompts = input_types(own or options.prompts, model.default_prompt_name)
     modules = list(model)
+    kind = recognise(folder, options.name, options.kind)
+    scores = score_facts(model, folder, kind)
     fields: dict[str, Any] = {
-        "dims": int(model.get_embedding_dimension()),
+        "dims": len(scores["labels"]) or 1 if scores else int(model.get_embedding_dimension()),
         "max_tokens": int(model.max_seq_length),
         # CLIP compares its vectors by cosine: CLIPModel itself normalises both towers'.
         "normalised": is_clip(model) or type(modules[-1]).__name__ == "Normalize",
         "prompts": prompts,
         "default_input_type": model.default_prompt_name,
-        "heads": heads(model, folder, options),
+        "heads": {} if scores else heads(model, folder, options),
         "layer_norm_before_cut": options.layer_norm_before_cut,
     }
-    image = image_spec(model, folder, options.name)
+    image = None if scores else image_spec(model, folder, options.name)
+    decides = fields | scores
+    if scores:
+        decides["activation"] = str(activation.activation(model, folder, kind))
     return ModelSpec(
         name=options.name,
-        space=_space(model, folder, fields, image),
+        space=_space(model, folder, decides, image),
         image=image,
         special_ids=_special_ids(model.tokenizer) if fields["heads"] else (),
         matryoshka=options.matryoshka,
         length_buckets=length_buckets(fields["max_tokens"]),
         **fields,
+        **scores,
     )
+
+
+def score_facts(model: Any, folder: Path, kind: str) -> dict[str, Any]:
+    """The fields of a ModelSpec that a reranker or a classifier has besides; none for others."""
+    if kind not in (RERANKER, CLASSIFIER):
+        return {}
+    config = model[0].auto_model.config
+    names = getattr(model.tokenizer, "model_input_names", ())
+    return {
+        "kind": kind,
+        "labels": tuple(config.id2label.values()) if kind == CLASSIFIER else (),
+        "token_types": TOKEN_TYPES in names and getattr(config, "type_vocab_size", 0) > 1,
+    }
 
 
 def check_modules(folder: Path, name: str) -> None:
@@ -147,6 +189,7 @@ def check_trusted(folder: Path, options: ModelOptions) -> None:
     Raises:
         UntrustedCode: the folder's configs name Python code to run.
     """
+    activation.check_trusted(folder, options.name, options.trust_remote_code)
     configs = [path for path in folder.rglob("*config.json") if path.is_file()]
     named = any("auto_map" in read_json(path) for path in configs)
     named |= any(not module["type"].startswith(OWN_MODULES) for module in _modules(folder))
@@ -433,15 +476,3 @@ def _special_ids(tokenizer: Any) -> tuple[int, ...]:
 def _modules(folder: Path) -> list[dict[str, Any]]:
     path = folder / "modules.json"
     return list(read_json(path)) if path.exists() else []
-
-
-def read_json(path: Path) -> Any:
-    """The content of one of the model's JSON files.
-
-    Raises:
-        InvalidModel: it is missing or not JSON.
-    """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidModel(f"{path.name} of the model is missing or not JSON") from error

@@ -20,6 +20,7 @@ from halimede_ops.spec import POOLED, ModelSpec
 from halimede_tools.build import describe
 from halimede_tools.build.describe import ModelOptions
 from halimede_tools.build.graph import rewrite
+from halimede_tools.build.kinds import activation
 
 
 def export(source: Path, options: ModelOptions, folder: Path) -> None:
@@ -38,7 +39,10 @@ def export(source: Path, options: ModelOptions, folder: Path) -> None:
     tracing.add_heads(model, source, facts)
     outputs = output_widths(facts)
     with _optimised(facts, outputs, folder) as path:
-        if describe.weights(source):
+        if facts.takes_pairs:
+            activated = activation.activation(model, source, facts.kind)
+            tracing.trace_scores(model, activated, facts, path)
+        elif describe.weights(source):
             tracing.trace(model, list(outputs), path)
         else:
             _from_onnx(model, describe.onnx_file(source), list(outputs), path)

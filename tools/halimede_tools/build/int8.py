@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -19,10 +19,11 @@ import onnx
 from halimede_engine import session
 from halimede_engine.session import Pixels, Row
 from halimede_ops import vectors
-from halimede_ops.spec import PIXELS, ModelSpec
+from halimede_ops.spec import PIXELS, TOKEN_TYPES, ModelSpec
 from halimede_tools.build import towers
 from halimede_tools.build.graph import activations, outliers, rewrite, smoothing
-from halimede_tools.build.towers import TOWERS, Engine, Tower
+from halimede_tools.build.kinds import scores
+from halimede_tools.build.towers import TOWERS, Bar, Engine, Tower
 from halimede_tools.console import console
 
 KEEP_COUNTS = (0, 1, 2, 4, 8)
@@ -59,8 +60,8 @@ def to_int8(
     largest rounding loss in FP32.
 
     Returns:
-        The channels of outliers, the MatMuls left in FP32, and each attempt's lowest mean cosine to
-        FP32 of a length class.
+        The channels of outliers, the MatMuls left in FP32, and each attempt's agreement with FP32:
+        the lowest mean cosine of a length class, or how far the scores rank alike.
     """
     rows = tower.rows(fp32.parent, spec)
     expected = Engine(fp32, rows, spec).embed(inputs)
@@ -72,18 +73,45 @@ def to_int8(
     for count in KEEP_COUNTS:
         kept = ranked[:count]
         _quantise(copy.deepcopy(model), feeds, kept, target)
-        cosines = vectors.cosine(Engine(target, rows, spec).embed(inputs), expected)
-        classes = towers.by_length([row.length for row in rows(inputs)], cosines)
-        cosine = min(found.mean_cosine for found in classes)
-        attempts.append({"kept_fp32": kept, "mean_cosine": round(cosine, 6)})
+        embeddings = Engine(target, rows, spec).embed(inputs)
+        attempt = _judged(embeddings, expected, inputs, [row.length for row in rows(inputs)], bar)
+        attempts.append({"kept_fp32": kept, attempt.name: round(attempt.figure, 6)})
         console.print(
-            f"    outliers of {len(apart)} MatMuls apart, {count} in FP32: mean cosine {cosine:.6f}"
+            f"    outliers of {len(apart)} MatMuls apart, {count} in FP32: "
+            f"{attempt.name} {attempt.figure:.6f}"
         )
-        if cosine >= bar.mean_cosine + MARGIN and all(
-            found.p1_cosine >= bar.p1_cosine for found in classes
-        ):
+        if attempt.passes:
             break
     return {"apart": apart, "kept_fp32": kept, "attempts": attempts}
+
+
+class _Attempt(NamedTuple):
+    """How well an INT8 model agrees with FP32."""
+
+    name: str
+    """What was measured."""
+    figure: float
+    passes: bool
+
+
+def _judged(
+    embeddings: np.ndarray,
+    expected: np.ndarray,
+    inputs: Sequence[Any],
+    lengths: Sequence[int],
+    bar: Bar | scores.ScoreBar,
+) -> _Attempt:
+    if isinstance(bar, scores.ScoreBar):
+        figures = scores.agreement(embeddings, expected, inputs)
+        name = "kendall_tau" if "kendall_tau" in figures else "label_agreement"
+        missed = scores.missed(figures | {"invariance": 0.0, "size_ratio": 0.0}, bar)
+        return _Attempt(name, figures[name], not missed)
+    classes = towers.by_length(lengths, vectors.cosine(embeddings, expected))
+    cosine = min(found.mean_cosine for found in classes)
+    passes = cosine >= bar.mean_cosine + MARGIN and all(
+        found.p1_cosine >= bar.p1_cosine for found in classes
+    )
+    return _Attempt("mean_cosine", cosine, passes)
 
 
 def _prepare(
@@ -136,4 +164,5 @@ def feed(row: Row | Pixels) -> dict[str, np.ndarray]:
     """The graph's inputs for one row, without padding."""
     if isinstance(row, Pixels):
         return {PIXELS: row.values[None]}
-    return {"input_ids": row.ids[None], "attention_mask": row.mask[None]}
+    feeds = {"input_ids": row.ids[None], "attention_mask": row.mask[None]}
+    return feeds if row.types is None else feeds | {TOKEN_TYPES: row.types[None]}

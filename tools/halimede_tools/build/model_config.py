@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,11 +13,16 @@ from tritonclient.grpc import model_config_pb2 as pb
 from halimede_engine import arithmetic
 from halimede_ops.errors import InvalidInput
 from halimede_ops.spec import (
+    CLASSIFIER,
+    DENSE,
     MULTI_VECTOR,
     PIXELS,
     POOLED,
+    RERANKER,
     SPARSE,
     TOKEN_EMBEDDINGS,
+    TOKEN_TYPES,
+    VECTOR_OUTPUTS,
     ImageSpec,
     ModelSpec,
 )
@@ -126,15 +132,14 @@ def tuned(config: pb.ModelConfig, choice: Mapping[str, str]) -> pb.ModelConfig:
 
 
 def tokenizer(name: str, spec: ModelSpec) -> pb.ModelConfig:
-    """TEXT, INPUT_TYPE → input_ids, attention_mask, TOKENS."""
+    """A text, or a pair of texts → input_ids, attention_mask, token types, TOKENS."""
     return pb.ModelConfig(
         name=name,
         backend="tokenizer",
         max_batch_size=MAX_BATCH_SIZE,
-        input=[_text(), _input_type()],
+        input=_text_inputs(spec),
         output=[
-            _output("input_ids", pb.TYPE_INT64, -1),
-            _output("attention_mask", pb.TYPE_INT64, -1),
+            *(_output(tokens, pb.TYPE_INT64, -1) for tokens in token_inputs(spec)),
             _output("TOKENS", pb.TYPE_INT32, 1),
         ],
         instance_group=[_on_cpu()],
@@ -144,24 +149,31 @@ def tokenizer(name: str, spec: ModelSpec) -> pb.ModelConfig:
                 name="one text",
                 batch_size=1,
                 inputs={
-                    "TEXT": _warm(pb.TYPE_STRING, 1, input_data_file="text"),
-                    "INPUT_TYPE": _warm(pb.TYPE_STRING, 1, input_data_file="input_type"),
+                    entry.name: _warm(
+                        pb.TYPE_STRING,
+                        1,
+                        input_data_file="input_type" if entry.name == "INPUT_TYPE" else "text",
+                    )
+                    for entry in _text_inputs(spec)
                 },
             )
         ],
     )
 
 
+def token_inputs(spec: ModelSpec) -> list[str]:
+    """Names of the inputs of a model's graph that have a value for each token."""
+    return ["input_ids", "attention_mask", *([TOKEN_TYPES] if spec.token_types else [])]
+
+
 def onnx(
     name: str, spec: ModelSpec, precision: str, device: str, computed_in: str = arithmetic.F32
 ) -> pb.ModelConfig:
-    """input_ids, attention_mask → the pooled vector, and one row a token for each further head."""
+    """Tokens → the pooled vector or the scores, and one row a token for each further head."""
     tensorrt = tensorrt_parameters(spec, precision, text_shapes(spec))
     written = _onnx(name, spec, _accelerators(device, tensorrt, computed_in), device)
     written.max_batch_size = MAX_BATCH_SIZE
-    written.input.extend(
-        [_input("input_ids", pb.TYPE_INT64, -1), _input("attention_mask", pb.TYPE_INT64, -1)]
-    )
+    written.input.extend(_input(tokens, pb.TYPE_INT64, -1) for tokens in token_inputs(spec))
     written.output.extend(
         _output(head, pb.TYPE_FP32, -1, width) for head, width in spec.heads.items()
     )
@@ -172,7 +184,12 @@ def onnx(
             inputs={
                 key: _warm(pb.TYPE_INT64, length, input_data_file=key)
                 for key in ("input_ids", "attention_mask")
-            },
+            }
+            | (
+                {TOKEN_TYPES: _warm(pb.TYPE_INT64, length, zero_data=True)}
+                if spec.token_types
+                else {}
+            ),
         )
         for length in warm_lengths(spec)
         for rows in WARM_ROWS
@@ -250,7 +267,9 @@ def warm_lengths(spec: ModelSpec) -> list[int]:
 
 
 def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
-    """The pooled vector, DIMENSIONS → EMBEDDING; heads with ids and mask → their outputs."""
+    """The pooled vector, DIMENSIONS → EMBEDDING, or scores → SCORE or SCORES; heads with ids and
+    mask → their outputs.
+    """
     heads = [_input(head, pb.TYPE_FP32, -1, width) for head, width in spec.heads.items()]
     tokens = [_input(name, pb.TYPE_INT64, -1) for name in ("input_ids", "attention_mask")]
     return pb.ModelConfig(
@@ -259,10 +278,10 @@ def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
         max_batch_size=MAX_BATCH_SIZE,
         input=[
             _input(POOLED, pb.TYPE_FP32, spec.dims),
-            _dimensions(),
+            *([_dimensions()] if spec.kind == DENSE else []),
             *(heads + tokens if heads else []),
         ],
-        output=[_embedding(), *_head_outputs(spec)],
+        output=[_vector_output(spec), *_head_outputs(spec)],
         instance_group=[_on_cpu()],
         dynamic_batching=_batching(),
         model_warmup=[
@@ -271,7 +290,7 @@ def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
                 batch_size=1,
                 inputs={
                     POOLED: _warm(pb.TYPE_FP32, spec.dims, zero_data=True),
-                    "DIMENSIONS": _warm(pb.TYPE_INT32, 1, input_data_file="dimensions"),
+                    **_warm_dimensions(spec),
                     **{
                         entry.name: pb.ModelWarmup.Input(
                             data_type=entry.data_type,
@@ -287,32 +306,27 @@ def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
 
 
 def ensemble(described: Ensemble) -> pb.ModelConfig:
-    """TEXT, INPUT_TYPE, DIMENSIONS → EMBEDDING, TOKENS and the heads' outputs."""
+    """A text, or a pair of texts → EMBEDDING, SCORE or SCORES, TOKENS and the heads' outputs."""
     spec, steps = described.spec, described.steps
-    outputs = ["EMBEDDING", *[entry.name for entry in _head_outputs(spec)]]
+    outputs = [entry.name for entry in (_vector_output(spec), *_head_outputs(spec))]
     heads = {head: head for head in spec.heads}
-    tokens = {"input_ids": "ids", "attention_mask": "mask"}
+    names = {"input_ids": "ids", "attention_mask": "mask", TOKEN_TYPES: "types"}
+    tokens = {name: names[name] for name in token_inputs(spec)}
+    texts = {entry.name: entry.name for entry in _text_inputs(spec)}
+    dimensions = {"DIMENSIONS": "DIMENSIONS"} if spec.kind == DENSE else {}
     return pb.ModelConfig(
         name=described.name,
         platform="ensemble",
         max_batch_size=MAX_BATCH_SIZE,
-        input=[_text(), _input_type(), _dimensions()],
+        input=_inputs(spec),
         output=_embedded(spec),
         ensemble_scheduling=pb.ModelEnsembling(
             step=[
-                _step(
-                    steps["tokenizer"],
-                    {"TEXT": "TEXT", "INPUT_TYPE": "INPUT_TYPE"},
-                    {**tokens, "TOKENS": "TOKENS"},
-                ),
+                _step(steps["tokenizer"], texts, {**tokens, "TOKENS": "TOKENS"}),
                 _step(steps["onnx"], tokens, {POOLED: "pooled", **heads}),
                 _step(
                     steps["pooler"],
-                    {
-                        POOLED: "pooled",
-                        "DIMENSIONS": "DIMENSIONS",
-                        **(heads | tokens if heads else {}),
-                    },
+                    {POOLED: "pooled", **dimensions, **(heads | tokens if heads else {})},
                     {name: name for name in outputs},
                 ),
             ]
@@ -330,7 +344,7 @@ def one_process(described: Ensemble, device: str) -> pb.ModelConfig:
         name=described.name,
         backend="embedder",
         max_batch_size=MAX_BATCH_SIZE,
-        input=[_text(), _input_type(), _dimensions()],
+        input=_inputs(spec),
         output=_embedded(spec),
         instance_group=[_instances(device)],
         # No priorities and no limit here: with them, Triton's batcher misses a request that comes
@@ -348,11 +362,7 @@ def one_process(described: Ensemble, device: str) -> pb.ModelConfig:
             pb.ModelWarmup(
                 name=f"{rows} x {length} tokens",
                 batch_size=rows,
-                inputs={
-                    "TEXT": _warm(pb.TYPE_STRING, 1, input_data_file=warm_text(length)),
-                    "INPUT_TYPE": _warm(pb.TYPE_STRING, 1, input_data_file="input_type"),
-                    "DIMENSIONS": _warm(pb.TYPE_INT32, 1, input_data_file="dimensions"),
-                },
+                inputs=_warm_texts(spec, length),
             )
             for length in warm_lengths(spec)
             for rows in WARM_ROWS
@@ -490,8 +500,38 @@ def _copy(config: pb.ModelConfig) -> pb.ModelConfig:
     return copy
 
 
-def _text() -> pb.ModelInput:
-    return _input("TEXT", pb.TYPE_STRING, 1)
+def _inputs(spec: ModelSpec) -> list[pb.ModelInput]:
+    """Inputs of a model that takes texts."""
+    return [*_text_inputs(spec), *([_dimensions()] if spec.kind == DENSE else [])]
+
+
+def _text_inputs(spec: ModelSpec) -> list[pb.ModelInput]:
+    """Inputs of a tokenizer."""
+    text = _input("TEXT", pb.TYPE_STRING, 1)
+    if spec.kind == RERANKER:
+        return [_input("QUERY", pb.TYPE_STRING, 1), text]
+    if spec.kind == CLASSIFIER:
+        return [text, _input("TEXT_PAIR", pb.TYPE_STRING, 1, optional=True)]
+    return [text, _input_type()]
+
+
+def _warm_texts(spec: ModelSpec, length: int) -> dict[str, pb.ModelWarmup.Input]:
+    """Inputs of a warm-up request with texts of about `length` tokens. Of a pair, the second text
+    is so long.
+    """
+    files = {"QUERY": "text", "TEXT": warm_text(length), "INPUT_TYPE": "input_type"}
+    texts = {
+        entry.name: _warm(pb.TYPE_STRING, 1, input_data_file=files[entry.name])
+        for entry in _text_inputs(spec)
+        if entry.name in files
+    }
+    return texts | _warm_dimensions(spec)
+
+
+def _warm_dimensions(spec: ModelSpec) -> dict[str, pb.ModelWarmup.Input]:
+    if spec.kind != DENSE:
+        return {}
+    return {"DIMENSIONS": _warm(pb.TYPE_INT32, 1, input_data_file="dimensions")}
 
 
 def _input_type() -> pb.ModelInput:
@@ -507,8 +547,14 @@ def _embedding() -> pb.ModelOutput:
     return _output("EMBEDDING", pb.TYPE_FP32, -1)
 
 
+def _vector_output(spec: ModelSpec) -> pb.ModelOutput:
+    if spec.kind == DENSE:
+        return _embedding()
+    return _output(VECTOR_OUTPUTS[spec.kind], pb.TYPE_FP32, spec.dims)
+
+
 def _embedded(spec: ModelSpec) -> list[pb.ModelOutput]:
-    return [_embedding(), _output("TOKENS", pb.TYPE_INT32, 1), *_head_outputs(spec)]
+    return [_vector_output(spec), _output("TOKENS", pb.TYPE_INT32, 1), *_head_outputs(spec)]
 
 
 def _head_outputs(spec: ModelSpec) -> list[pb.ModelOutput]:
@@ -540,6 +586,8 @@ def _text_facts(described: Ensemble) -> Parameters:
         arithmetic=described.arithmetic,
         max_tokens=str(described.spec.max_tokens),
         image_model=described.counterpart,
+        kind="" if described.spec.kind == DENSE else described.spec.kind,
+        labels=json.dumps(described.spec.labels) if described.spec.labels else "",
     )
 
 
@@ -587,7 +635,7 @@ def text_shapes(spec: ModelSpec) -> dict[str, str]:
         "max": (MAX_BATCH_SIZE, buckets[-1]),
     }
     return {
-        name: f"input_ids:{rows}x{length},attention_mask:{rows}x{length}"
+        name: ",".join(f"{tokens}:{rows}x{length}" for tokens in token_inputs(spec))
         for name, (rows, length) in shapes.items()
     }
 

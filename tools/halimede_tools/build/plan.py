@@ -19,7 +19,7 @@ from halimede.models import catalogue, store
 from halimede_engine import session
 from halimede_ops import spec, text
 from halimede_ops.errors import BuildError, InvalidInput, LicenceNotAccepted, QualityError
-from halimede_ops.spec import ModelSpec
+from halimede_ops.spec import CLASSIFIER, RERANKER, ModelSpec
 from halimede_repository import configs
 from halimede_tools.build import (
     candidates,
@@ -44,6 +44,8 @@ from halimede_tools.settings import Settings
 PRECISIONS = tuple(repository.SUFFIXES)
 IMAGE_STEP = "image-"
 """In front of a vision tower's steps' folders."""
+BY_KIND = {RERANKER: towers.PAIRS, CLASSIFIER: towers.LABELLED}
+"""The tower that texts enter, by the kind of model; TEXTS for others."""
 Published = Callable[[list[str]], None]
 """Hears the names of the ensembles that have just been written."""
 
@@ -89,6 +91,7 @@ class Fields(TypedDict, total=False):
     matryoshka: tuple[int, ...]
     layer_norm_before_cut: bool
     token_embeddings: bool
+    kind: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +244,8 @@ def _exported_towers(request: BuildRequest, source: Path, folder: Path) -> list[
     _warn_where_catalogue_differs(request, facts)
     texts = Built(facts, exported / text.FILE_NAME)
     if facts.image is None:
-        return [_tower(request, source, towers.TEXTS, exported, texts)]
+        tower = BY_KIND.get(facts.kind, towers.TEXTS)
+        return [_tower(request, source, tower, exported, texts)]
     vision = run_step(
         folder / f"{IMAGE_STEP}fp32",
         f"export to ONNX, optimise ({IMAGE_STEP}fp32)",
@@ -272,9 +276,14 @@ def _tower(
 
 def _calibration(request: BuildRequest, tower: towers.Tower) -> tuple[list[Any], list[str]]:
     """The inputs that INT8's ranges are taken from, and a digest of each."""
-    if tower is towers.TEXTS:
-        texts = corpus.calibration(request.calibration)
-        return texts, texts
+    if tower is not towers.IMAGES:
+        texts: list[Any] = corpus.calibration(request.calibration)
+        if tower is towers.PAIRS:
+            texts = corpus.calibration_pairs(request.calibration)
+        elif tower is towers.LABELLED:
+            pairs = corpus.calibration_pairs(request.calibration)
+            texts = corpus.texts_and_pairs(texts, pairs)
+        return texts, texts if tower is towers.TEXTS else list(map(repr, texts))
     files = pictures.calibration(request.calibration_images)
     return files, [hashlib.sha256(file).hexdigest() for file in files]
 
@@ -401,9 +410,22 @@ def _warn_where_catalogue_differs(request: BuildRequest, facts: ModelSpec) -> No
             console.print(f"  [yellow]! {name}: the catalogue has {listed}, the folder {found}[/]")
 
 
+SHOWN = {
+    "mean_cosine": "mean cosine",
+    "min_cosine": "lowest",
+    "max_difference": "largest difference",
+    "kendall_tau": "Kendall's tau",
+    "ndcg_10": "NDCG@10",
+    "label_agreement": "same label",
+}
+"""Figures of a quality record, and their names in what the build prints."""
+
+
 def _summary(record: dict[str, Any]) -> str:
+    figures = ", ".join(
+        f"{words} {record[name]:.6f}" for name, words in SHOWN.items() if name in record
+    )
     return (
-        f"{record['precision']}: mean cosine {record['mean_cosine']:.6f}, lowest "
-        f"{record['min_cosine']:.4f}, invariance {record['invariance']:.6f}, "
+        f"{record['precision']}: {figures}, invariance {record['invariance']:.6f}, "
         f"{record['size_bytes'] / 1e6:.1f} MB ({record['size_ratio']:.2f})"
     )

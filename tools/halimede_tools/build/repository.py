@@ -481,6 +481,8 @@ def _write_text_warmup(spec: ModelSpec, folder: Path) -> None:
     for length in model_config.warm_lengths(spec):
         words = b" ".join([b"a"] * (length - SPECIAL_TOKENS))
         _write_bytes(_bytes_tensor(words), folder / "warmup" / model_config.warm_text(length))
+    if spec.takes_pairs:
+        _write_bytes(_bytes_tensor(WARMUP_TEXT), folder / "warmup" / "text")
     _write_bytes(_bytes_tensor(b"query"), folder / "warmup" / "input_type")
     _write_bytes(struct.pack("<i", spec.dims), folder / "warmup" / "dimensions")
 

@@ -16,6 +16,7 @@ import numpy as np
 from halimede_engine import arithmetic, cores, engine, session
 from halimede_ops import image, text
 from halimede_ops.spec import ModelSpec
+from halimede_tools.build.kinds.scores import SCORE_BARS
 from halimede_tools.build.samples import corpus, pictures
 
 CPU_ACCELERATORS = ("openvino",)
@@ -90,6 +91,16 @@ def text_rows(tokenizer_folder: Path, spec: ModelSpec) -> Rows:
     return lambda texts: make_rows(tokenizer.prompted(texts, [None] * len(texts)))
 
 
+def pair_rows(tokenizer_folder: Path, spec: ModelSpec) -> Rows:
+    """The function that turns texts, or pairs of texts, into token rows."""
+    tokenizer = text.load(tokenizer_folder, spec)
+    make_rows = engine.text_rows(tokenizer)
+    prompt = spec.prompt(None)
+    return lambda items: make_rows(
+        [prompt + item if isinstance(item, str) else (prompt + item[0], item[1]) for item in items]
+    )
+
+
 def image_rows(_: Path, spec: ModelSpec) -> Rows:
     """The function that turns encoded pictures into rows of pixels."""
     accepted = spec.images()
@@ -106,11 +117,11 @@ def check_pictures() -> list[bytes]:
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """One way into a model: its texts, or a CLIP's images."""
+    """One way into a model: its texts, pairs of texts, or a CLIP's images."""
 
     inputs: str
-    """What goes in: `texts` or `images`."""
-    bars: Mapping[str, Bar]
+    """What goes in: `texts`, `pairs`, `labelled texts` or `images`."""
+    bars: Mapping[str, Any]
     """Precision → what it must reach."""
     rows: Callable[[Path, ModelSpec], Rows]
     """What makes the rows that the graph in this folder takes."""
@@ -123,7 +134,14 @@ class Tower:
 
 TEXTS = Tower("texts", BARS, text_rows, corpus.check_texts, len(corpus.ODD_TEXTS))
 IMAGES = Tower("images", IMAGE_BARS, image_rows, check_pictures)
-TOWERS = {tower.inputs: tower for tower in (TEXTS, IMAGES)}
+PAIRS = Tower("pairs", SCORE_BARS, pair_rows, corpus.check_pairs)
+LABELLED = Tower(
+    "labelled texts",
+    SCORE_BARS,
+    pair_rows,
+    lambda: corpus.texts_and_pairs(corpus.check_texts(), corpus.check_pairs()),
+)
+TOWERS = {tower.inputs: tower for tower in (TEXTS, IMAGES, PAIRS, LABELLED)}
 """Each tower by its `inputs`."""
 
 

@@ -40,6 +40,13 @@ Calibration = Annotated[
 CalibrationImages = Annotated[
     Path | None, typer.Option(help="Folder of images to calibrate INT8 of an image model on.")
 ]
+Kind = Annotated[
+    str | None,
+    typer.Option(
+        help="Kind of the model instead of what its folder says: dense, reranker, classifier, "
+        "sparse or late_interaction."
+    ),
+]
 Sts = Annotated[Path | None, typer.Option(help="STS file to score: score, sentence1, sentence2.")]
 Candidate = Annotated[
     bool,
@@ -62,6 +69,7 @@ def build(
     token_embeddings: TokenEmbeddings = False,
     calibration: Calibration = None,
     calibration_images: CalibrationImages = None,
+    kind: Kind = None,
     sts: Sts = None,
     candidate: Candidate = False,
 ) -> None:
@@ -80,6 +88,7 @@ def build(
         "trust_remote_code": trust_remote_code,
         "max_tokens": max_tokens,
         "token_embeddings": token_embeddings,
+        "kind": kind,
     }
     if prompt:
         fields["prompts"] = _prompts(prompt)

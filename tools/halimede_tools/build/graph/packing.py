@@ -20,15 +20,40 @@ POOLINGS = ("mean", "cls")
 
 def packed(model: Any) -> Packed | None:
     """A loaded model that takes several texts in a row; None if its modules do not allow that."""
-    config, pooling = model[0].auto_model.config, model[1] if len(model) > 1 else None
+    pooling = model[1] if len(model) > 1 else None
     possible = (
-        config.model_type in ARCHITECTURES
-        and getattr(config, "position_embedding_type", "absolute") == "absolute"
-        and not getattr(config, "is_decoder", False)
+        takes_packed(model[0].auto_model.config)
         and type(pooling).__name__ == "Pooling"
         and pooling_mode(pooling) in POOLINGS
     )
     return Packed(model) if possible else None
+
+
+def takes_packed(config: Any) -> bool:
+    """Whether a transformer accepts a mask per pair of tokens, and a position per token."""
+    return (
+        config.model_type in ARCHITECTURES
+        and getattr(config, "position_embedding_type", "absolute") == "absolute"
+        and not getattr(config, "is_decoder", False)
+    )
+
+
+def padding_id(transformer: Any) -> int | None:
+    """The id from which the RoBERTa family counts positions; None for BERT, which counts from 0."""
+    is_bert = transformer.config.model_type == "bert"
+    return None if is_bert else int(transformer.embeddings.padding_idx)
+
+
+def places(
+    ids: torch.Tensor, texts: torch.Tensor, padding_id: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens attend to which, `[rows, tokens, tokens]` bool, and the position of each in its
+    own text, `[rows, tokens]` int64. `ids` and `texts`, the mask, are `[rows, tokens]` int64.
+    """
+    same = (texts[:, :, None] == texts[:, None, :]) & (texts[:, None, :] > 0)
+    if padding_id is None:
+        return same, positions_in_text(texts)
+    return same, positions_of_roberta(ids, same, padding_id)
 
 
 def pooling_mode(pooling: Any) -> str:
@@ -43,11 +68,9 @@ class Packed(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.transformer = model[0]
-        self.pool = _Pool(pooling_mode(model[1]))
+        self.pool = Pool(pooling_mode(model[1]))
         self.after = torch.nn.ModuleList(list(model)[2:])
-        embeddings = model[0].auto_model.embeddings
-        is_bert = model[0].auto_model.config.model_type == "bert"
-        self.padding_id = None if is_bert else embeddings.padding_idx
+        self.padding_id = padding_id(model[0].auto_model)
 
     def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Features with POOLED, `[rows * places of a row, dims]`: the texts of a row in order of
@@ -55,12 +78,7 @@ class Packed(torch.nn.Module):
         one text.
         """
         ids, texts = features["input_ids"], features["attention_mask"]
-        same = (texts[:, :, None] == texts[:, None, :]) & (texts[:, None, :] > 0)
-        positions = (
-            positions_in_text(texts)
-            if self.padding_id is None
-            else positions_of_roberta(ids, same, self.padding_id)
-        )
+        same, positions = places(ids, texts, self.padding_id)
         asked = {"input_ids": ids, "attention_mask": same.long(), "position_ids": positions}
         features = self.transformer(asked)
         features["attention_mask"] = texts
@@ -74,7 +92,7 @@ STEP = 8
 """A row has one place per text, rounded up to 1 plus a multiple of this."""
 
 
-class _Pool(torch.nn.Module):
+class Pool(torch.nn.Module):
     """Pools each text of a row on its own."""
 
     def __init__(self, mode: str) -> None:
@@ -82,6 +100,7 @@ class _Pool(torch.nn.Module):
         self.mode = mode
 
     def forward(self, hidden: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[rows, tokens, width]`, the mask → `[rows * places of a row, width]`."""
         # Few different numbers (1, 9, 17, …): engines compile and keep kernels for each.
         most: Any = (texts.max() + STEP - 2) // STEP * STEP + 1
         numbers = 1 + torch.arange(most)

@@ -13,9 +13,11 @@ from optimum.exporters.onnx.model_configs import SentenceTransformersTransformer
 from optimum.exporters.onnx.model_patcher import ModelPatcher
 
 from halimede_ops import spec
-from halimede_ops.spec import PIXELS, POOLED, ImageSpec, ModelSpec
+from halimede_ops.spec import PIXELS, POOLED, TOKEN_TYPES, ImageSpec, ModelSpec
 from halimede_tools.build import describe
-from halimede_tools.build.graph import packing, rewrite
+from halimede_tools.build.graph import packing, rewrite, scoring
+
+TOKEN_INPUTS = ("input_ids", "attention_mask")
 
 
 @torch.no_grad()
@@ -27,12 +29,27 @@ def trace(model: Any, outputs: list[str], path: Path) -> None:
     """
     config = getattr(model[0].auto_model.config, "text_config", model[0].auto_model.config)
     packed = packing.packed(model)
-    exported = model if packed is None else packed
-    # optimum asks the model for its config, as every transformers model has one.
-    exported.config = config
-    optimum_export(exported, _Config(config, "feature-extraction", outputs), path)
+    _export(model if packed is None else packed, config, list(TOKEN_INPUTS), outputs, path)
     if packed is not None:
         rewrite.mark_packed(path)
+
+
+@torch.no_grad()
+def trace_scores(model: Any, activation: torch.nn.Module, facts: ModelSpec, path: Path) -> None:
+    """Trace a CrossEncoder, from the tokens of pairs to their scores as POOLED."""
+    module = scoring.scored(model, activation)
+    inputs = [*TOKEN_INPUTS, *([TOKEN_TYPES] if facts.token_types else [])]
+    _export(module, model[0].auto_model.config, inputs, [POOLED], path)
+    if isinstance(module, scoring.PackedScores):
+        rewrite.mark_packed(path)
+
+
+def _export(
+    module: torch.nn.Module, config: Any, inputs: list[str], outputs: list[str], path: Path
+) -> None:
+    # optimum asks the module for its config, as every transformers model has one.
+    module.config = config
+    optimum_export(module, _Config(config, "feature-extraction", inputs, outputs), path)
 
 
 @torch.no_grad()
@@ -56,21 +73,34 @@ class _Patcher(ModelPatcher):  # type: ignore[misc]
     def __init__(self, config: _Config, model: Any, model_kwargs: Any) -> None:
         super().__init__(config, model, model_kwargs)
 
-        def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, Any]:
-            features = self.orig_forward({"input_ids": input_ids, "attention_mask": attention_mask})
+        def forward(
+            input_ids: torch.Tensor,
+            attention_mask: torch.Tensor,
+            token_type_ids: torch.Tensor | None = None,
+        ) -> dict[str, Any]:
+            given = {"input_ids": input_ids, "attention_mask": attention_mask}
+            if token_type_ids is not None:
+                given[TOKEN_TYPES] = token_type_ids
+            features = self.orig_forward(given)
             return {name: features[name] for name in config.outputs}
 
         self.patched_forward = forward
 
 
 class _Config(SentenceTransformersTransformerOnnxConfig):  # type: ignore[misc]
-    """Two inputs, and the outputs that this model has."""
+    """The inputs and outputs that this model has."""
 
     _MODEL_PATCHER = _Patcher
 
-    def __init__(self, config: Any, task: str, outputs: list[str]) -> None:
+    def __init__(self, config: Any, task: str, inputs: list[str], outputs: list[str]) -> None:
         super().__init__(config, task)
+        self._inputs = inputs
         self._outputs = outputs
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        """Dynamic axes of each input, in order."""
+        return {name: {0: "batch_size", 1: "sequence_length"} for name in self._inputs}
 
     @property
     def outputs(self) -> dict[str, dict[int, str]]:

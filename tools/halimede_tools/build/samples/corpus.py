@@ -8,7 +8,7 @@ questions, titles, list items, messages and headlines, in many languages.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from halimede_ops.errors import InvalidInput
@@ -69,6 +69,10 @@ REPEATED_TEXTS = (
 """Texts that repeat a token: they give larger activations than others."""
 
 
+QUERIES, DOCUMENTS = 24, 16
+"""Queries of the pairs of a set, and documents of each query."""
+
+
 def calibration_texts(count: int = 500) -> list[str]:
     """Texts to take activation ranges from: the even short texts, and the even sentences, alone and
     joined; and the repeated texts.
@@ -97,6 +101,33 @@ def check_texts(count: int = 600) -> list[str]:
     """
     kept = [*ODD_TEXTS, *SHORT_TEXTS[1::2]]
     return [*kept, *_drawn(SENTENCES[1::2], count - len(kept), random.Random(2))]
+
+
+def pairs(texts: Sequence[str], seed: int) -> list[tuple[str, str]]:
+    """Pairs of a query and a document: DOCUMENTS for each of QUERIES, which follow each other."""
+    chance = random.Random(seed)
+    queries = [text for text in SHORT_TEXTS if text.endswith("?")][seed % 2 :: 2][:QUERIES]
+    return [(query, chance.choice(texts)) for query in queries for _ in range(DOCUMENTS)]
+
+
+def calibration_pairs(file: Path | None) -> list[tuple[str, str]]:
+    """Pairs of the texts of `calibration`."""
+    return pairs(calibration(file), 1)
+
+
+def texts_and_pairs(
+    texts: Sequence[str], pairs: Sequence[tuple[str, str]]
+) -> list[str | tuple[str, str]]:
+    """Half of the texts and half of the pairs, for a model that takes both."""
+    return [*texts[::2], *pairs[::2]]
+
+
+def check_pairs() -> list[tuple[str, str]]:
+    """Pairs to compare scores on: each odd text as query and as document, then pairs of the texts
+    of `check_texts`.
+    """
+    odd = [(text, "a document") for text in ODD_TEXTS] + [("a query", text) for text in ODD_TEXTS]
+    return [*odd, *pairs(check_texts(), 2)]
 
 
 def mixed_texts(count: int = 1000, seed: int = 3) -> list[str]:
