@@ -160,7 +160,7 @@ def load(folder: Path) -> ModelSpec:
         InvalidModel: the file is missing, is not JSON, or is no spec.
     """
     try:
-        fields: dict[str, Any] = json.loads((folder / FILE_NAME).read_text("utf-8"))
+        fields: dict[str, Any] = dict(json.loads((folder / FILE_NAME).read_text("utf-8")))
         for name in ("length_buckets", "special_ids", "matryoshka", "labels"):
             fields[name] = tuple(fields.get(name, ()))
         if "image" in fields:
