@@ -23,8 +23,18 @@ from conftest import MODEL, ROOT, family, free_options, version_folder, wait_unt
 
 from halimede_engine.cores import Cores
 from halimede_ops.errors import ServeError
-from halimede_tools.serve import shared_memory, wheel
+from halimede_tools.serve import shared_memory, supervise, wheel
 from halimede_tools.settings import Settings
+
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """A test that fails leaves no server behind for the next one."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
 
 
 def start(
@@ -34,11 +44,18 @@ def start(
     command = [*within, sys.executable, "-m", "halimede", "serve", "--models", MODEL]
     command += ["--http-port", str(options.http_port), "--grpc-port", str(options.grpc_port)]
     command += ["--metrics-port", str(options.metrics_port), *more]
-    return subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
-        # A test run under nohup ignores SIGHUP, and so would what it starts.
-        preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
-    )  # fmt: skip
+    STARTED.append(
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+            # A test run under nohup ignores SIGHUP, and so would what it starts.
+            preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
+        )
+    )
+    return STARTED[-1]
 
 
 def read_until(process: subprocess.Popen[str], mark: str) -> str:
@@ -177,6 +194,20 @@ def test_a_launcher_that_ends_while_triton_starts_leaves_nothing(sent: signal.Si
     process.wait(60)
     assert not psutil.wait_procs(children, timeout=40)[1]
     assert not list(shared_memory.FOLDER.glob(f"halimede-{process.pid}-*"))
+
+
+def test_a_signal_within_a_callback_of_a_library_stops_it_too() -> None:
+    """Python drops what a signal's handler raises there, so the wait for the end asks again."""
+
+    class Running:
+        def is_running(self) -> bool:
+            return True
+
+    with supervise._interrupted_by_signals() as interrupted:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            supervise._wait_for_end(Running(), interrupted)  # type: ignore[arg-type]
 
 
 def test_a_killed_launcher_takes_triton_with_it() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from types import FrameType
@@ -42,12 +43,12 @@ def serve(settings: Settings, options: Options, runtime: str) -> None:
         BuildError: a missing model could not be built.
         ServeError: the server could not be started, or ended soon after its start several times.
     """
-    with _interrupted_by_signals():
+    with _interrupted_by_signals() as interrupted:
         try:
             builds = _build_first(settings, options)
             log = settings.run(options.grpc_port) / "build.log"
             with background_builds.running(builds, options, log) as published:
-                _keep_running(settings, options, runtime, builds, published)
+                _keep_running(settings, options, runtime, builds, published, interrupted)
         except KeyboardInterrupt:
             console.print("stopped")
 
@@ -58,6 +59,7 @@ def _keep_running(
     runtime: str,
     builds: Sequence[background_builds.Build],
     published: Collection[str],
+    interrupted: threading.Event,
 ) -> NoReturn:
     short_lives = 0
     while short_lives < MAX_SHORT_LIVES:
@@ -68,7 +70,7 @@ def _keep_running(
             show(built, runtime)
             if waiting := sorted(pending - {*published}):
                 console.print(f"  Being built, joins when checked: {', '.join(waiting)}")
-            ended = _wait_for_end(server)
+            ended = _wait_for_end(server, interrupted)
         short_lives = short_lives + 1 if time.monotonic() - began < SHORT_LIFE_S else 0
         console.print(f"{ended}; it is started again")
     raise ServeError(f"{ended}; {short_lives} times soon after its start")
@@ -88,9 +90,16 @@ def exec_server(settings: Settings, options: Options) -> NoReturn:
     wheel.exec_server(settings.repository, backends, options)
 
 
-def _wait_for_end(server: wheel.Running) -> str:
-    """Wait until the server ends; return how. Kill a server that has lost a process."""
+def _wait_for_end(server: wheel.Running, interrupted: threading.Event) -> str:
+    """Wait until the server ends; return how. Kill a server that has lost a process.
+
+    Raises:
+        KeyboardInterrupt: a signal came. Python drops an exception that a signal's handler raises
+            within a callback of a library, as while the sample is embedded.
+    """
     while server.is_running():
+        if interrupted.is_set():
+            raise KeyboardInterrupt
         if server.has_lost_a_process():
             server.kill()
             return watch.CHILD_DIED
@@ -189,21 +198,23 @@ def curl(http: str, model: str) -> str:
 
 
 @contextlib.contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
-    """Raise KeyboardInterrupt on each signal that stops a server. A repeated signal counts after
-    REPEATED_S seconds: then it ends the server at once.
+def _interrupted_by_signals() -> Iterator[threading.Event]:
+    """Raise KeyboardInterrupt on each signal that stops a server, and set the event. A repeated
+    signal counts after REPEATED_S seconds: then it ends the server at once.
     """
     last = -math.inf
+    interrupted = threading.Event()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal last
         if time.monotonic() - last > REPEATED_S:
             last = time.monotonic()
+            interrupted.set()
             raise KeyboardInterrupt
 
     before = watch.on_stop(interrupt)
     try:
-        yield
+        yield interrupted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
