@@ -328,17 +328,19 @@ def test_catalogue_is_found_by_either_name_and_filtered() -> None:
     """A row is found with or without its owner; filters combine."""
     assert catalogue.find("BAAI/bge-m3") is catalogue.find("bge-m3")
     assert [row.name for row in catalogue.filtered(licence="cc-by-nc-4.0")] == [
-        "jina-embeddings-v4"
+        "jina-embeddings-v4",
+        "jina-reranker-v2-base-multilingual",
     ]
     german = catalogue.filtered(language="de", max_parameters_million=200)
     assert {"paraphrase-multilingual-MiniLM-L12-v2"} < {row.name for row in german}
     assert all(row.dims == 512 for row in catalogue.filtered(dims=512))
+    assert {row.kind for row in catalogue.filtered(kind="sparse")} == {"sparse"}
     assert "codebert-base" in {row.name for row in catalogue.filtered(use_case="code")}
 
 
 def test_catalogue_has_every_row_of_the_specification() -> None:
-    """Twenty models, names unique, each with a licence and a source on the hub."""
-    assert len({row.name for row in catalogue.models()}) == len(catalogue.models()) == 20
+    """44 models, names unique, each with a licence and a source on the hub."""
+    assert len({row.name for row in catalogue.models()}) == len(catalogue.models()) == 44
     assert all(row.licence and row.repository for row in catalogue.models())
     assert catalogue.find(catalogue.DEFAULT) is catalogue.models()[0]
 

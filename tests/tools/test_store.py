@@ -22,7 +22,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from halimede import Embedder
-from halimede.models import store
+from halimede.models import catalogue, store
 from halimede_engine import session
 from halimede_ops import spec, vectors
 from halimede_ops.errors import InvalidInput
@@ -126,7 +126,7 @@ def test_store_commands(models: Path, tmp_path: Path) -> None:
 def test_catalogue_command(tmp_path: Path) -> None:
     """`models --available` lists and filters the catalogue without a server."""
     shown = halimede("models", "--available", "--json", home=tmp_path)
-    assert len(json.loads(shown.stdout)) == 20
+    assert len(json.loads(shown.stdout)) == len(catalogue.models())
     code = halimede("models", "--available", "--use-case", "code", "--json", home=tmp_path)
     assert [row["name"] for row in json.loads(code.stdout)] == ["codebert-base"]
 

@@ -46,11 +46,17 @@ def models(
         str | None,
         typer.Option(help="With --available: a use case, such as retrieval, code or biomedical."),
     ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="With --available: dense, reranker, classifier, sparse or late_interaction."
+        ),
+    ] = None,
     as_json: options.AsJson = False,
     url: options.Url = None,
     timeout_s: options.TimeoutS = None,
 ) -> None:
-    """List the embedding models that a server has ready, or that can be built."""
+    """List the models that a server has ready, or that can be built."""
     if available:
         rows = catalogue.filtered(
             language=language,
@@ -58,6 +64,7 @@ def models(
             max_parameters_million=max_parameters,
             licence=licence,
             use_case=use_case,
+            kind=kind,
         )
         options.print_rows([_available_row(row) for row in rows], as_json, "no model matches")
         return
@@ -84,6 +91,7 @@ def served_models(url: str | None, timeout_s: float | None) -> list[ServedModel]
 def _available_row(row: catalogue.Model) -> dict[str, Any]:
     return {
         "name": row.name,
+        "kind": row.kind,
         "dims": row.dims,
         "max_tokens": row.max_tokens,
         "parameters_million": row.parameters_million,

@@ -11,6 +11,7 @@ import functools
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
+from typing import Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
@@ -46,6 +47,7 @@ class Hub:
 
 
 Source = Wheel | Hub
+Kind = Literal["dense", "reranker", "classifier", "sparse", "late_interaction"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +58,10 @@ class Model:
     """Name under which it is served."""
     licence: str
     dims: int
-    """Length of a full vector."""
+    """Length of a full vector: of a token's vector for late interaction, the size of the vocabulary
+    for a sparse model, 1 for a reranker."""
     max_tokens: int
-    """Longest text in tokens."""
+    """Longest text in tokens. 0 if the model takes images alone."""
     languages: tuple[str, ...]
     """ISO 639 codes, or `multilingual`."""
     use_case: str
@@ -66,6 +69,8 @@ class Model:
     """Weights in millions. A float32 file has four bytes for each."""
     sources: tuple[Source, ...]
     """Where its files come from, in order of preference."""
+    kind: Kind = "dense"
+    """What it gives for a text or a pair of texts."""
     tags: tuple[str, ...] = ()
     restricted: str = ""
     """What the licence forbids or requires. If set, the licence must be accepted by name before a
@@ -120,6 +125,7 @@ def filtered(
     max_parameters_million: int | None = None,
     licence: str | None = None,
     use_case: str | None = None,
+    kind: str | None = None,
 ) -> list[Model]:
     """Return the models that meet every criterion given.
 
@@ -133,6 +139,7 @@ def filtered(
         and (dims is None or model.dims == dims)
         and (max_parameters_million is None or model.parameters_million <= max_parameters_million)
         and (licence is None or model.licence.lower() == licence.lower())
+        and (kind is None or model.kind == kind)
         and (use_case is None or _mentions(model, use_case.lower()))
     ]
 

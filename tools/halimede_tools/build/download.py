@@ -20,6 +20,8 @@ HUB_FILES = (
     "*.safetensors",
     "pytorch_model*.bin",
     "*_linear.pt",
+    "*.jinja",
+    "artifact.metadata",
     "*.py",
 )
 """Files that are downloaded from a repository on the hub. Code in it runs only if it is trusted."""

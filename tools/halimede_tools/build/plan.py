@@ -126,6 +126,8 @@ def build_request(model: str, name: str | None = None, **fields: Unpack[Fields])
         chosen = name or source.name
         facts = ("prompts", "matryoshka", "layer_norm_before_cut")
         options = {fact: getattr(source, fact) for fact in facts} | options
+        if options.get("kind") is None and source.kind != spec.DENSE:
+            options["kind"] = source.kind
     if not chosen.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise InvalidInput(f"name is {chosen!r}; use letters, digits, '-', '_' and '.'.")
     if chosen.endswith(configs.CANDIDATE):
