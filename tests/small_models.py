@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as st
 from tokenizers import (
@@ -465,5 +466,45 @@ def topic_classifier(folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     names = ["arts", "sports", "science", 'the "rest"']
     config |= {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _static_table(width: int = 128) -> torch.Tensor:
+    torch.manual_seed(17)
+    return torch.randn(wordpiece().get_vocab_size(), width)
+
+
+def like_static(folder: Path) -> Path:
+    """A StaticEmbedding that sentence-transformers saved, as static-retrieval-mrl-en-v1."""
+    tokenizer = Tokenizer.from_str(wordpiece().to_str())
+    module = st.StaticEmbedding(tokenizer, embedding_weights=_static_table())
+    model = SentenceTransformer(modules=[module], device="cpu")
+    model.save(str(folder), create_model_card=False)
+    return folder
+
+
+def like_potion(folder: Path) -> Path:
+    """A potion model with sentence-transformers' files beside those of model2vec."""
+    module = st.StaticEmbedding(
+        Tokenizer.from_str(wordpiece().to_str()), embedding_weights=_static_table()
+    )
+    model = SentenceTransformer(modules=[module, st.Normalize()], device="cpu")
+    model.save(str(folder), create_model_card=False)
+    return folder
+
+
+def model2vec(folder: Path) -> Path:
+    """A plain model2vec folder whose vocabulary was clustered: weights, and a mapping of ids."""
+    folder.mkdir(parents=True)
+    table, count = _static_table(), wordpiece().get_vocab_size()
+    tensors = {
+        "embeddings": table[: count // 2].half(),
+        "weights": torch.rand(count),
+        "mapping": torch.randint(0, count // 2, (count,)),
+    }
+    save_file(tensors, folder / "model.safetensors")
+    wordpiece().save(str(folder / "tokenizer.json"))
+    config = {"model_type": "model2vec", "normalize": True, "hidden_dim": table.shape[1]}
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -55,6 +55,12 @@ PACKED = "packed"
 """Metadata key of a model.onnx that takes packed rows: several texts in one row, numbered by the
 attention mask."""
 
+STATIC = "static"
+"""Metadata key of a model.onnx without a transformer: see STATIC_TIMES."""
+STATIC_TIMES = 32
+"""A micro-batch of a static model has so many times more tokens: a token costs a fraction of what
+it costs in a transformer, and a run costs as much."""
+
 OPENVINO = "OpenVINOExecutionProvider"
 OPENVINO_PROPERTIES = {
     # OpenVINO pins the threads of every process to the same first cores: two instances of one
@@ -186,10 +192,11 @@ class Session:
         self._session = session
         self._on_run = on_run
         self._max_tokens = max_tokens
-        self._micro_batch_tokens = micro_batch_tokens
         self._lone_length = batching.tight_length if tight_padding else batching.padded_length
         """Padded length of a row that runs alone."""
-        self._packed = PACKED in session.get_modelmeta().custom_metadata_map
+        marks = session.get_modelmeta().custom_metadata_map
+        self._packed = PACKED in marks
+        self._micro_batch_tokens = micro_batch_tokens * (STATIC_TIMES if STATIC in marks else 1)
         self._takes_types = TOKEN_TYPES in [node.name for node in session.get_inputs()]
         self.heads = [node.name for node in session.get_outputs() if node.name != POOLED]
         """Names of the outputs with one row for each token."""

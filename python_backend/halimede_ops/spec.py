@@ -109,6 +109,8 @@ class ModelSpec:
     """One of KINDS."""
     labels: tuple[str, ...] = ()
     """Names of a classifier's labels, in the order of its scores."""
+    static: bool = False
+    """Whether the model has no transformer: a text's vector is the mean of its tokens' vectors."""
     token_types: bool = False
     """Whether the model's graph takes TOKEN_TYPES."""
 

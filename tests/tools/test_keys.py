@@ -40,6 +40,8 @@ USERS = {
     "tools/halimede_tools/build/kinds/recognise.py": {"export", "check"},
     "tools/halimede_tools/build/kinds/files.py": {"export", "check"},
     "tools/halimede_tools/build/kinds/activation.py": {"export", "check"},
+    "tools/halimede_tools/build/kinds/static.py": {"export", "int8", "check"},
+    "tools/halimede_tools/build/graph/lookup.py": {"export", "int8"},
     "tools/halimede_tools/build/kinds/scores.py": {"int8", "check"},
     "tools/halimede_tools/build/graph/scoring.py": {"export"},
     "tools/halimede_tools/build/graph/rewrite.py": {"export", "fp16", "int8"},

@@ -20,7 +20,7 @@ from halimede_ops import vectors
 from halimede_ops.spec import ModelSpec
 from halimede_tools.build import describe, towers
 from halimede_tools.build.describe import ModelOptions
-from halimede_tools.build.kinds import activation, scores
+from halimede_tools.build.kinds import activation, scores, static
 from halimede_tools.build.kinds.recognise import recognise
 from halimede_tools.build.samples.sts import spearman
 from halimede_tools.build.towers import TEXTS, TOWERS, Bar, Engine, Tower
@@ -94,6 +94,8 @@ def arithmetics(precision: str) -> list[str]:
 def reference(source: Path, texts: Sequence[str], options: ModelOptions) -> np.ndarray:
     """sentence-transformers' embeddings of the texts: `[len(texts), dims]` float32."""
     model = describe.load(source, options)
+    if static.is_static(source):
+        return np.asarray(static.reference(model, list(texts)))
     return np.asarray(model.encode(list(texts), batch_size=32, show_progress_bar=False))
 
 
@@ -202,6 +204,8 @@ def cosines_to(embeddings: np.ndarray, expected: np.ndarray) -> np.ndarray:
     finite = np.isfinite(embeddings).all(axis=1) & np.isfinite(expected).all(axis=1)
     cosines = np.full(len(embeddings), -1, np.float32)
     cosines[finite] = vectors.cosine(embeddings[finite], expected[finite])
+    # A text without tokens has zeros in both.
+    cosines[~embeddings.any(axis=1) & ~expected.any(axis=1)] = 1
     return cosines
 
 

@@ -31,12 +31,13 @@ from halimede_ops.spec import (
 )
 from halimede_repository.checksums import sha256
 from halimede_tools.build.keys import key_of
-from halimede_tools.build.kinds import activation
+from halimede_tools.build.kinds import activation, static
 from halimede_tools.build.kinds.files import read_json
 from halimede_tools.build.kinds.recognise import recognise
 
 KNOWN_MODULES = (
-    "Transformer", "CLIPModel", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout",
+    "Transformer", "StaticEmbedding", "CLIPModel", "Pooling", "Dense", "LayerNorm", "Normalize",
+    "Dropout",
 )  # fmt: skip
 OWN_MODULES = "sentence_transformers."
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -81,6 +82,11 @@ def load(folder: Path, options: ModelOptions) -> Any:
     """
     check_modules(folder, options.name)
     check_trusted(folder, options)
+    if static.is_static(folder):
+        with quiet():
+            model = static.load(folder, options.name)
+        _check_limit(options, static.MAX_TOKENS)
+        return model
     kind = recognise(folder, options.name, options.kind)
     backend = "torch" if weights(folder) else "onnx"
     try:
@@ -115,6 +121,8 @@ def library(kind: str) -> Any:
 
 def describe(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
     """The ModelSpec of a loaded model."""
+    if static.is_static(folder):
+        return _describe_static(model, folder, options)
     own = {name: prompt for name, prompt in model.prompts.items() if prompt}
     prompts = input_types(own or options.prompts, model.default_prompt_name)
     modules = list(model)
@@ -143,6 +151,26 @@ def describe(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
         length_buckets=length_buckets(fields["max_tokens"]),
         **fields,
         **scores,
+    )
+
+
+def _describe_static(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
+    own = {name: prompt for name, prompt in model.prompts.items() if prompt}
+    fields: dict[str, Any] = {
+        "dims": int(model.get_embedding_dimension()),
+        "max_tokens": options.max_tokens or static.MAX_TOKENS,
+        "normalised": type(list(model)[-1]).__name__ == "Normalize",
+        "prompts": input_types(own or options.prompts, model.default_prompt_name),
+        "default_input_type": model.default_prompt_name,
+        "layer_norm_before_cut": options.layer_norm_before_cut,
+        "static": True,
+    }
+    return ModelSpec(
+        name=options.name,
+        space=_space(model, folder, fields, None),
+        matryoshka=options.matryoshka,
+        length_buckets=length_buckets(fields["max_tokens"]),
+        **fields,
     )
 
 
@@ -384,13 +412,16 @@ def _model_options(folder: Path, backend: str) -> dict[str, Any]:
 
 def _max_tokens(model: Any, options: ModelOptions) -> int:
     own = min(int(model.max_seq_length or MAX_TOKENS), position_limit(model))
-    if options.max_tokens is None:
-        return min(own, MAX_TOKENS)
-    if not 1 <= options.max_tokens <= own:
+    _check_limit(options, own)
+    return options.max_tokens or min(own, MAX_TOKENS)
+
+
+def _check_limit(options: ModelOptions, own: int) -> None:
+    """Raise unless the user's token limit is within the model's own."""
+    if options.max_tokens is not None and not 1 <= options.max_tokens <= own:
         raise InvalidModel(
             f"max_tokens is {options.max_tokens}; {options.name} takes 1 to {own} tokens."
         )
-    return options.max_tokens
 
 
 def position_limit(model: Any) -> int:
@@ -440,16 +471,18 @@ def _tokenizer_digest(model: Any, folder: Path) -> str:
     files = sorted(folder.rglob(text.FILE_NAME))
     if files:
         return sha256(files[0])
-    return hashlib.sha256(tokenizer_json(model).encode()).hexdigest()
+    return hashlib.sha256(tokenizer_json(model, model.max_seq_length).encode()).hexdigest()
 
 
-def tokenizer_json(model: Any) -> str:
+def tokenizer_json(model: Any, max_tokens: int) -> str:
     """The text of tokenizer.json, with the model's token limit and side of truncation."""
     from tokenizers import Tokenizer
 
+    if isinstance(model.tokenizer, Tokenizer):  # a static model's
+        return static.tokenizer_json(model, max_tokens)
     tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_padding()
-    tokenizer.enable_truncation(model.max_seq_length, direction=model.tokenizer.truncation_side)
+    tokenizer.enable_truncation(max_tokens, direction=model.tokenizer.truncation_side)
     return str(tokenizer.to_str(pretty=True))
 
 

@@ -32,21 +32,23 @@ def export(source: Path, options: ModelOptions, folder: Path) -> None:
         UntrustedCode: it carries code that `options` does not trust.
         BuildError: the model could not be exported.
     """
-    from halimede_tools.build.graph import tracing
+    from halimede_tools.build.graph import lookup, tracing
 
     model = describe.load(source, options)
     facts = describe.describe(model, source, options)
     tracing.add_heads(model, source, facts)
     outputs = output_widths(facts)
     with _optimised(facts, outputs, folder) as path:
-        if facts.takes_pairs:
+        if facts.static:
+            lookup.trace(model, path)
+        elif facts.takes_pairs:
             activated = activation.activation(model, source, facts.kind)
             tracing.trace_scores(model, activated, facts, path)
         elif describe.weights(source):
             tracing.trace(model, list(outputs), path)
         else:
             _from_onnx(model, describe.onnx_file(source), list(outputs), path)
-    (folder / text.FILE_NAME).write_text(describe.tokenizer_json(model), "utf-8")
+    (folder / text.FILE_NAME).write_text(describe.tokenizer_json(model, facts.max_tokens), "utf-8")
     (folder / spec.FILE_NAME).write_text(facts.to_json(), "utf-8")
 
 

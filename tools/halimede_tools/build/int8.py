@@ -40,6 +40,11 @@ def quantise(
     """Build step: write the INT8 model.onnx of an exported one, and a record of the attempts."""
     tower = TOWERS[inputs]
     fp32, int8 = exported / session.FILE_NAME, folder / session.FILE_NAME
+    if spec.static:
+        from halimede_tools.build.graph import lookup
+
+        lookup.to_int8(fp32, int8)
+        return
     judged = tower.check_inputs()[tower.odd_inputs :: 3]
     attempts = to_int8(fp32, tower, spec, calibration, judged, int8)
     (folder / "quantised.json").write_text(json.dumps(attempts, indent=2))

@@ -99,8 +99,13 @@ class Pool(torch.nn.Module):
         super().__init__()
         self.mode = mode
 
-    def forward(self, hidden: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[rows, tokens, width]`, the mask → `[rows * places of a row, width]`."""
+    def forward(
+        self, hidden: torch.Tensor, texts: torch.Tensor, counts: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states `[rows, tokens, width]`, the mask → `[rows * places of a row, width]`.
+
+        `counts` `[rows, tokens]` has 0 for tokens that are in no mean.
+        """
         # Few different numbers (1, 9, 17, …): engines compile and keep kernels for each.
         most: Any = (texts.max() + STEP - 2) // STEP * STEP + 1
         numbers = 1 + torch.arange(most)
@@ -109,6 +114,8 @@ class Pool(torch.nn.Module):
             first = own.int().argmax(dim=-1, keepdim=True).expand(-1, -1, hidden.shape[-1])
             return hidden.gather(1, first).flatten(0, 1)
         weights = own.to(hidden.dtype)
+        if counts is not None:
+            weights = weights * counts[:, None, :]
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-9)
         return (weights @ hidden).flatten(0, 1)
 

@@ -13,7 +13,7 @@ from onnx import compose, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, set_external_data, uses_external_data
 
 from halimede_engine import cores
-from halimede_engine.session import PACKED, data_of
+from halimede_engine.session import data_of
 from halimede_ops.errors import InvalidModel
 from halimede_ops.spec import POOLED, TOKEN_EMBEDDINGS
 
@@ -122,7 +122,7 @@ def dequantise_what_is_looked_up(model: onnx.ModelProto) -> None:
         values, scale, zero = (numpy_helper.to_array(constants[name]) for name in table.input)
         by_row = scale.ndim == 0 or (scale.ndim == 1 and _axis(table, 1) == 0)
         if by_row and not zero.any():
-            _look_up_quantised(graph, lookup, table.input[0], np.broadcast_to(scale, len(values)))
+            look_up_quantised(graph, lookup, table.input[0], np.broadcast_to(scale, len(values)))
     _drop_unused(model, "DequantizeLinear")
 
 
@@ -144,7 +144,7 @@ def _axis(node: onnx.NodeProto, default: int) -> int:
     return next((entry.i for entry in node.attribute if entry.name == "axis"), default)
 
 
-def _look_up_quantised(graph: Any, lookup: Any, table: str, scale: np.ndarray) -> None:
+def look_up_quantised(graph: Any, lookup: Any, table: str, scale: np.ndarray) -> None:
     """Replace a Gather by a lookup of int8 rows times a lookup of the rows' scales."""
     ids, name = lookup.input[1], lookup.output[0]
     scales = np.ascontiguousarray(scale.reshape(-1, 1), np.float32)
@@ -257,8 +257,8 @@ def _make_zeros(model: onnx.ModelProto, name: str) -> None:
     graph.node.insert(0, helper.make_node("Shape", ["input_ids"], [f"{name}/shape"]))
 
 
-def mark_packed(path: Path) -> None:
-    """Note in the model's metadata that its rows may have several texts."""
+def mark(path: Path, *keys: str) -> None:
+    """Note in the model's metadata what its rows may be: PACKED, STATIC."""
     model = onnx.load(path, load_external_data=False)
-    helper.set_model_props(model, dict.fromkeys((PACKED,), "true"))
+    helper.set_model_props(model, dict.fromkeys(keys, "true"))
     onnx.save(model, path)

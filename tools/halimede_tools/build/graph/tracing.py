@@ -12,6 +12,7 @@ from optimum.exporters.onnx import export as optimum_export
 from optimum.exporters.onnx.model_configs import SentenceTransformersTransformerOnnxConfig
 from optimum.exporters.onnx.model_patcher import ModelPatcher
 
+from halimede_engine.session import PACKED
 from halimede_ops import spec
 from halimede_ops.spec import PIXELS, POOLED, TOKEN_TYPES, ImageSpec, ModelSpec
 from halimede_tools.build import describe
@@ -31,7 +32,7 @@ def trace(model: Any, outputs: list[str], path: Path) -> None:
     packed = packing.packed(model)
     _export(model if packed is None else packed, config, list(TOKEN_INPUTS), outputs, path)
     if packed is not None:
-        rewrite.mark_packed(path)
+        rewrite.mark(path, PACKED)
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def trace_scores(model: Any, activation: torch.nn.Module, facts: ModelSpec, path
     inputs = [*TOKEN_INPUTS, *([TOKEN_TYPES] if facts.token_types else [])]
     _export(module, model[0].auto_model.config, inputs, [POOLED], path)
     if isinstance(module, scoring.PackedScores):
-        rewrite.mark_packed(path)
+        rewrite.mark(path, PACKED)
 
 
 def _export(
