@@ -44,6 +44,7 @@ USERS = {
     "tools/halimede_tools/build/graph/lookup.py": {"export", "int8"},
     "tools/halimede_tools/build/kinds/scores.py": {"int8", "check"},
     "tools/halimede_tools/build/graph/scoring.py": {"export"},
+    "tools/halimede_tools/build/checks/weights.py": {"export"},
     "tools/halimede_tools/build/graph/rewrite.py": {"export", "fp16", "int8"},
     "tools/halimede_tools/build/graph/packing.py": {"export"},
     "tools/halimede_tools/build/graph/tracing.py": {"export"},

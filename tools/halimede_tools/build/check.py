@@ -160,7 +160,7 @@ def check(
     missed bars.
     """
     bar = tower.bars[precision]
-    together = engine.embed(inputs)
+    together = embedded(engine, inputs)
     if isinstance(bar, scores.ScoreBar):
         figures = scores.agreement(together, expected, inputs)
     else:
@@ -195,6 +195,14 @@ def _cosines(
         "min_cosine": float(cosines.min()),
         "by_length": [_rounded(found._asdict()) for found in classes],
     }
+
+
+def embedded(engine: Engine, inputs: Sequence[Any]) -> np.ndarray:
+    """As `engine.embed`, but rows that are not finite are returned as they are."""
+    pooled = engine.session.run(engine.rows(inputs))
+    finite = np.isfinite(pooled).all(axis=1)
+    pooled[finite] = vectors.embed(pooled[finite], engine.spec)
+    return pooled
 
 
 def cosines_to(embeddings: np.ndarray, expected: np.ndarray) -> np.ndarray:

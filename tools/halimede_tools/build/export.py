@@ -15,9 +15,10 @@ from typing import Any
 
 from halimede_engine import session
 from halimede_ops import spec, text
-from halimede_ops.errors import BuildError
+from halimede_ops.errors import BuildError, InvalidModel
 from halimede_ops.spec import POOLED, ModelSpec
 from halimede_tools.build import describe
+from halimede_tools.build.checks import weights
 from halimede_tools.build.describe import ModelOptions
 from halimede_tools.build.graph import rewrite
 from halimede_tools.build.kinds import activation
@@ -28,7 +29,7 @@ def export(source: Path, options: ModelOptions, folder: Path) -> None:
     `spec.json`.
 
     Raises:
-        InvalidModel: the folder is not a model that is supported.
+        InvalidModel: the folder is not a model that is supported, or a weight is not finite.
         UntrustedCode: it carries code that `options` does not trust.
         BuildError: the model could not be exported.
     """
@@ -37,6 +38,7 @@ def export(source: Path, options: ModelOptions, folder: Path) -> None:
     model = describe.load(source, options)
     facts = describe.describe(model, source, options)
     tracing.add_heads(model, source, facts)
+    weights.check_model(model, options.name)
     outputs = output_widths(facts)
     with _optimised(facts, outputs, folder) as path:
         if facts.static:
@@ -47,7 +49,7 @@ def export(source: Path, options: ModelOptions, folder: Path) -> None:
         elif describe.weights(source):
             tracing.trace(model, list(outputs), path)
         else:
-            _from_onnx(model, describe.onnx_file(source), list(outputs), path)
+            _from_onnx(model, facts.name, describe.onnx_file(source), list(outputs), path)
     (folder / text.FILE_NAME).write_text(describe.tokenizer_json(model, facts.max_tokens), "utf-8")
     (folder / spec.FILE_NAME).write_text(facts.to_json(), "utf-8")
 
@@ -76,7 +78,7 @@ def _optimised(facts: ModelSpec, outputs: Mapping[str, int], folder: Path) -> It
         try:
             with describe.quiet():
                 yield path
-        except OSError:
+        except (OSError, InvalidModel):
             raise
         except Exception as error:  # torch, optimum and onnx each raise their own
             raise BuildError(
@@ -91,11 +93,12 @@ def output_widths(facts: ModelSpec) -> dict[str, int]:
     return {POOLED: facts.dims, **facts.heads}
 
 
-def _from_onnx(model: Any, ready: Path, outputs: list[str], path: Path) -> None:
+def _from_onnx(model: Any, name: str, ready: Path, outputs: list[str], path: Path) -> None:
     """Put the modules after the transformer behind a ready-made graph of it."""
     from halimede_tools.build.graph import tracing
 
     body = rewrite.load_body(ready)
+    weights.check_graph(body, name)
     missing = [name for name in outputs if name not in rewrite.output_names(body)]
     if missing:
         tail = path.with_name("tail.onnx")

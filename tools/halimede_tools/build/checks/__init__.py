@@ -1,0 +1,1 @@
+"""Checks of what a build is given and of what it makes."""
