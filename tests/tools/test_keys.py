@@ -44,6 +44,7 @@ USERS = {
     "tools/halimede_tools/build/graph/lookup.py": {"export", "int8"},
     "tools/halimede_tools/build/kinds/scores.py": {"int8", "check"},
     "tools/halimede_tools/build/graph/scoring.py": {"export"},
+    "tools/halimede_tools/build/checks/long_texts.py": {"check"},
     "tools/halimede_tools/build/checks/weights.py": {"export"},
     "tools/halimede_tools/build/graph/rewrite.py": {"export", "fp16", "int8"},
     "tools/halimede_tools/build/graph/packing.py": {"export"},
@@ -184,10 +185,10 @@ def step_keys(
 @pytest.mark.parametrize(
     ("fields", "changed"),
     [
-        ({"max_tokens": 128}, {"fp32", "reference"}),
-        ({"token_embeddings": True}, {"fp32", "reference"}),
-        ({"trust_remote_code": True}, {"fp32", "reference"}),
-        ({"prompts": {"query": "find: "}}, {"fp32", "reference"}),
+        ({"max_tokens": 128}, {"fp32", "reference", "long-reference"}),
+        ({"token_embeddings": True}, {"fp32", "reference", "long-reference"}),
+        ({"trust_remote_code": True}, {"fp32", "reference", "long-reference"}),
+        ({"prompts": {"query": "find: "}}, {"fp32", "reference", "long-reference"}),
         ({"calibration": ROOT / "README.md"}, {"int8"}),
         ({"sts": ROOT / "README.md"}, {"checked-fp32", "checked-fp16", "checked-int8"}),
         ({"accepted": ("int8",), "device": "cuda", "precisions": ("int8", "fp16", "fp32")}, set()),
@@ -199,7 +200,7 @@ def test_an_option_changes_the_keys_of_the_steps_that_take_it(
     before = step_keys(plan.build_request(MODEL), settings, monkeypatch)
     after = step_keys(plan.build_request(MODEL, **fields), settings, monkeypatch)
     assert before.keys() == after.keys() == {
-        "fp32", "fp16", "int8", "reference", "checked-fp32", "checked-fp16", "checked-int8"
+        "fp32", "fp16", "int8", "reference", "long-reference", "checked-fp32", "checked-fp16", "checked-int8"
     }  # fmt: skip
     assert {step for step in before if before[step] != after[step]} == changed
 

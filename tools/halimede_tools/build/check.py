@@ -19,6 +19,8 @@ from halimede_engine.session import file_bytes
 from halimede_ops import vectors
 from halimede_ops.spec import ModelSpec
 from halimede_tools.build import describe, towers
+from halimede_tools.build.checks import long_texts
+from halimede_tools.build.checks.long_texts import LongText
 from halimede_tools.build.describe import ModelOptions
 from halimede_tools.build.kinds import activation, scores, static
 from halimede_tools.build.kinds.recognise import recognise
@@ -29,6 +31,8 @@ TOOLS = ("torch", "sentence-transformers", "optimum-onnx", "onnx", "onnxruntime-
 """Distributions whose versions a quality record names."""
 REFERENCE_FILE = "reference.npy"
 RECORD_FILE = "quality.json"
+LONG_FILE = "long.json"
+"""The long texts that a model is checked on, and the numbers of tokens that its config names."""
 
 
 def tool_versions() -> dict[str, str]:
@@ -42,6 +46,30 @@ def write_reference(source: Path, options: ModelOptions, inputs: str, folder: Pa
     np.save(folder / REFERENCE_FILE, embed(source, TOWERS[inputs].check_inputs(), options))
 
 
+def write_long_reference(
+    source: Path, options: ModelOptions, inputs: str, memory_bytes: int, folder: Path
+) -> None:
+    """Build step: long texts, and what the model in `source` gives for each alone.
+
+    `memory_bytes` is the memory for attention scores: longer texts are not checked.
+    """
+    model = describe.load(source, options)
+    config = model[0].auto_model.config.to_dict()
+    named = long_texts.thresholds(config)
+    limit = long_texts.longest(config, memory_bytes)
+    prompt = model.prompts.get(model.default_prompt_name or "", "")
+
+    def tokens(text: str) -> int:
+        return len(model.tokenizer(prompt + text, verbose=False)["input_ids"])
+
+    texts = long_texts.texts(long_texts.lengths(model.max_seq_length, sorted(named), limit), tokens)
+    with describe.quiet():
+        expected = REFERENCES[inputs](source, texts, options, 1)
+    np.save(folder / REFERENCE_FILE, expected)
+    written = {"texts": texts, "thresholds": {key: number for number, key in named.items()}}
+    (folder / LONG_FILE).write_text(json.dumps(written, indent=2))
+
+
 def write_record(
     precision: str,
     inputs: str,
@@ -49,6 +77,7 @@ def write_record(
     exported: Path,
     quantised: Path,
     expected: Path,
+    long: Path | None,
     sts: Path | None,
     tools: Mapping[str, str],
     folder: Path,
@@ -56,7 +85,8 @@ def write_record(
     """Build step: the quality record of one precision of a tower.
 
     `exported` is the folder of FP32, `quantised` that of the precision, `expected` that of the
-    reference; `sts` is a file to score texts on; `tools` are the versions that the record names.
+    reference, `long` that of the reference of long texts; `sts` is a file to score texts on;
+    `tools` are the versions that the record names.
     """
     tower = TOWERS[inputs]
     model, fp32 = quantised / session.FILE_NAME, exported / session.FILE_NAME
@@ -67,6 +97,8 @@ def write_record(
         record = check(
             precision, model, fp32, engine, tower, tower.check_inputs(), references, tools
         )
+        if long is not None:
+            add_long_texts(record, engine, long, tower.bars[precision])
         record["arithmetic"] = computed_in
         if not record["missed"]:
             break
@@ -91,12 +123,14 @@ def arithmetics(precision: str) -> list[str]:
     return [arithmetic.BF16, arithmetic.F32] if is_fast else [arithmetic.F32]
 
 
-def reference(source: Path, texts: Sequence[str], options: ModelOptions) -> np.ndarray:
+def reference(
+    source: Path, texts: Sequence[str], options: ModelOptions, batch_size: int = 32
+) -> np.ndarray:
     """sentence-transformers' embeddings of the texts: `[len(texts), dims]` float32."""
     model = describe.load(source, options)
     if static.is_static(source):
         return np.asarray(static.reference(model, list(texts)))
-    return np.asarray(model.encode(list(texts), batch_size=32, show_progress_bar=False))
+    return np.asarray(model.encode(list(texts), batch_size=batch_size, show_progress_bar=False))
 
 
 def image_reference(source: Path, files: Sequence[bytes], options: ModelOptions) -> np.ndarray:
@@ -116,7 +150,9 @@ def image_reference(source: Path, files: Sequence[bytes], options: ModelOptions)
     return vectors.normalise(np.concatenate(features))
 
 
-def score_reference(source: Path, inputs: Sequence[Any], options: ModelOptions) -> np.ndarray:
+def score_reference(
+    source: Path, inputs: Sequence[Any], options: ModelOptions, batch_size: int = 32
+) -> np.ndarray:
     """CrossEncoder's scores of texts, pairs, or both: `[len(inputs), labels]` float32."""
     import torch
 
@@ -127,9 +163,9 @@ def score_reference(source: Path, inputs: Sequence[Any], options: ModelOptions) 
     scores: dict[int, np.ndarray] = {}
     for form in (str, tuple):
         rows = [row for row, item in enumerate(inputs) if isinstance(item, form)]
-        rows.sort(key=lambda row: len(str(inputs[row])))
-        for start in range(0, len(rows), 32):
-            batch = rows[start : start + 32]
+        rows.sort(key=lambda row: len(str(inputs[row])), reverse=True)
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
             # Not `predict`, which takes a list of texts for one pair.
             features = model.preprocess([inputs[row] for row in batch], prompt=prompt)
             with torch.no_grad():
@@ -137,7 +173,7 @@ def score_reference(source: Path, inputs: Sequence[Any], options: ModelOptions) 
     return np.stack([scores[row] for row in range(len(inputs))]).astype(np.float32)
 
 
-REFERENCES: Mapping[str, Callable[[Path, Sequence[Any], ModelOptions], np.ndarray]] = {
+REFERENCES: Mapping[str, Callable[..., np.ndarray]] = {
     towers.TEXTS.inputs: reference,
     towers.IMAGES.inputs: image_reference,
     towers.PAIRS.inputs: score_reference,
@@ -197,6 +233,32 @@ def _cosines(
     }
 
 
+def add_long_texts(
+    record: dict[str, Any], engine: Engine, reference: Path, bar: Bar | scores.ScoreBar
+) -> None:
+    """Measure long texts, each alone, and add to a record how far they agree with the reference,
+    the tokens of the longest, and what they miss of the bar.
+    """
+    written = json.loads((reference / LONG_FILE).read_text())
+    named = {number: key for key, number in written["thresholds"].items()}
+    rows, expected = engine.rows(written["texts"]), np.load(reference / REFERENCE_FILE)
+    pooled = np.concatenate([engine.session.run_together([row]) for row in rows])
+    if isinstance(bar, scores.ScoreBar):
+        agreements, least = 1 - np.abs(pooled - expected).max(axis=1), 1 - bar.max_difference
+    else:
+        agreements, least = cosines_to(pooled, expected), bar.p1_cosine
+    found = [
+        LongText(row.length, round(float(agreement), 6))
+        for row, agreement in zip(rows, agreements, strict=True)
+    ]
+    record["long_texts"] = [text._asdict() for text in found]
+    record["checked_tokens"] = max(text.tokens for text in found)
+    below = long_texts.missed(found, named, least)
+    if below:
+        record["missed"] += below
+        record["right_up_to"] = long_texts.right_up_to(found, least)
+
+
 def embedded(engine: Engine, inputs: Sequence[Any]) -> np.ndarray:
     """As `engine.embed`, but rows that are not finite are returned as they are."""
     pooled = engine.session.run(engine.rows(inputs))
@@ -207,7 +269,7 @@ def embedded(engine: Engine, inputs: Sequence[Any]) -> np.ndarray:
 
 def cosines_to(embeddings: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """The cosine of each row to the same row of `expected`, `[rows]` float32; -1, below every bar,
-    where one of them is not finite.
+    where one of them is not finite. Two zero vectors are equal: their cosine is 1.
     """
     finite = np.isfinite(embeddings).all(axis=1) & np.isfinite(expected).all(axis=1)
     cosines = np.full(len(embeddings), -1, np.float32)

@@ -46,6 +46,9 @@ IMAGE_STEP = "image-"
 """In front of a vision tower's steps' folders."""
 BY_KIND = {RERANKER: towers.PAIRS, CLASSIFIER: towers.LABELLED}
 """The tower that texts enter, by the kind of model; TEXTS for others."""
+SHARE_FOR_LONG_TEXTS = 2
+"""The attention scores of the longest text that is checked take at most one part in this many of
+the memory limit."""
 Published = Callable[[list[str]], None]
 """Hears the names of the ensembles that have just been written."""
 
@@ -103,6 +106,8 @@ class TowerProgress:
     """The folder of its FP32 step."""
     expected: Path
     """The folder of the vectors that every precision is compared to."""
+    long: Path | None
+    """The folder of the same for long texts; None for a tower of images."""
     calibration: list[Any]
     """Inputs to take INT8's ranges from."""
     built: Built
@@ -227,7 +232,8 @@ def stages(request: BuildRequest, folder: Path, settings: Settings) -> Iterator[
     """
     source = _source(request, folder)
     describe.check_memory(source, request.name, settings.memory_limit_bytes)
-    parts = _exported_towers(request, source, folder)
+    memory_bytes = settings.memory_limit_bytes // SHARE_FOR_LONG_TEXTS
+    parts = _exported_towers(request, source, folder, memory_bytes)
     for precision in request.precisions:
         parts = [_with_precision(part, precision, request) for part in parts]
         if precision == request.precisions[-1]:
@@ -235,7 +241,9 @@ def stages(request: BuildRequest, folder: Path, settings: Settings) -> Iterator[
         yield _linked([part.built for part in parts])
 
 
-def _exported_towers(request: BuildRequest, source: Path, folder: Path) -> list[TowerProgress]:
+def _exported_towers(
+    request: BuildRequest, source: Path, folder: Path, memory_bytes: int
+) -> list[TowerProgress]:
     """The model's towers, exported; no precision of them is built yet."""
     exported = run_step(
         folder / "fp32",
@@ -247,33 +255,47 @@ def _exported_towers(request: BuildRequest, source: Path, folder: Path) -> list[
     texts = Built(facts, exported / text.FILE_NAME)
     if facts.image is None:
         tower = BY_KIND.get(facts.kind, towers.TEXTS)
-        return [_tower(request, source, tower, exported, texts)]
+        return [_tower(request, source, tower, exported, texts, memory_bytes)]
     vision = run_step(
         folder / f"{IMAGE_STEP}fp32",
         f"export to ONNX, optimise ({IMAGE_STEP}fp32)",
         partial(export.export_images, source, request.options),
     )
     return [
-        _tower(request, source, towers.TEXTS, exported, texts),
-        _tower(request, source, towers.IMAGES, vision, Built(facts)),
+        _tower(request, source, towers.TEXTS, exported, texts, memory_bytes),
+        _tower(request, source, towers.IMAGES, vision, Built(facts), memory_bytes),
     ]
 
 
 def _tower(
-    request: BuildRequest, source: Path, tower: towers.Tower, exported: Path, built: Built
+    request: BuildRequest,
+    source: Path,
+    tower: towers.Tower,
+    exported: Path,
+    built: Built,
+    memory_bytes: int,
 ) -> TowerProgress:
     expected = run_step(
         _sibling(exported, "reference"),
         f"embed {tower.inputs} with the model itself",
         partial(check.write_reference, source, request.options, tower.inputs),
     )
+    long = None
+    if tower is not towers.IMAGES:
+        long = run_step(
+            _sibling(exported, "long-reference"),
+            f"embed long {tower.inputs} with the model itself",
+            partial(
+                check.write_long_reference, source, request.options, tower.inputs, memory_bytes
+            ),
+        )
     calibration: list[Any] = []
     options = {}
     if "int8" in request.precisions:
         calibration, digests = _calibration(request, tower)
         options["int8"] = key_of(*digests)
     built = dataclasses.replace(built, device=request.device, options=options)
-    return TowerProgress(tower, exported, expected, calibration, built)
+    return TowerProgress(tower, exported, expected, long, calibration, built)
 
 
 def _calibration(request: BuildRequest, tower: towers.Tower) -> tuple[list[Any], list[str]]:
@@ -334,12 +356,20 @@ def _checked(
             part.exported,
             quantised,
             part.expected,
+            part.long,
             request.sts,
             check.tool_versions(),
         ),
     )
     record: dict[str, Any] = json.loads((checked / check.RECORD_FILE).read_text())
     console.print(f"    {_summary(record)}")
+    checked_tokens, max_tokens = record.get("checked_tokens"), part.built.spec.max_tokens
+    if checked_tokens and checked_tokens < max_tokens and precision == request.precisions[0]:
+        console.print(
+            f"  [yellow]! checked up to {checked_tokens} of {max_tokens} tokens: longer texts need "
+            "more than the memory limit. Raise HALIMEDE_MEMORY_LIMIT_GIB, or lower --max-tokens."
+            "[/]"
+        )
     return record
 
 
@@ -383,10 +413,10 @@ def _is_published(name: str, record: Mapping[str, Any], request: BuildRequest) -
     precision, missed = record["precision"], "; ".join(record["missed"])
     if not missed or precision in request.accepted:
         return True
-    line = (
-        f"{name} in {precision} is not published: {missed}. "
-        f"Publish it all the same with --accept {precision}."
-    )
+    right_up_to = record.get("right_up_to", 0)
+    shorter = f"build it with --max-tokens {right_up_to}, or " if right_up_to else ""
+    advice = f"{shorter}publish it all the same with --accept {precision}."
+    line = f"{name} in {precision} is not published: {missed}. {advice[0].upper()}{advice[1:]}"
     if precision == "fp32":
         raise QualityError(line)
     console.print(f"  [yellow]! {line}[/]")
