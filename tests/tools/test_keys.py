@@ -24,10 +24,10 @@ USERS = {
     "python_backend/halimede_engine/scheduler.py": set(),
     "python_backend/halimede_engine/graph.py": set(),
     "python_backend/halimede_engine/requests.py": set(),
-    "python_backend/halimede_ops/cuts.py": {"export", "int8", "check"},
+    "python_backend/halimede_ops/cuts.py": ALL,
     "python_backend/halimede_ops/spec.py": ALL,
-    "python_backend/halimede_ops/text.py": {"export", "int8", "check"},
-    "python_backend/halimede_ops/image.py": {"int8", "check"},
+    "python_backend/halimede_ops/text.py": ALL,
+    "python_backend/halimede_ops/image.py": {"fp16", "int8", "check"},
     "python_backend/halimede_ops/vectors.py": ALL,
     "python_backend/halimede_ops/quantise.py": set(),
     "python_backend/pooler/model.py": set(),
@@ -35,27 +35,28 @@ USERS = {
     "tools/halimede_tools/build/fp16.py": {"fp16"},
     "tools/halimede_tools/build/int8.py": {"int8"},
     "tools/halimede_tools/build/check.py": {"check"},
-    "tools/halimede_tools/build/towers.py": {"int8", "check"},
+    "tools/halimede_tools/build/towers.py": {"fp16", "int8", "check"},
     "tools/halimede_tools/build/describe.py": {"export", "check"},
     "tools/halimede_tools/build/kinds/recognise.py": {"export", "check"},
     "tools/halimede_tools/build/kinds/files.py": {"export", "check"},
     "tools/halimede_tools/build/kinds/activation.py": {"export", "check"},
     "tools/halimede_tools/build/kinds/static.py": {"export", "int8", "check"},
     "tools/halimede_tools/build/graph/lookup.py": {"export", "int8"},
-    "tools/halimede_tools/build/kinds/scores.py": {"int8", "check"},
+    "tools/halimede_tools/build/kinds/scores.py": {"fp16", "int8", "check"},
     "tools/halimede_tools/build/graph/scoring.py": {"export"},
     "tools/halimede_tools/build/checks/long_texts.py": {"check"},
     "tools/halimede_tools/build/checks/weights.py": {"export"},
     "tools/halimede_tools/build/graph/rewrite.py": {"export", "fp16", "int8"},
+    "tools/halimede_tools/build/graph/overflow.py": {"fp16"},
     "tools/halimede_tools/build/graph/packing.py": {"export"},
     "tools/halimede_tools/build/graph/tracing.py": {"export"},
     "tools/halimede_tools/build/graph/activations.py": {"int8"},
     "tools/halimede_tools/build/graph/outliers.py": {"int8"},
     "tools/halimede_tools/build/graph/smoothing.py": {"int8"},
-    "tools/halimede_tools/build/samples/corpus.py": {"int8", "check"},
-    "tools/halimede_tools/build/samples/data/sentences.txt": {"int8", "check"},
-    "tools/halimede_tools/build/samples/data/short.txt": {"int8", "check"},
-    "tools/halimede_tools/build/samples/pictures.py": {"int8", "check"},
+    "tools/halimede_tools/build/samples/corpus.py": {"fp16", "int8", "check"},
+    "tools/halimede_tools/build/samples/data/sentences.txt": {"fp16", "int8", "check"},
+    "tools/halimede_tools/build/samples/data/short.txt": {"fp16", "int8", "check"},
+    "tools/halimede_tools/build/samples/pictures.py": {"fp16", "int8", "check"},
     "tools/halimede_tools/build/samples/sts.py": {"check"},
     "tools/halimede_tools/build/plan.py": set(),
     "tools/halimede_tools/build/steps.py": set(),
@@ -77,10 +78,10 @@ PACKAGES = {
     "optimum": {"export"},
     "onnx": {"export", "fp16", "int8"},
     "nncf": {"int8"},
-    "tokenizers": {"export", "int8", "check"},
+    "tokenizers": ALL,
     "onnxruntime": ALL,
     "numpy": ALL,
-    "PIL": {"int8", "check"},
+    "PIL": {"fp16", "int8", "check"},
     "rich": set(),
     "tritonclient": set(),
 }
@@ -131,7 +132,11 @@ def test_data_files_count_by_name_and_content(checkout: Path) -> None:
     """A data file more beside a module that reads some is a change."""
     before = {step: key(step, checkout) for step in STEPS}
     (checkout / "tools/halimede_tools/build/samples/data/more.txt").write_text("more")
-    assert {step for step in STEPS if key(step, checkout) != before[step]} == {"int8", "check"}
+    assert {step for step in STEPS if key(step, checkout) != before[step]} == {
+        "fp16",
+        "int8",
+        "check",
+    }
 
 
 def test_another_version_of_a_package_changes_the_keys_of_the_steps_that_import_it(
@@ -209,7 +214,7 @@ def test_a_file_counts_by_its_content(tmp_path: Path) -> None:
     """Its path does not: a moved store keeps its steps."""
 
     def of(path: Path) -> str:
-        return steps.step_key(partial(plan.fp16.quantise, path))
+        return steps.step_key(partial(plan.fp16.quantise, path, "texts", None))
 
     first, second = tmp_path / "a", tmp_path / "elsewhere" / "b"
     for folder in (first, second):
@@ -219,4 +224,4 @@ def test_a_file_counts_by_its_content(tmp_path: Path) -> None:
     (second / "model.onnx").write_text("other weights")
     assert of(first) != of(second)
     with pytest.raises(TypeError, match="its content has no key"):
-        steps.step_key(partial(plan.fp16.quantise, object()))
+        steps.step_key(partial(plan.fp16.quantise, object(), "texts", None))

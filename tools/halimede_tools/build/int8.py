@@ -17,13 +17,12 @@ import numpy as np
 import onnx
 
 from halimede_engine import session
-from halimede_engine.session import Pixels, Row
 from halimede_ops import vectors
-from halimede_ops.spec import PIXELS, TOKEN_TYPES, ModelSpec
+from halimede_ops.spec import ModelSpec
 from halimede_tools.build import towers
 from halimede_tools.build.graph import activations, outliers, rewrite, smoothing
 from halimede_tools.build.kinds import scores
-from halimede_tools.build.towers import TOWERS, Bar, Engine, Tower
+from halimede_tools.build.towers import TOWERS, Bar, Engine, Tower, feed
 from halimede_tools.console import console
 
 KEEP_COUNTS = (0, 1, 2, 4, 8)
@@ -163,11 +162,3 @@ def _quantise(
     rewrite.dequantise_what_is_looked_up(quantised)
     rewrite.drop_zero_points(quantised)
     rewrite.save(quantised, target)
-
-
-def feed(row: Row | Pixels) -> dict[str, np.ndarray]:
-    """The graph's inputs for one row, without padding."""
-    if isinstance(row, Pixels):
-        return {PIXELS: row.values[None]}
-    feeds = {"input_ids": row.ids[None], "attention_mask": row.mask[None]}
-    return feeds if row.types is None else feeds | {TOKEN_TYPES: row.types[None]}

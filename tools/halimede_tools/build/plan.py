@@ -331,7 +331,7 @@ def _quantised(part: TowerProgress, precision: str) -> Path:
         return part.exported
     folder = _sibling(part.exported, precision)
     step = (
-        partial(fp16.quantise, part.exported)
+        partial(fp16.quantise, part.exported, part.tower.inputs, part.built.spec)
         if precision == "fp16"
         else partial(
             int8.quantise, part.exported, part.tower.inputs, part.built.spec, part.calibration

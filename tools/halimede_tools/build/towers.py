@@ -15,7 +15,7 @@ import numpy as np
 
 from halimede_engine import arithmetic, cores, engine, session
 from halimede_ops import image, text
-from halimede_ops.spec import ModelSpec
+from halimede_ops.spec import PIXELS, TOKEN_TYPES, ModelSpec
 from halimede_tools.build.kinds.scores import SCORE_BARS
 from halimede_tools.build.samples import corpus, pictures
 
@@ -113,6 +113,14 @@ def image_rows(_: Path, spec: ModelSpec) -> Rows:
 def check_pictures() -> list[bytes]:
     """The pictures that a vision tower is checked on."""
     return pictures.check_pictures(CHECK_PICTURES)
+
+
+def feed(row: session.Row | session.Pixels) -> dict[str, np.ndarray]:
+    """The graph's inputs for one row, without padding."""
+    if isinstance(row, session.Pixels):
+        return {PIXELS: row.values[None]}
+    feeds = {"input_ids": row.ids[None], "attention_mask": row.mask[None]}
+    return feeds if row.types is None else feeds | {TOKEN_TYPES: row.types[None]}
 
 
 @dataclasses.dataclass(frozen=True)

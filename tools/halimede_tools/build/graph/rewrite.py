@@ -187,6 +187,42 @@ def _used(graph: onnx.GraphProto) -> Iterator[str]:
     return (name for part in _graphs(graph) for node in part.node for name in node.input)
 
 
+def sort_nodes(graph: Any) -> None:
+    """Sort nodes so that each follows those whose outputs it uses, as ONNX demands. Nodes that do
+    not depend on each other keep their order.
+    """
+    made = {name for node in graph.node for name in node.output}
+    ordered: list[onnx.NodeProto] = []
+    waiting = [(node, made & {*node.input, *_used_in_branches(node)}) for node in graph.node]
+    given: set[str] = set()
+    while waiting:
+        later = []
+        for node, needed in waiting:
+            if needed <= given:
+                ordered.append(node)
+                given.update(node.output)
+            else:
+                later.append((node, needed))
+        if len(later) == len(waiting):
+            raise ValueError("the graph has a cycle")
+        waiting = later
+    nodes = [_copied(node) for node in ordered]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _used_in_branches(node: onnx.NodeProto) -> Iterator[str]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield from _used(attribute.g)
+
+
+def _copied(node: onnx.NodeProto) -> onnx.NodeProto:
+    copied = onnx.NodeProto()
+    copied.CopyFrom(node)
+    return copied
+
+
 def opset(model: onnx.ModelProto) -> int:
     """The opset version of a model's standard operators."""
     return next(int(entry.version) for entry in model.opset_import if not entry.domain)
