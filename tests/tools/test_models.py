@@ -353,7 +353,7 @@ def test_wrong_options_are_named() -> None:
         build_request("all-MiniLM-L6-v2", precisions=("int4",))
     with pytest.raises(InvalidInput, match="cpu, cuda, tensorrt"):
         build_request("all-MiniLM-L6-v2", device="npu")
-    with pytest.raises(InvalidInput, match="letters, digits"):
+    with pytest.raises(InvalidInput, match="letters a to z, digits"):
         build_request("all-MiniLM-L6-v2", name="../up")
 
 

@@ -42,6 +42,8 @@ def quality(settings: Settings, model: str, precisions: Sequence[str], file: Pat
     texts = sorted({text for text in given if text.strip()})
     if not texts:
         raise InvalidInput("the file has no text; give one text a line.")
+    for precision in precisions:  # before the vectors of the reference, which take long
+        configs.read(settings.repository, served_name(model, precision))
     source = settings.models / model / "source"
     expected = check.reference(source, texts, plan.build_request(model).options)
     rows = []

@@ -28,6 +28,7 @@ from halimede_ops.errors import InvalidInput
 from halimede_repository import configs
 from halimede_tools.bench import closed_loop, report
 from halimede_tools.build import repository, towers
+from halimede_tools.build.checks.arguments import check_writable
 from halimede_tools.build.samples import corpus
 from halimede_tools.progress import Progress
 from halimede_tools.settings import Settings
@@ -87,8 +88,12 @@ def tune(settings: Settings, model: str, precisions: Sequence[str], seconds: flo
 
     Raises:
         ModelNotFound: the repository has no such model.
-        InvalidInput: it embeds no texts.
+        InvalidInput: it embeds no texts, or a precision is unknown.
+        BuildError: the repository cannot be written.
     """
+    for precision in precisions:
+        _text_steps(settings, model, precision)
+    check_writable(settings.repository)
     steps = [f"{precision}, {stage}" for precision in precisions for stage in STAGES]
     tables = []
     with Progress("tune", steps, step_s=seconds / len(steps)) as progress:
@@ -115,13 +120,9 @@ def measure(
         ModelNotFound: the repository has no such model.
         InvalidInput: it embeds no texts.
     """
-    name = repository.served_name(model, precision)
-    bar = towers.BARS[precision]
-    served = configs.read(settings.repository, name)
+    name, bar = repository.served_name(model, precision), towers.BARS[precision]
+    served, tokenizer = _text_steps(settings, model, precision)
     steps = served.steps
-    tokenizer = steps.get(f"{model}-tokenizer")
-    if tokenizer is None:
-        raise InvalidInput(f"{name} embeds no texts; tune takes models that do.")
     facts, onnx = spec.load(tokenizer), steps[f"{name}-onnx"] / session.FILE_NAME
     texts = random.Random(7).sample(corpus.mixed_texts(), TEXTS)
     rows = towers.text_rows(tokenizer, facts)(texts)
@@ -135,6 +136,23 @@ def measure(
     with progress.step(f"{precision}, {STAGES[1]}"):
         last = stage.measure([dataclasses.replace(best, micro_batch_tokens=n) for n in BUDGETS])
     return first + last, choose(last, bar)
+
+
+def _text_steps(settings: Settings, model: str, precision: str) -> tuple[configs.Ensemble, Path]:
+    """A precision of a model that embeds texts, and its tokenizer's folder.
+
+    Raises:
+        ModelNotFound: the repository has no such model.
+        InvalidInput: it embeds no texts, or the precision is unknown.
+    """
+    if precision not in repository.SUFFIXES:
+        raise InvalidInput(f"precision is {precision!r}; use {', '.join(repository.SUFFIXES)}.")
+    name = repository.served_name(model, precision)
+    served = configs.read(settings.repository, name)
+    tokenizer = served.steps.get(f"{model}-tokenizer")
+    if tokenizer is None:
+        raise InvalidInput(f"{name} embeds no texts; tune takes models that do.")
+    return served, tokenizer
 
 
 def choose(measured: Sequence[Measurement], bar: towers.Bar) -> Measurement:

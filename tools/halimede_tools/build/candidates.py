@@ -29,18 +29,14 @@ def write(built: Built, folder: Path) -> list[str]:
     """
     served = {name: repository.served(folder / name) for name in built.names}
     if not any(served.values()):
+        raise _nothing_served(built.name)
+    new = dataclasses.replace(built, models=changed(built, folder))
+    if not new.models:
+        same = ", ".join(name for name in built.names if served[name])
         raise DeployError(
-            f"{built.name} is not in the repository, so nothing can follow it. Build it without "
-            "--candidate."
+            f"no candidate was written: {same} {'is' if ',' not in same else 'are'} served in this "
+            "very version already."
         )
-    changed = {
-        precision: model
-        for precision, model in built.models.items()
-        if served[served_name(built.name, precision)] - {built.version(precision)}
-    }
-    if not changed:
-        raise DeployError(f"{built.name} is served in this very version already.")
-    new = dataclasses.replace(built, models=changed)
     before = {name: version for name in new.names for version in served[name]}
     repository.steps(before, folder)  # raises if a rollback would not be possible
     candidate = dataclasses.replace(new, suffix=configs.CANDIDATE)
@@ -56,6 +52,32 @@ def write(built: Built, folder: Path) -> list[str]:
     for name, version in candidate.versions.items():
         repository.switch({name: version}, folder, shares[name.removesuffix(configs.CANDIDATE)])
     return candidate.names
+
+
+def changed(built: Built, folder: Path) -> dict[str, Path]:
+    """The precisions of a built tower that are served in another version, as `Built.models`."""
+    return {
+        precision: model
+        for precision, model in built.models.items()
+        if repository.served(folder / served_name(built.name, precision))
+        - {built.version(precision)}
+    }
+
+
+def check_served(model: str, folder: Path) -> None:
+    """Raise unless a candidate of a model has something to follow.
+
+    Raises:
+        DeployError: the repository serves no ensemble of the model.
+    """
+    if not ensembles(model, folder):
+        raise _nothing_served(model)
+
+
+def _nothing_served(model: str) -> DeployError:
+    return DeployError(
+        f"{model} is not in the repository, so nothing can follow it. Build it without --candidate."
+    )
 
 
 def ensembles(model: str, folder: Path) -> list[str]:

@@ -23,14 +23,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from halimede.config.folders import reason
 from halimede_engine import session
 from halimede_ops import spec, vectors
 from halimede_ops.errors import InvalidInput, QualityError
 from halimede_ops.fusion import ARRAYS, Fusion
 from halimede_ops.lines import read_lines
 from halimede_ops.spec import ModelSpec
-from halimede_repository import configs
+from halimede_repository import configs, names
 from halimede_tools.build import model_config, repository, towers
+from halimede_tools.build.checks.arguments import check_writable
 from halimede_tools.build.keys import key_of
 from halimede_tools.console import console
 
@@ -111,8 +113,7 @@ def fit(text_model: str, image_model: str, pairs: Pairs, dims: int = DIMS) -> Fu
     Raises:
         InvalidInput: there are too few pairs.
     """
-    if len(pairs) < LEAST_PAIRS:
-        raise InvalidInput(f"{len(pairs)} pairs are too few to train on; give {LEAST_PAIRS}.")
+    _check_enough(len(pairs))
     order = np.random.default_rng(1).permutation(len(pairs))
     held = max(1, int(len(pairs) * VALIDATION_SHARE))
     validation, training = pairs.part(order[:held]), pairs.part(order[held:])
@@ -123,6 +124,11 @@ def fit(text_model: str, image_model: str, pairs: Pairs, dims: int = DIMS) -> Fu
 
     best = max(SHRINKAGES, key=mean_rank)
     return _fitted(text_model, image_model, pairs, dims, best)
+
+
+def _check_enough(pairs: int) -> None:
+    if pairs < LEAST_PAIRS:
+        raise InvalidInput(f"{pairs} pairs are too few to train on; give {LEAST_PAIRS}.")
 
 
 def _fitted(text_model: str, image_model: str, pairs: Pairs, dims: int, shrinkage: float) -> Fusion:
@@ -202,6 +208,7 @@ def write_untrained(
         ModelNotFound: the repository lacks one of them.
         InvalidInput: the first embeds no texts, or the second no images.
     """
+    _check_name(name, folder)
     text, image = _facts(text_model, "text", folder), _facts(image_model, "image", folder)
     projection = untrained(text_model, image_model, text.dims, image.dims, DIMS, text_weight)
     # Without the projection's bytes: their last bits differ between processors.
@@ -222,6 +229,7 @@ def write_fitted(
         InvalidInput: the file has no valid pairs.
         QualityError: the fitted fusion retrieves no better than the untrained one.
     """
+    _check_name(name, folder)
     text, image = _facts(text_model, "text", folder), _facts(image_model, "image", folder)
     pairs = _embedded(_read(pairs_file), text_model, image_model, pairs_file.parent, folder)
     order = np.random.default_rng(0).permutation(len(pairs))
@@ -242,6 +250,13 @@ def write_fitted(
     record = {"fusion": note, "held_out_pairs": held, "retrieval": figures}
     _write(name, projection, space, record, folder)
     return figures
+
+
+def _check_name(name: str, folder: Path) -> None:
+    """Raise unless a fusion can be written under this name."""
+    names.check_servable(name)
+    names.check_unshared(name, folder, fusion=True)
+    check_writable(folder)
 
 
 def _write(name: str, projection: Fusion, space: str, record: dict[str, Any], folder: Path) -> None:
@@ -302,22 +317,30 @@ def _read(path: Path) -> tuple[_Views, _Views]:
             f"the file of pairs cannot be read ({type(error).__name__}); give a line of JSON each: "
             '{"text": [first, second], "image": [path, path]}.'
         ) from None
+    _check_enough(len(first.texts) - max(1, int(len(first.texts) * HELD_OUT_SHARE)))
     return first, second
 
 
 def _embedded(
     views: tuple[_Views, _Views], text_model: str, image_model: str, beside: Path, folder: Path
 ) -> Pairs:
+    files = [_picture(beside / name) for view in views for name in view.images]
     texts = _engine(text_model, towers.TEXTS, folder)
     images = _engine(image_model, towers.IMAGES, folder)
 
-    def items(view: _Views) -> Items:
-        files = [(beside / name).read_bytes() for name in view.images]
-        return Items(
-            vectors.normalise(texts.embed(view.texts)), vectors.normalise(images.embed(files))
-        )
+    first, second = (vectors.normalise(texts.embed(view.texts)) for view in views)
+    both = vectors.normalise(images.embed(files))
+    return Pairs(Items(first, both[: len(first)]), Items(second, both[len(first) :]))
 
-    return Pairs(items(views[0]), items(views[1]))
+
+def _picture(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidInput(
+            f"a picture that the file of pairs names cannot be read: {reason(error)}. Paths are "
+            "relative to the file."
+        ) from None
 
 
 def _engine(model: str, tower: towers.Tower, folder: Path) -> towers.Engine:

@@ -20,7 +20,7 @@ from halimede_engine import session
 from halimede_ops import spec, text
 from halimede_ops.errors import BuildError, InvalidInput, LicenceNotAccepted, QualityError
 from halimede_ops.spec import CLASSIFIER, RERANKER, ModelSpec
-from halimede_repository import configs
+from halimede_repository import configs, names
 from halimede_tools.build import (
     candidates,
     check,
@@ -32,6 +32,7 @@ from halimede_tools.build import (
     repository,
     towers,
 )
+from halimede_tools.build.checks import arguments
 from halimede_tools.build.describe import ModelOptions
 from halimede_tools.build.download import HUB_FILES, download
 from halimede_tools.build.keys import key_of
@@ -118,7 +119,7 @@ def build_request(model: str, name: str | None = None, **fields: Unpack[Fields])
 
     Raises:
         ModelNotFound: it is neither.
-        InvalidInput: a precision or device is unknown, or a folder's name cannot be served.
+        InvalidInput: a precision or device is unknown, or the name cannot be served.
     """
     others: dict[str, Any] = {**fields}
     options = {key: others.pop(key) for key in ModelOptions._fields if key in others}
@@ -133,8 +134,7 @@ def build_request(model: str, name: str | None = None, **fields: Unpack[Fields])
         options = {fact: getattr(source, fact) for fact in facts} | options
         if options.get("kind") is None and source.kind != spec.DENSE:
             options["kind"] = source.kind
-    if not chosen.replace("-", "").replace("_", "").replace(".", "").isalnum():
-        raise InvalidInput(f"name is {chosen!r}; use letters, digits, '-', '_' and '.'.")
+    names.check_servable(chosen)
     if chosen.endswith(configs.CANDIDATE):
         raise InvalidInput(f"name is {chosen!r}, as a candidate's; pass --candidate for one.")
     request = BuildRequest(ModelOptions(chosen, **options), source, **others)
@@ -162,20 +162,22 @@ def build(
     version is written once, whole, so that its names never differ in space; so is a candidate.
 
     Raises:
+        InvalidInput: a file of the request cannot be read, or the name collides with another
+            model's.
         InvalidModel: the folder is not a model that is supported.
         BuildError: a step failed, or another build of the model runs; the repository keeps what
             was written before that.
         DeployError: it can be no candidate.
     """
-    check_licence(request)
+    check_request(request, settings, candidate)
     write = candidates.write if candidate else repository.write
     written: list[str] = []
 
     def publish(built: list[Built]) -> None:
         with writing(settings.repository, REPOSITORY, BuildError):
-            names = [name for tower in built for name in write(tower, settings.repository)]
-        new = [name for name in names if name not in written]
-        written[:] = names
+            ensembles = [name for tower in built for name in write(tower, settings.repository)]
+        new = [name for name in ensembles if name not in written]
+        written[:] = ensembles
         console.print(f"  [green]✓[/] write: {', '.join(new)}")
         if published is not None:
             published(new)
@@ -187,13 +189,56 @@ def build(
             early = published is not None and not candidate and all(one.models for one in built)
             if early and not repository.replaces(built, settings.repository):
                 publish(built)
+        if candidate:
+            built = _of_candidate(request, built, settings.repository)
         if written != [name for tower in built for name in tower.names]:
             publish(built)
+    _evict(request.name, settings)
+    return written
+
+
+def _evict(built: str, settings: Settings) -> None:
+    """Evict models from the store until it fits, but not the one that was just built."""
     for evicted in store.prune(
-        settings.models, settings.repository, settings.store_limit_bytes, keep=request.name
+        settings.models, settings.repository, settings.store_limit_bytes, keep=built
     ):
         console.print(f"  [dim]evicted {evicted.name}, {evicted.size_bytes / 1e6:.0f} MB[/]")
-    return written
+
+
+def _of_candidate(request: BuildRequest, built: list[Built], folder: Path) -> list[Built]:
+    """The towers with a precision that is served in another version; all where there is none.
+
+    Raises:
+        QualityError: nothing is left of the candidate because a precision misses its bar.
+    """
+    changed = [tower for tower in built if candidates.changed(tower, folder)]
+    left_out = [p for p in request.precisions if not all(p in tower.models for tower in built)]
+    if left_out and not changed:
+        raise QualityError(
+            f"no candidate of {request.name} was written: {' and '.join(left_out)} "
+            f"{'misses its bar' if len(left_out) == 1 else 'miss their bars'}, and what else was "
+            "built is served in this very version already."
+        )
+    return changed or built
+
+
+def check_request(request: BuildRequest, settings: Settings, candidate: bool = False) -> None:
+    """Raise what can be known to fail before any work.
+
+    Raises:
+        LicenceNotAccepted: as `check_licence`.
+        HalimedeError: as `arguments.check`.
+    """
+    check_licence(request)
+    quantised = "int8" in request.precisions
+    arguments.check(
+        request.name,
+        settings.repository,
+        candidate=candidate,
+        calibration=request.calibration if quantised else None,
+        calibration_images=request.calibration_images if quantised else None,
+        sts_file=request.sts,
+    )
 
 
 def check_licence(request: BuildRequest) -> None:

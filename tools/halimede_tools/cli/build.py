@@ -35,10 +35,12 @@ TokenEmbeddings = Annotated[
     bool, typer.Option("--token-embeddings", help="Also serve the last hidden state.")
 ]
 Calibration = Annotated[
-    Path | None, typer.Option(help="File with texts to calibrate INT8 on, one per line.")
+    Path | None,
+    typer.Option(help="File with 100 or more texts to calibrate INT8 on, one per line."),
 ]
 CalibrationImages = Annotated[
-    Path | None, typer.Option(help="Folder of images to calibrate INT8 of an image model on.")
+    Path | None,
+    typer.Option(help="Folder of 50 or more images to calibrate INT8 of an image model on."),
 ]
 Kind = Annotated[
     str | None,

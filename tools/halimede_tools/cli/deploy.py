@@ -90,6 +90,10 @@ def shadow_command(
     sample = read_texts(None, texts) if texts else corpus.mixed_texts(shadow.SAMPLE_TEXTS)
     if not sample:
         raise InvalidInput("--texts has no line; give one text a line.")
+    if metrics and not metrics.absolute().parent.is_dir():
+        raise InvalidInput(
+            "--metrics is in a folder that does not exist; make it, or name another."
+        )
     with _deployment(context, model) as deployment:
         comparisons = [
             shadow.compare(name, context.obj.options, sample) for name in deployment.pending()

@@ -19,6 +19,10 @@ SENTENCES = (DATA / "sentences.txt").read_text("utf-8").splitlines()
 SHORT_TEXTS = (DATA / "short.txt").read_text("utf-8").splitlines()
 """Queries, questions, titles, list items, messages and headlines, in many languages."""
 
+LEAST_TEXTS = 100
+"""Fewest texts to calibrate INT8 on. Of the default model, three give a mean cosine of 0.90 to 0.94
+and ten 0.97, where the bar is 0.995."""
+
 ODD_TEXTS = (
     "",
     " ",
@@ -85,13 +89,17 @@ def calibration(file: Path | None) -> list[str]:
     """The lines of the user's file, else the built-in calibration texts.
 
     Raises:
-        InvalidInput: the file cannot be read or has no text.
+        InvalidInput: the file cannot be read or has too few texts.
     """
     if file is None:
         return calibration_texts()
     lines = [line for line in read_lines(file, "the calibration file") if line.strip()]
-    if not lines:
-        raise InvalidInput("the calibration file has no text; give one text a line.")
+    different = len(set(lines))
+    if different < LEAST_TEXTS:
+        raise InvalidInput(
+            f"the calibration file has {different} different texts, one a line; give {LEAST_TEXTS} "
+            "or more. Ranges of fewer texts do not hold for others."
+        )
     return lines
 
 

@@ -24,6 +24,10 @@ SIZES = (
 """Width and height: ordinary ones, one pixel, one pixel wide or high, extreme ratios."""
 
 
+LEAST_PICTURES = 50
+"""Fewest pictures to calibrate INT8 on."""
+
+
 class Form(NamedTuple):
     """One way of storing a picture."""
 
@@ -124,13 +128,16 @@ def calibration(folder: Path | None) -> list[bytes]:
     """The files of the user's folder, in order of name, else the built-in calibration pictures.
 
     Raises:
-        InvalidInput: it is no folder, or has no file.
+        InvalidInput: it is no folder, or has too few files.
     """
     if folder is None:
         return calibration_pictures()
     files = sorted(path for path in folder.glob("*") if path.is_file())
-    if not files:
-        raise InvalidInput("the folder of calibration images has no file; give pictures alone.")
+    if len(files) < LEAST_PICTURES:
+        raise InvalidInput(
+            f"the folder of calibration images has {len(files)} files; give {LEAST_PICTURES} "
+            "pictures or more, and nothing else. Ranges of fewer do not hold for others."
+        )
     return [path.read_bytes() for path in files]
 
 
