@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forms
 import typer
 
 from halimede.cli import app
@@ -57,6 +58,69 @@ def paragraphs(command: Any) -> list[str]:
     return inspect.cleandoc(command.help or "").split("\n\n")
 
 
+def models() -> str:
+    """The page of models, from the forms that tests build."""
+    sections = []
+    for suite in forms.SUITES:
+        rows = [
+            f"| {form.what} | {', '.join(form.published)} | {form.more} |"
+            for form in suite.forms.values()
+        ]
+        sections += [
+            f"### {suite.title}",
+            "",
+            f"Compared with {suite.reference}: {suite.bound}. `{suite.test}`",
+            "",
+            "| form | models of the catalogue | what else to know |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    others = [f"| {name} | {why} |" for name, why in forms.NOT_VERIFIED.items()]
+    return "\n".join(
+        [
+            MODELS_HEAD,
+            *sections,
+            "### Not verified",
+            "",
+            "| model | why |",
+            "|---|---|",
+            *others,
+            "",
+        ]
+    )
+
+
+MODELS_HEAD = f"""{NOTE}# Models
+
+`halimede models --available` lists the catalogue and filters it by kind, language, dimensions, size,
+licence and use case. `halimede build NAME` builds a model of it
+([your own model](../guides/your-own-model.md)).
+
+## The default model
+
+| model | what | mean cosine to sentence-transformers | lowest cosine | lowest invariance | file |
+|---|---|---|---|---|---|
+| `all-MiniLM-L6-v2` | FP32 | 1.000000 | 1.000000 | 1.000000 | 90.3 MB |
+| `all-MiniLM-L6-v2-fp16` | FP16 weights, bf16 arithmetic | 0.999957 | 0.999864 | 0.999979 | 45.3 MB |
+| `all-MiniLM-L6-v2-int8` | static QDQ INT8 | 0.998168 | 0.959800 | 1.000000 | 23.2 MB |
+
+Over 600 texts, more than half of them under 20 tokens: queries, questions, titles, list items,
+messages, long texts, over 30 languages, and odd ones such as control characters or one word 400
+times. On a CPU without bf16, FP16 computes in f32 (1.000000). The figures are from `quality.json` of
+each precision ([what the build checks](../guides/your-own-model.md#precision)).
+
+## What was verified, and how
+
+The weights of the default model are real. No hub is reached where halimede is tested, so every other
+model was verified on its *form*: a small model of the same architecture with random weights, in the
+folder form that its authors publish, with a tokenizer of the same kind. A real Triton serves each
+form, and what it gives is compared with the reference library on the same folder: 100 mixed inputs
+(odd characters, empty, beyond the limit), together and alone. The tables are written from
+`tests/forms.py`, which the tests themselves read.
+"""
+
+
 def error_classes() -> str:
     """The page of errors, from the tree in `halimede_ops.errors`."""
     [tree] = re.findall(
@@ -92,7 +156,11 @@ def family(error: type[errors.HalimedeError]) -> Iterator[type[errors.HalimedeEr
             yield from family(below)
 
 
-PAGES: dict[str, Callable[[], str]] = {"cli.md": commands, "errors.md": error_classes}
+PAGES: dict[str, Callable[[], str]] = {
+    "cli.md": commands,
+    "errors.md": error_classes,
+    "models.md": models,
+}
 """Page → what gives its text."""
 
 if __name__ == "__main__":

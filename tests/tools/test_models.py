@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import forms
 import numpy as np
 import onnx
 import pytest
@@ -30,21 +31,7 @@ from halimede_tools.build.towers import Engine, text_rows
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
-FORMS = {
-    "bert": small_models.bert,
-    "minilm": small_models.like_minilm,
-    "bge": small_models.like_bge,
-    "e5": small_models.like_e5,
-    "multilingual-minilm": small_models.like_multilingual_minilm,
-    "mpnet": small_models.like_mpnet,
-    "distiluse": small_models.like_distiluse,
-    "codebert": small_models.roberta,
-    "qwen3": small_models.like_qwen3,
-    "embeddinggemma": small_models.like_embeddinggemma,
-    "bge-m3": small_models.like_bge_m3,
-    "clip": small_models.clip,
-    "sentence-clip": small_models.like_sentence_clip,
-}
+FORMS = {name: form.make for name, form in forms.DENSE.items()}
 WIDTHS = (64, 48, 32, 16)
 
 

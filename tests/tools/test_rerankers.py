@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+import forms
 import numpy as np
 import pytest
 import small_models
@@ -22,13 +23,8 @@ from halimede_tools.build.samples import corpus
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
-RERANKERS: dict[str, Callable[[Path], Path]] = {
-    "bert": small_models.bert_reranker,
-    "xlm-roberta": small_models.xlm_reranker,
-    "modernbert": small_models.modernbert_reranker,
-    "cross-encoder": small_models.like_cross_encoder,
-}
-CLASSIFIERS = {"nli": small_models.nli_classifier, "topics": small_models.topic_classifier}
+RERANKERS = {name: form.make for name, form in forms.RERANKERS.items()}
+CLASSIFIERS = {name: form.make for name, form in forms.CLASSIFIERS.items()}
 LABELS = ["arts", "sports", "science", 'the "rest"']
 PAIRS = corpus.check_pairs()[::4][:100]
 """100 mixed pairs: odd texts as query and as document, short and long ones."""

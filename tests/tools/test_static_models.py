@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import forms
 import numpy as np
 import onnx
 import pytest
@@ -25,11 +26,7 @@ from halimede_tools.build.samples import corpus
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
-FORMS = {
-    "static": small_models.like_static,
-    "potion": small_models.like_potion,
-    "model2vec": small_models.model2vec,
-}
+FORMS = {name: form.make for name, form in forms.STATIC.items()}
 TEXTS = corpus.check_texts()[:100]
 """100 mixed texts: empty, blank, odd, short and long ones."""
 

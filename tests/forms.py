@@ -1,0 +1,180 @@
+"""The folder forms that tests build, serve and compare: the record behind docs/reference/models.md.
+
+Each test of models takes its forms from here, so the page lists what is verified and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import small_models
+
+
+class Form(NamedTuple):
+    """One form of a model's folder."""
+
+    make: Callable[[Path], Path]
+    """Writes such a folder, with small random weights."""
+    what: str
+    """Its architecture, tokenizer, and what follows the transformer."""
+    published: tuple[str, ...] = ()
+    """Models of the catalogue that have this form."""
+    more: str = ""
+    """What else a user should know."""
+
+
+class Suite(NamedTuple):
+    """The forms of one kind, and how they are verified."""
+
+    title: str
+    kind: str
+    """As in `halimede_ops.spec.KINDS`, or `image`."""
+    reference: str
+    bound: str
+    test: str
+    """The file of tests that builds and serves every form."""
+    forms: Mapping[str, Form]
+
+
+DENSE = {
+    "bert": Form(
+        small_models.bert,
+        "BERT, plain transformers folder; mean",
+        ("BiomedNLP-PubMedBERT-base-uncased-abstract-fulltext", "allenai-specter"),
+        "all six poolings and their concatenation are compared too",
+    ),
+    "minilm": Form(
+        small_models.like_minilm, "BERT; mean, normalised", ("all-MiniLM-L6-v2",),
+        "verified on its own weights as well: FP32, FP16, INT8, STS",
+    ),
+    "bge": Form(
+        small_models.like_bge,
+        "BERT; cls, normalised, query prompt",
+        (
+            "bge-small-en-v1.5", "bge-base-en-v1.5", "mxbai-embed-large-v1",
+            "snowflake-arctic-embed-m-v1.5",
+        ),
+    ),
+    "e5": Form(
+        small_models.like_e5, "BERT; mean, normalised, prompts `query` and `passage`",
+        ("e5-small-v2",), "`document` means `passage`",
+    ),
+    "multilingual-minilm": Form(
+        small_models.like_multilingual_minilm, "BERT with a Unigram tokenizer; mean",
+        ("paraphrase-multilingual-MiniLM-L12-v2",),
+    ),
+    "mpnet": Form(
+        small_models.like_mpnet, "MPNet, positions from 2; mean, normalised",
+        ("all-mpnet-base-v2",),
+    ),
+    "distiluse": Form(
+        small_models.like_distiluse, "DistilBERT; mean, Dense with tanh",
+        ("distiluse-base-multilingual-cased-v2",),
+    ),
+    "codebert": Form(
+        small_models.roberta, "RoBERTa, plain folder whose tokenizer names no limit; mean",
+        ("codebert-base",), "512 tokens of 514 positions",
+    ),
+    "qwen3": Form(
+        small_models.like_qwen3,
+        "Qwen3 decoder, byte-level BPE; last token, left padding, instruction prompt",
+        ("Qwen3-Embedding-0.6B",),
+        "served up to 8192 tokens unless `--max-tokens` says more",
+    ),
+    "embeddinggemma": Form(
+        small_models.like_embeddinggemma,
+        "Gemma 3 in both directions, sliding window, byte-fallback BPE; mean, two Dense",
+        ("embeddinggemma-300m",), "licence to be accepted: `--accept-licence Gemma`",
+    ),
+    "bge-m3": Form(
+        small_models.like_bge_m3,
+        "XLM-R; cls, normalised; sparse weights and multi-vectors by FlagEmbedding's definition",
+        ("bge-m3", "snowflake-arctic-embed-l-v2.0"), "served up to 8192 tokens",
+    ),
+    "clip": Form(
+        small_models.clip, "CLIP, both towers with their projections",
+        ("clip-vit-base-patch32", "clip-vit-large-patch14"), "[Images](../guides/images.md)",
+    ),
+    "sentence-clip": Form(small_models.like_sentence_clip, "CLIP in a sentence-transformers folder"),
+}  # fmt: skip
+STATIC = {
+    "static": Form(
+        small_models.like_static, "sentence-transformers' StaticEmbedding",
+        ("static-retrieval-mrl-en-v1",), "up to 32,768 tokens",
+    ),
+    "potion": Form(
+        small_models.like_potion, "StaticEmbedding and Normalize",
+        ("potion-base-8M", "potion-retrieval-32M", "potion-multilingual-128M"),
+        "up to 32,768 tokens",
+    ),
+    "model2vec": Form(
+        small_models.model2vec, "plain model2vec folder with weights and a mapping of ids", (),
+        "unknown words are left out, as model2vec does",
+    ),
+}  # fmt: skip
+RERANKERS = {
+    "bert": Form(small_models.bert_reranker, "BERT with token types; sigmoid"),
+    "xlm-roberta": Form(
+        small_models.xlm_reranker, "XLM-R, no token types; sigmoid",
+        ("bge-reranker-base", "bge-reranker-v2-m3"),
+    ),
+    "modernbert": Form(
+        small_models.modernbert_reranker, "ModernBERT, local attention; sigmoid",
+        ("gte-reranker-modernbert-base",),
+    ),
+    "cross-encoder": Form(
+        small_models.like_cross_encoder, "BERT that CrossEncoder saved; the activation it names",
+        ("ms-marco-MiniLM-L6-v2",),
+    ),
+}  # fmt: skip
+CLASSIFIERS = {
+    "nli": Form(small_models.nli_classifier, "BERT that CrossEncoder saved, three labels, pairs"),
+    "topics": Form(
+        small_models.topic_classifier, "plain BERT classifier, named labels, single texts", (),
+        "probabilities, as transformers' pipeline gives them",
+    ),
+}  # fmt: skip
+COSINE = "cosine ≥ 0.99999"
+SCORE = "each score within 1e-4"
+SUITES = (
+    Suite(
+        "Dense models", "dense", "sentence-transformers", COSINE, "tests/tools/test_models.py",
+        DENSE,
+    ),
+    Suite(
+        "Static models", "dense", "sentence-transformers, model2vec", COSINE,
+        "tests/tools/test_static_models.py", STATIC,
+    ),
+    Suite(
+        "Rerankers", "reranker", "CrossEncoder", SCORE, "tests/tools/test_rerankers.py", RERANKERS
+    ),
+    Suite(
+        "Classifiers", "classifier", "CrossEncoder, transformers' pipeline", SCORE,
+        "tests/tools/test_rerankers.py", CLASSIFIERS,
+    ),
+)  # fmt: skip
+NOT_VERIFIED: dict[str, str] = {
+    "nomic-embed-text-v1.5": "code of its own: `--trust-remote-code`. The opt-in is tested, and the "
+    "layer norm before a cut as an operation; its architecture is not",
+    "nomic-embed-text-v2-moe": "code of its own: `--trust-remote-code`. Its architecture, a mixture "
+    "of experts, is not tested and may not trace",
+    "gte-multilingual-base": "code of its own: `--trust-remote-code`. Its architecture is not tested",
+    "jina-embeddings-v4": "code of its own, and a licence that must be accepted. Its architecture "
+    "is not tested",
+    "jina-reranker-v1-turbo-en": "code of its own: `--trust-remote-code`. Its architecture is not "
+    "tested",
+    "jina-reranker-v2-base-multilingual": "code of its own, and a licence that must be accepted. "
+    "Its architecture is not tested",
+    **dict.fromkeys(
+        (
+            "gte-modernbert-base", "modernbert-embed-base", "mxbai-rerank-xsmall-v1",
+            "Qwen3-Reranker-0.6B", "splade-cocondenser-ensembledistil", "splade-v3",
+            "granite-embedding-30m-sparse", "colbertv2.0", "answerai-colbert-small-v1",
+            "siglip-base-patch16-224", "dinov2-base", "vit-base-patch16-224-in21k",
+        ),
+        "not built yet",
+    ),
+}  # fmt: skip
+"""Models of the catalogue whose architecture no test builds, and why."""
