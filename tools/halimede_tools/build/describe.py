@@ -30,6 +30,7 @@ from halimede_ops.spec import (
     ModelSpec,
 )
 from halimede_repository.checksums import sha256
+from halimede_tools.build.checks import space
 from halimede_tools.build.keys import key_of
 from halimede_tools.build.kinds import activation, static
 from halimede_tools.build.kinds.files import read_json
@@ -464,6 +465,7 @@ def _space(model: Any, folder: Path, fields: dict[str, Any], image: ImageSpec | 
             for key, value in dataclasses.asdict(image).items()
             if key not in IMAGE_LIMITS
         }
+    decides |= space.further(model, folder, None if weights(folder) else onnx_file(folder))
     return key_of(json.dumps(decides, sort_keys=True))
 
 
