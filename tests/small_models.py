@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import transformers as hf
 from safetensors.torch import save_file
-from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer import modules as st
+from sentence_transformers.sparse_encoder import modules as sparse
 from tokenizers import (
     Regex,
     Tokenizer,
@@ -507,4 +508,121 @@ def model2vec(folder: Path) -> Path:
     wordpiece().save(str(folder / "tokenizer.json"))
     config = {"model_type": "model2vec", "normalize": True, "hidden_dim": table.shape[1]}
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def bert_mlm(folder: Path, vocabulary: int = VOCABULARY) -> Path:
+    """Plain BERT for masked language modelling, as naver/splade's."""
+    config = hf.BertConfig(vocab_size=vocabulary, max_position_embeddings=512, **SIZES)
+    model = build(hf.BertForMaskedLM, config)
+    return save(folder, _sparsely(model), wordpiece(), 512, **BERT_TOKENS)
+
+
+def wide_bert_mlm(folder: Path) -> Path:
+    """As `bert_mlm`, with a vocabulary that the build divides into three parts."""
+    return bert_mlm(folder, 9000)
+
+
+def distilbert_mlm(folder: Path) -> Path:
+    """DistilBERT for masked language modelling, as opensearch-neural-sparse-encoding's."""
+    config = hf.DistilBertConfig(
+        vocab_size=VOCABULARY, dim=64, n_layers=2, n_heads=4, hidden_dim=128, initializer_range=0.2
+    )
+    model = build(hf.DistilBertForMaskedLM, config)
+    return save(folder, _sparsely(model), wordpiece(), 512, **BERT_TOKENS, **TEXT_INPUTS)
+
+
+def roberta_mlm(folder: Path) -> Path:
+    """RoBERTa for masked language modelling."""
+    config = hf.RobertaConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=130, type_vocab_size=1, **SIZES
+    )
+    model = build(hf.RobertaForMaskedLM, config)
+    return save(folder, _sparsely(model), byte_level("roberta"), 128, **ROBERTA_TOKENS)
+
+
+def xlm_roberta_mlm(folder: Path) -> Path:
+    """XLM-R for masked language modelling."""
+    config = hf.XLMRobertaConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=514, type_vocab_size=1, **SIZES
+    )
+    model = build(hf.XLMRobertaForMaskedLM, config)
+    return save(folder, _sparsely(model), unigram(), 512, **ROBERTA_TOKENS)
+
+
+def _sparsely(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
+    """The model with a bias that leaves about one logit of ten above 0, as SPLADE's training does."""
+    torch.manual_seed(17)
+    decoder = model.get_output_embeddings()
+    spread = decoder.weight.detach().norm(dim=1).mean()
+    decoder.bias.data = spread * (torch.randn(len(decoder.bias)) / 4 - 2.5)
+    return model
+
+
+def sparse_encoder(
+    base: Callable[[Path], Path],
+    folder: Path,
+    pooling: str = "max",
+    activation: str = "relu",
+    max_active_dims: int | None = None,
+    prompts: Mapping[str, str] | None = None,
+) -> Path:
+    """The folder of a SparseEncoder with SpladePooling that sentence-transformers saved."""
+    plain = base(folder.with_name(folder.name + "-plain"))
+    model = SparseEncoder(
+        modules=[
+            st.Transformer(str(plain), transformer_task="fill-mask", max_seq_length=256),
+            sparse.SpladePooling(pooling, activation),
+        ],
+        prompts=dict(prompts or {}),
+        device="cpu",
+    )
+    model.save(str(folder), create_model_card=False)
+    _set(folder / "config_sentence_transformers.json", max_active_dims=max_active_dims)
+    return folder
+
+
+def _set(path: Path, **fields: Any) -> None:
+    """Write fields into a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2))
+
+
+def like_splade(folder: Path) -> Path:
+    """SPLADE with its modules named as sentence-transformers 5.0 did."""
+    sparse_encoder(bert_mlm, folder)
+    path = folder / "modules.json"
+    modules = json.loads(path.read_text())
+    modules[0]["type"] = "sentence_transformers.sparse_encoder.models.MLMTransformer"
+    modules[1]["type"] = "sentence_transformers.sparse_encoder.models.SpladePooling"
+    path.write_text(json.dumps(modules))
+    (folder / "sentence_bert_config.json").write_text(
+        json.dumps({"max_seq_length": 256, "do_lower_case": False})
+    )
+    return folder
+
+
+def like_splade_with_sums(folder: Path) -> Path:
+    """The first SPLADE: weights are summed over tokens; queries have a prompt."""
+    return sparse_encoder(roberta_mlm, folder, "sum", prompts={"query": "query: "})
+
+
+def like_opensearch_sparse(folder: Path) -> Path:
+    """DistilBERT with a second logarithm."""
+    return sparse_encoder(distilbert_mlm, folder, activation="log1p_relu")
+
+
+def splade_with_few_ids(folder: Path) -> Path:
+    """XLM-R with at most 40 weights for a text."""
+    return sparse_encoder(xlm_roberta_mlm, folder, max_active_dims=40)
+
+
+def sparse_auto_encoder(folder: Path) -> Path:
+    """A dense model with a sparse auto-encoder behind it, as CSR models."""
+    plain = bert(folder.with_name(folder.name + "-plain"))
+    torch.manual_seed(19)
+    modules = [st.Transformer(str(plain), max_seq_length=256), st.Pooling(64, "mean")]
+    encoder = sparse.SparseAutoEncoder(input_dim=64, hidden_dim=256, k=32, normalize=True)
+    encoder.latent_bias.data = torch.randn(256) / 4
+    model = SparseEncoder(modules=[*modules, encoder], device="cpu")
+    model.save(str(folder), create_model_card=False)
     return folder

@@ -19,7 +19,6 @@ from adapter import triton
 from adapter.metrics import Metrics
 from halimede_engine import arithmetic, batching, cores, session
 from halimede_engine.engine import MakeRows
-from halimede_engine.requests import Run
 from halimede_engine.scheduler import Scheduler
 from halimede_engine.session import OnRun, Session
 from halimede_ops.spec import MAX_REQUEST_BYTES
@@ -69,11 +68,11 @@ def open_scheduler(
         config, path, kind, streams, triton.reported(metrics.count_run_tokens)
     )
     return Scheduler(
-        _run(shared),
+        shared.run_outputs,
         shared.plan,
         streams,
         make_rows=make_rows,
-        run_alone=_run(lone),
+        run_alone=lone.run_outputs,
         size_bytes=size_bytes,
         on_run=metrics.count_run,
         on_error=triton.report,
@@ -117,10 +116,6 @@ def _open_sessions(
     if any(arithmetic.is_missing(entry.parameters) for entry in _accelerators(config, kind)):
         triton.warn(f"{config.name}: this CPU has no bf16; it computes in f32, at half the speed")
     return shared, lone
-
-
-def _run(opened: Session) -> Run:
-    return opened.run_with_heads if opened.heads else opened.run_together
 
 
 def _open_at_lower_priority(open_session: Callable[[], Opened]) -> Opened:

@@ -1,7 +1,8 @@
 """Triton backend `embedder`: the inputs and outputs of an ensemble of texts, in one process.
 
 It serves every kind of model that takes texts: TEXT, INPUT_TYPE and DIMENSIONS to EMBEDDING, TOKENS
-and the outputs of further heads; QUERY and TEXT to SCORE; TEXT and TEXT_PAIR to SCORES.
+and the outputs of further heads; QUERY and TEXT to SCORE; TEXT and TEXT_PAIR to SCORES; TEXT and
+INPUT_TYPE to SPARSE_IDS and SPARSE_WEIGHTS.
 
 It gives what the ensemble's three steps give, from the same files, without passing tensors between
 processes: queued texts are tokenized together and run in the cheapest micro-batches, and each
@@ -100,9 +101,7 @@ class TritonPythonModel:
         self.metrics.count_truncated(tokens, self.spec)
 
     def _write(self, embeddings: Embeddings) -> list[Any]:
-        vectors = {spec.VECTOR_OUTPUTS[self.spec.kind]: embeddings.vectors}
-        tokens = embeddings.tokens.reshape(-1, 1)
-        return [
-            triton.output(name, values)
-            for name, values in (vectors | {"TOKENS": tokens} | embeddings.heads).items()
-        ]
+        outputs = {"TOKENS": embeddings.tokens.reshape(-1, 1)} | embeddings.heads
+        if self.spec.kind in spec.VECTOR_OUTPUTS:
+            outputs[spec.VECTOR_OUTPUTS[self.spec.kind]] = embeddings.vectors
+        return [triton.output(name, values) for name, values in outputs.items()]

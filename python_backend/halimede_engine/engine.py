@@ -20,8 +20,8 @@ import numpy as np
 from halimede_engine import batching, memory, session
 from halimede_engine.response_cache import Entry, ResponseCache, characters
 from halimede_engine.session import Pixels, Row, Session
-from halimede_ops import heads, vectors
-from halimede_ops.spec import POOLED, ImageSpec, ModelSpec
+from halimede_ops import heads, sparse, vectors
+from halimede_ops.spec import POOLED, SPARSE_KIND, ImageSpec, ModelSpec
 
 if TYPE_CHECKING:  # images need no tokenizers
     from halimede_engine.requests import Outcome
@@ -75,11 +75,12 @@ class Embeddings(NamedTuple):
     """The embeddings of one request."""
 
     vectors: np.ndarray
-    """`[inputs, dimensions]` float32."""
+    """`[inputs, dimensions]` float32; `[inputs, 0]` of a sparse model."""
     tokens: np.ndarray
     """Tokens of each whole input, those beyond the model's limit included: `[inputs]` int32."""
     heads: dict[str, np.ndarray]
-    """Further outputs of the model, by name: see `halimede_ops.heads.outputs`."""
+    """Further outputs of the model, by name: see `halimede_ops.heads.outputs`, and for a sparse
+    model `halimede_ops.sparse.outputs`."""
 
 
 class Engine:
@@ -208,13 +209,14 @@ class SharedEngine:
     ) -> Embeddings:
         computed = iter(_entries(rows, outputs))
         entries = [entry or next(computed) for entry in cached]
-        stacked = session.stack_outputs([entry.vector for entry in entries])
+        given: list[Any] = [entry.vector for entry in entries]
+        tokens = np.array([entry.tokens for entry in entries], np.int32)
+        if self._spec.kind == SPARSE_KIND:
+            return Embeddings(np.empty((len(given), 0), np.float32), tokens, sparse.outputs(given))
+        stacked = session.stack_outputs(given)
         pooled = stacked.pop(POOLED)
-        return Embeddings(
-            vectors.embed(pooled, self._spec, dimensions),
-            np.array([entry.tokens for entry in entries], np.int32),
-            self._heads(stacked, rows),
-        )
+        embedded = vectors.embed(pooled, self._spec, dimensions)
+        return Embeddings(embedded, tokens, self._heads(stacked, rows))
 
     def _heads(self, outputs: dict[str, np.ndarray], rows: Sequence[Row]) -> dict[str, np.ndarray]:
         if not outputs:

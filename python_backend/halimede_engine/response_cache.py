@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from halimede_ops.sparse import SparseRow
+
 if TYPE_CHECKING:  # images need no tokenizers
     from halimede_ops.text import Item
 
@@ -27,7 +29,7 @@ MAX_CHARACTERS = 65_536
 class Entry(NamedTuple):
     """The cached result of one text."""
 
-    vector: np.ndarray
+    vector: np.ndarray | SparseRow
     """The pooled vector `[dims]` float32, neither truncated nor normalised."""
     tokens: int
     """Tokens of the whole text, including those beyond the model's limit."""
@@ -45,6 +47,7 @@ class ResponseCache:
         self._secret = secrets.token_bytes(32)
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
         """The most recently used entry is last."""
+        self._used_bytes = 0
         self._lock = threading.Lock()
 
     def get(self, texts: Iterable[Item]) -> list[Entry | None]:
@@ -69,11 +72,14 @@ class ResponseCache:
             for text, entry in zip(texts, entries, strict=True):
                 if characters(text) > MAX_CHARACTERS:
                     continue
-                # Copy: the vector is a view of the whole run's output.
-                self._entries[self._key(text)] = entry._replace(vector=entry.vector.copy())
-            max_entries = self._size_bytes // (ENTRY_BYTES + entries[0].vector.nbytes)
-            while len(self._entries) > max_entries:
-                self._entries.popitem(last=False)
+                # Copy: a vector is a view of the whole run's output. A SparseRow is a copy.
+                if isinstance(entry.vector, np.ndarray):
+                    entry = entry._replace(vector=entry.vector.copy())
+                key = self._key(text)
+                self._used_bytes += _bytes(entry) - _bytes(self._entries.pop(key, None))
+                self._entries[key] = entry
+            while self._used_bytes > self._size_bytes:
+                self._used_bytes -= _bytes(self._entries.popitem(last=False)[1])
 
     def _key(self, text: Item) -> bytes:
         # A pair has one more string than a text, so their keys cannot be equal.
@@ -88,3 +94,8 @@ class ResponseCache:
 def characters(text: Item) -> int:
     """Characters of a text, or of both texts of a pair."""
     return len(text) if isinstance(text, str) else sum(map(len, text))
+
+
+def _bytes(entry: Entry | None) -> int:
+    """Memory that an entry takes; 0 for none."""
+    return 0 if entry is None else ENTRY_BYTES + entry.vector.nbytes

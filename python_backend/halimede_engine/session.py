@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 
 from halimede_engine import arithmetic, batching, memory
-from halimede_ops import vectors
+from halimede_ops import sparse, vectors
 from halimede_ops.errors import InvalidModel
 from halimede_ops.spec import PIXELS, POOLED, TOKEN_TYPES
 
@@ -54,6 +54,8 @@ OnRun = Callable[[int], None]
 PACKED = "packed"
 """Metadata key of a model.onnx that takes packed rows: several texts in one row, numbered by the
 attention mask."""
+SPARSE_ROWS = "sparse_rows"
+"""Metadata key of a model.onnx whose pooled vectors are nearly all zeros."""
 
 STATIC = "static"
 """Metadata key of a model.onnx without a transformer: see STATIC_TIMES."""
@@ -195,7 +197,7 @@ class Session:
         self._lone_length = batching.tight_length if tight_padding else batching.padded_length
         """Padded length of a row that runs alone."""
         marks = session.get_modelmeta().custom_metadata_map
-        self._packed = PACKED in marks
+        self._packed, self._sparse = PACKED in marks, SPARSE_ROWS in marks
         self._micro_batch_tokens = micro_batch_tokens * (STATIC_TIMES if STATIC in marks else 1)
         self._takes_types = TOKEN_TYPES in [node.name for node in session.get_inputs()]
         self.heads = [node.name for node in session.get_outputs() if node.name != POOLED]
@@ -234,6 +236,17 @@ class Session:
         for index in _to_run_alone(pooled):
             pooled[index] = self.run_together([rows[index]])[0]
         return pooled
+
+    def run_outputs(self, rows: Sequence[Row | Pixels]) -> Sequence[Any] | np.ndarray:
+        """Run rows as one micro-batch: what requests keep of each row until they are answered.
+
+        It is the pooled vector `[dims]` float32; for a model with heads a dict, as `run_with_heads`
+        gives; for one with SPARSE_ROWS a SparseRow, which needs far less memory than its vector.
+        """
+        if self.heads:
+            return self.run_with_heads(rows)
+        pooled = self.run_together(rows)
+        return sparse.from_dense(pooled) if self._sparse else pooled
 
     def run_with_heads(self, rows: Sequence[Row | Pixels]) -> list[dict[str, np.ndarray]]:
         """Run rows as one micro-batch: every output of each row, by name.
@@ -313,20 +326,20 @@ class AdaptiveSession:
         self._lone_runs = 0
         """Consecutive lone runs."""
 
-    def run_together(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
-        """Run a micro-batch beside which others may run: `[len(rows), dims]` float32."""
+    def run_together(self, rows: Sequence[Row | Pixels]) -> Sequence[Any] | np.ndarray:
+        """Run a micro-batch beside which others may run: as `Session.run_outputs`."""
         with self._lock:
             self._lone_runs = 0
-        return self._shared.run_together(rows)
+        return self._shared.run_outputs(rows)
 
-    def run_alone(self, rows: Sequence[Row | Pixels]) -> np.ndarray:
+    def run_alone(self, rows: Sequence[Row | Pixels]) -> Sequence[Any] | np.ndarray:
         """As `run_together`, for a micro-batch beside which no other is expected to run."""
         with self._lock:
             self._lone_runs += 1
             if self._lone_runs == LONE_RUNS and self._lone is None:
                 self._lone = self._open_lone()
             session = self._lone or self._shared
-        return session.run_together(rows)
+        return session.run_outputs(rows)
 
 
 def _one_text_per_row(count: int) -> list[TextPosition]:

@@ -60,6 +60,13 @@ def sparse(
     """
     counted = (mask != 0) & (weights > 0) & ~np.isin(ids, special_ids)
     rows = [_largest(ids[row, counted[row]], weights[row, counted[row]]) for row in range(len(ids))]
+    return padded(rows)
+
+
+def padded(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids `[rows, longest]` int32 and weights `[rows, longest]` float32 of rows with ids and
+    weights `[n]` each; shorter rows are padded with NO_TOKEN and weight 0.
+    """
     longest = max((len(unique) for unique, _ in rows), default=0)
     out_ids = np.full((len(rows), longest), NO_TOKEN, np.int32)
     out_weights = np.zeros((len(rows), longest), np.float32)

@@ -81,7 +81,8 @@ class ModelSpec:
     """Fingerprint of weights, tokenizer, pooling, head, prompts and dims: 16 hexadecimal digits.
     Vectors of two models can be compared only if their spaces are equal."""
     dims: int
-    """Dimensions of a full vector. Of a reranker 1, of a classifier the number of its labels."""
+    """Dimensions of a full vector. Of a reranker 1, of a classifier the number of its labels, of a
+    sparse model the size of its vocabulary."""
     max_tokens: int
     """Token limit, special tokens included. Longer texts are truncated."""
     normalised: bool

@@ -19,8 +19,9 @@ sys.path.append(str(Path(__file__).parent.parent))
 from adapter import metrics, scheduler, triton
 from halimede_engine import batching, graph, session
 from halimede_engine.requests import ItemResult
-from halimede_ops import spec
+from halimede_ops import sparse, spec
 from halimede_ops.errors import InvalidInput
+from halimede_ops.sparse import SparseRow
 from halimede_repository import checksums
 
 
@@ -48,6 +49,11 @@ class TritonPythonModel:
             self.read = partial(_read_pixels, positions=max_tokens)
         else:
             self.read = partial(_read, limits=Limits(graph.vocabulary(path), max_tokens or None))
+        self.dims = next(
+            int(entry["dims"][0])
+            for entry in config.fields["output"]
+            if entry["name"] == spec.POOLED
+        )
         self.metrics = metrics.Metrics(config, *metrics.RUN_COUNTERS)
         self.scheduler = scheduler.open_scheduler(
             config, path, args["model_instance_kind"], self.metrics
@@ -56,7 +62,7 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Queue the rows of each request; it is answered when they have run."""
         triton.answer_later(
-            requests, self.read, self.scheduler.submit, _write, self.metrics.count_error
+            requests, self.read, self.scheduler.submit, self._write, self.metrics.count_error
         )
         self.scheduler.wait_for_room()
 
@@ -64,6 +70,12 @@ class TritonPythonModel:
         """Answer all queued requests."""
         self.scheduler.close()
         self.metrics.close()
+
+    def _write(self, results: Sequence[ItemResult]) -> list[Any]:
+        rows = [result.output for result in results]
+        if isinstance(rows[0], SparseRow):
+            return [triton.output(spec.POOLED, sparse.to_dense(rows, self.dims))]
+        return [triton.output(name, values) for name, values in session.stack_outputs(rows).items()]
 
 
 def _read(request: Any, limits: Limits) -> list[session.Row]:
@@ -108,8 +120,3 @@ def _check(ids: np.ndarray, mask: np.ndarray, longest: int, limits: Limits) -> N
 def _read_pixels(request: Any, positions: int) -> list[session.Pixels]:
     pixels = triton.tensor(request, spec.PIXELS, 3, "height", "width")
     return session.pixel_rows(pixels.copy(), positions)
-
-
-def _write(results: Sequence[ItemResult]) -> list[Any]:
-    outputs = session.stack_outputs([result.output for result in results])
-    return [triton.output(name, values) for name, values in outputs.items()]

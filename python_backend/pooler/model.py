@@ -1,5 +1,6 @@
-"""Triton backend `pooler`: pooled vectors and DIMENSIONS to EMBEDDING, or scores to SCORE or
-SCORES, and the per-token outputs of a model's heads to the outputs that clients get.
+"""Triton backend `pooler`: pooled vectors and DIMENSIONS to EMBEDDING, scores to SCORE or SCORES,
+or weights of a vocabulary to SPARSE_IDS and SPARSE_WEIGHTS, and the per-token outputs of a model's
+heads to the outputs that clients get.
 
 Pooling itself (mean, cls, …) is part of model.onnx. The hidden states of all tokens are an output
 of the engine only for models that are built with that output.
@@ -15,7 +16,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
 from adapter import metrics, triton
-from halimede_ops import heads, spec, vectors
+from halimede_ops import heads, sparse, spec, vectors
 from halimede_ops.errors import HalimedeError, InvalidInput
 
 
@@ -74,6 +75,8 @@ class TritonPythonModel:
         return [triton.attempt(self._embed_one, request) for request in requests]
 
     def _embed_one(self, request: PoolRequest) -> dict[str, np.ndarray]:
+        if self.spec.kind == spec.SPARSE_KIND:
+            return sparse.outputs(sparse.from_dense(request.vectors))
         embeddings = vectors.embed(request.vectors, self.spec, request.dimensions)
         return {spec.VECTOR_OUTPUTS[self.spec.kind]: embeddings, **request.heads}
 

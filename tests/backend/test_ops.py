@@ -213,7 +213,7 @@ class Runs:
     def __init__(self) -> None:
         self.rows: list[int] = []
 
-    def run_together(self, rows: Sequence[session.Row]) -> np.ndarray:
+    def run_outputs(self, rows: Sequence[session.Row]) -> np.ndarray:
         self.rows.append(len(rows))
         return np.zeros((len(rows), 4), np.float32)
 

@@ -270,7 +270,7 @@ class Onnx:
                 f"this onnxruntime cannot run on {', '.join(missing)}. Install "
                 f"{_package(missing[0])}, or set device to cpu."
             )
-        run = run_alone = opened.run_together
+        run = run_alone = opened.run_outputs
         if on_cpu and self._opens_twice(session.file_bytes(model)):
             adaptive = session.AdaptiveSession(opened, lambda: open_session(1)[0])
             run, run_alone = adaptive.run_together, adaptive.run_alone

@@ -22,7 +22,7 @@ from halimede_tools.build import describe, towers
 from halimede_tools.build.checks import long_texts
 from halimede_tools.build.checks.long_texts import LongText
 from halimede_tools.build.describe import ModelOptions
-from halimede_tools.build.kinds import activation, scores, static
+from halimede_tools.build.kinds import activation, overlap, scores, static
 from halimede_tools.build.kinds.recognise import recognise
 from halimede_tools.build.samples.sts import spearman
 from halimede_tools.build.towers import TEXTS, TOWERS, Bar, Engine, Tower
@@ -33,6 +33,8 @@ REFERENCE_FILE = "reference.npy"
 RECORD_FILE = "quality.json"
 LONG_FILE = "long.json"
 """The long texts that a model is checked on, and the numbers of tokens that its config names."""
+LOGITS_BYTES = 2**30
+"""Memory for the logits of the texts that SparseEncoder encodes together."""
 
 
 def tool_versions() -> dict[str, str]:
@@ -51,12 +53,15 @@ def write_long_reference(
 ) -> None:
     """Build step: long texts, and what the model in `source` gives for each alone.
 
-    `memory_bytes` is the memory for attention scores: longer texts are not checked.
+    `memory_bytes` is the memory for attention scores, and for the logits of a vocabulary: longer
+    texts are not checked.
     """
     model = describe.load(source, options)
     config = model[0].auto_model.config.to_dict()
     named = long_texts.thresholds(config)
     limit = long_texts.longest(config, memory_bytes)
+    if TOWERS[inputs] is towers.WEIGHTED:
+        limit = min(limit, memory_bytes // _logits_bytes(model, source, options))
     prompt = model.prompts.get(model.default_prompt_name or "", "")
 
     def tokens(text: str) -> int:
@@ -133,6 +138,26 @@ def reference(
     return np.asarray(model.encode(list(texts), batch_size=batch_size, show_progress_bar=False))
 
 
+def sparse_reference(
+    source: Path, texts: Sequence[str], options: ModelOptions, batch_size: int = 32
+) -> np.ndarray:
+    """SparseEncoder's weights of the texts: `[len(texts), dims]` float32."""
+    model = describe.load(source, options)
+    text_bytes = model.max_seq_length * _logits_bytes(model, source, options)
+    rows = model.encode(
+        list(texts),
+        batch_size=max(1, min(batch_size, LOGITS_BYTES // text_bytes)),
+        convert_to_sparse_tensor=False,
+        show_progress_bar=False,
+    )
+    return np.asarray(rows)
+
+
+def _logits_bytes(model: Any, source: Path, options: ModelOptions) -> int:
+    """Memory of one token's logits in a SparseEncoder, which copies them once."""
+    return 2 * 4 * describe.describe(model, source, options).dims
+
+
 def image_reference(source: Path, files: Sequence[bytes], options: ModelOptions) -> np.ndarray:
     """The image features that transformers gives: `[len(files), dims]` float32, L2 norm 1."""
     import torch
@@ -178,6 +203,7 @@ REFERENCES: Mapping[str, Callable[..., np.ndarray]] = {
     towers.IMAGES.inputs: image_reference,
     towers.PAIRS.inputs: score_reference,
     towers.LABELLED.inputs: score_reference,
+    towers.WEIGHTED.inputs: sparse_reference,
 }
 """What gives the reference for the inputs of each tower."""
 
@@ -202,6 +228,8 @@ def check(
     else:
         lengths = [row.length for row in engine.rows(inputs)]
         figures = _cosines(together, expected, lengths, tower.odd_inputs)
+        if isinstance(bar, towers.SparseBar):
+            figures |= overlap.agreement(together, expected)
     size_bytes, fp32_bytes = file_bytes(model), file_bytes(fp32)
     record: dict[str, Any] = {
         "model": engine.spec.name,
@@ -321,6 +349,8 @@ def missed(record: dict[str, Any], bar: Bar | scores.ScoreBar) -> list[str]:
         for name, least in (("mean_cosine", bar.mean_cosine), ("p1_cosine", bar.p1_cosine))
         if not found[name] >= least
     ]
+    if isinstance(bar, towers.SparseBar) and not record["same_ids"] >= bar.same_ids:
+        below.append(f"same_ids is {record['same_ids']}, the bar is {bar.same_ids}")
     if record["not_finite"]:
         below.append(f"{record['not_finite']} vectors are not finite")
     if record["size_ratio"] > bar.size_ratio:

@@ -24,6 +24,7 @@ from halimede_ops.spec import (
     MULTI_VECTOR,
     RERANKER,
     SPARSE,
+    SPARSE_KIND,
     TOKEN_EMBEDDINGS,
     TOKEN_TYPES,
     ImageSpec,
@@ -32,13 +33,13 @@ from halimede_ops.spec import (
 from halimede_repository.checksums import sha256
 from halimede_tools.build.checks import space
 from halimede_tools.build.keys import key_of
-from halimede_tools.build.kinds import activation, static
+from halimede_tools.build.kinds import activation, sparse, static
 from halimede_tools.build.kinds.files import read_json
-from halimede_tools.build.kinds.recognise import recognise
+from halimede_tools.build.kinds.recognise import module_names, recognise
 
 KNOWN_MODULES = (
     "Transformer", "StaticEmbedding", "CLIPModel", "Pooling", "Dense", "LayerNorm", "Normalize",
-    "Dropout",
+    "Dropout", "MLMTransformer", "SpladePooling", "SparseAutoEncoder",
 )  # fmt: skip
 OWN_MODULES = "sentence_transformers."
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -74,8 +75,8 @@ class ModelOptions(NamedTuple):
 
 
 def load(folder: Path, options: ModelOptions) -> Any:
-    """The model in `folder` on the CPU, its token limit set: a SentenceTransformer, or a
-    CrossEncoder for a model that gives scores.
+    """The model in `folder` on the CPU, its token limit set: a SentenceTransformer, a CrossEncoder
+    for a model that gives scores, or a SparseEncoder.
 
     Raises:
         InvalidModel: the folder is no model, is damaged, or has a module that is not supported.
@@ -89,6 +90,7 @@ def load(folder: Path, options: ModelOptions) -> Any:
         _check_limit(options, static.MAX_TOKENS)
         return model
     kind = recognise(folder, options.name, options.kind)
+    sparse.check_folder(folder, module_names(folder), options.name, kind)
     backend = "torch" if weights(folder) else "onnx"
     try:
         with quiet():
@@ -99,6 +101,7 @@ def load(folder: Path, options: ModelOptions) -> Any:
                 trust_remote_code=options.trust_remote_code,
                 backend=backend,
                 model_kwargs=_model_options(folder, backend),
+                **sparse.load_options(folder, kind),
             )
     except Exception as error:  # transformers, safetensors and torch each raise their own
         raise InvalidModel(
@@ -117,6 +120,8 @@ def library(kind: str) -> Any:
 
     if kind in (RERANKER, CLASSIFIER):
         return sentence_transformers.CrossEncoder
+    if kind == SPARSE_KIND:
+        return sentence_transformers.SparseEncoder
     return sentence_transformers.SentenceTransformer
 
 
@@ -129,6 +134,7 @@ def describe(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
     modules = list(model)
     kind = recognise(folder, options.name, options.kind)
     scores = score_facts(model, folder, kind)
+    weighted = sparse.facts(model, options.name, kind)
     fields: dict[str, Any] = {
         "dims": len(scores["labels"]) or 1 if scores else int(model.get_embedding_dimension()),
         "max_tokens": int(model.max_seq_length),
@@ -136,13 +142,15 @@ def describe(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
         "normalised": is_clip(model) or type(modules[-1]).__name__ == "Normalize",
         "prompts": prompts,
         "default_input_type": model.default_prompt_name,
-        "heads": {} if scores else heads(model, folder, options),
+        "heads": {} if scores or weighted else heads(model, folder, options),
         "layer_norm_before_cut": options.layer_norm_before_cut,
-    }
+    } | weighted
     image = None if scores else image_spec(model, folder, options.name)
     decides = fields | scores
     if scores:
         decides["activation"] = str(activation.activation(model, folder, kind))
+    if weighted:
+        decides[sparse.MAX_ACTIVE_DIMS] = model.max_active_dims
     return ModelSpec(
         name=options.name,
         space=_space(model, folder, decides, image),

@@ -16,7 +16,7 @@ from typing import Any
 from halimede_engine import session
 from halimede_ops import spec, text
 from halimede_ops.errors import BuildError, InvalidModel
-from halimede_ops.spec import POOLED, ModelSpec
+from halimede_ops.spec import POOLED, SPARSE_KIND, ModelSpec
 from halimede_tools.build import describe
 from halimede_tools.build.checks import weights
 from halimede_tools.build.describe import ModelOptions
@@ -46,6 +46,8 @@ def export(source: Path, options: ModelOptions, folder: Path) -> None:
         elif facts.takes_pairs:
             activated = activation.activation(model, source, facts.kind)
             tracing.trace_scores(model, activated, facts, path)
+        elif facts.kind == SPARSE_KIND:
+            tracing.trace_sparse(model, path)
         elif describe.weights(source):
             tracing.trace(model, list(outputs), path)
         else:

@@ -42,7 +42,9 @@ def quantise(exported: Path, inputs: str, spec: ModelSpec, folder: Path) -> None
     kept = []
     for index, node in enumerate(model.graph.node):
         division = node.op_type == "Div" and node.input[1] not in constants
-        if division or node.output[0] in large:
+        # 1 + x in float16 has no digits left of an x below 0.0005.
+        weight = rewrite.ACTIVATION in node.name
+        if division or weight or node.output[0] in large:
             node.name = node.name or f"fp32/{index}"
             kept.append(node.name)
     model = convert_float_to_float16(

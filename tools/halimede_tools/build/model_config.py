@@ -20,6 +20,7 @@ from halimede_ops.spec import (
     POOLED,
     RERANKER,
     SPARSE,
+    SPARSE_KIND,
     TOKEN_EMBEDDINGS,
     TOKEN_TYPES,
     VECTOR_OUTPUTS,
@@ -267,8 +268,8 @@ def warm_lengths(spec: ModelSpec) -> list[int]:
 
 
 def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
-    """The pooled vector, DIMENSIONS → EMBEDDING, or scores → SCORE or SCORES; heads with ids and
-    mask → their outputs.
+    """The pooled vector, DIMENSIONS → EMBEDDING, scores → SCORE or SCORES, or the weights of a
+    vocabulary → SPARSE_IDS, SPARSE_WEIGHTS; heads with ids and mask → their outputs.
     """
     heads = [_input(head, pb.TYPE_FP32, -1, width) for head, width in spec.heads.items()]
     tokens = [_input(name, pb.TYPE_INT64, -1) for name in ("input_ids", "attention_mask")]
@@ -281,7 +282,7 @@ def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
             *([_dimensions()] if spec.kind == DENSE else []),
             *(heads + tokens if heads else []),
         ],
-        output=[_vector_output(spec), *_head_outputs(spec)],
+        output=[*_vector_outputs(spec), *_head_outputs(spec)],
         instance_group=[_on_cpu()],
         dynamic_batching=_batching(),
         model_warmup=[
@@ -306,9 +307,11 @@ def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
 
 
 def ensemble(described: Ensemble) -> pb.ModelConfig:
-    """A text, or a pair of texts → EMBEDDING, SCORE or SCORES, TOKENS and the heads' outputs."""
+    """A text, or a pair of texts → EMBEDDING, SCORE, SCORES or sparse weights, TOKENS and the
+    heads' outputs.
+    """
     spec, steps = described.spec, described.steps
-    outputs = [entry.name for entry in (_vector_output(spec), *_head_outputs(spec))]
+    outputs = [entry.name for entry in (*_vector_outputs(spec), *_head_outputs(spec))]
     heads = {head: head for head in spec.heads}
     names = {"input_ids": "ids", "attention_mask": "mask", TOKEN_TYPES: "types"}
     tokens = {name: names[name] for name in token_inputs(spec)}
@@ -547,26 +550,30 @@ def _embedding() -> pb.ModelOutput:
     return _output("EMBEDDING", pb.TYPE_FP32, -1)
 
 
-def _vector_output(spec: ModelSpec) -> pb.ModelOutput:
+def _vector_outputs(spec: ModelSpec) -> list[pb.ModelOutput]:
     if spec.kind == DENSE:
-        return _embedding()
-    return _output(VECTOR_OUTPUTS[spec.kind], pb.TYPE_FP32, spec.dims)
+        return [_embedding()]
+    if spec.kind == SPARSE_KIND:
+        return _sparse_outputs()
+    return [_output(VECTOR_OUTPUTS[spec.kind], pb.TYPE_FP32, spec.dims)]
+
+
+def _sparse_outputs() -> list[pb.ModelOutput]:
+    ids, weights = HEAD_OUTPUTS[SPARSE]
+    return [_output(ids, pb.TYPE_INT32, -1), _output(weights, pb.TYPE_FP32, -1)]
 
 
 def _embedded(spec: ModelSpec) -> list[pb.ModelOutput]:
-    return [_vector_output(spec), _output("TOKENS", pb.TYPE_INT32, 1), *_head_outputs(spec)]
+    return [*_vector_outputs(spec), _output("TOKENS", pb.TYPE_INT32, 1), *_head_outputs(spec)]
 
 
 def _head_outputs(spec: ModelSpec) -> list[pb.ModelOutput]:
-    outputs = []
+    outputs: list[pb.ModelOutput] = []
     for head, width in spec.heads.items():
-        for name in HEAD_OUTPUTS[head]:
-            if name == "SPARSE_IDS":
-                outputs.append(_output(name, pb.TYPE_INT32, -1))
-            elif name == "SPARSE_WEIGHTS":
-                outputs.append(_output(name, pb.TYPE_FP32, -1))
-            else:
-                outputs.append(_output(name, pb.TYPE_FP32, -1, width))
+        if head == SPARSE:
+            outputs += _sparse_outputs()
+        else:
+            outputs += [_output(name, pb.TYPE_FP32, -1, width) for name in HEAD_OUTPUTS[head]]
     return outputs
 
 

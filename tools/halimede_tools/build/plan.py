@@ -19,7 +19,7 @@ from halimede.models import catalogue, store
 from halimede_engine import session
 from halimede_ops import spec, text
 from halimede_ops.errors import BuildError, InvalidInput, LicenceNotAccepted, QualityError
-from halimede_ops.spec import CLASSIFIER, RERANKER, ModelSpec
+from halimede_ops.spec import CLASSIFIER, RERANKER, SPARSE_KIND, ModelSpec
 from halimede_repository import configs, names
 from halimede_tools.build import (
     candidates,
@@ -45,7 +45,11 @@ from halimede_tools.settings import Settings
 PRECISIONS = tuple(repository.SUFFIXES)
 IMAGE_STEP = "image-"
 """In front of a vision tower's steps' folders."""
-BY_KIND = {RERANKER: towers.PAIRS, CLASSIFIER: towers.LABELLED}
+BY_KIND = {
+    RERANKER: towers.PAIRS,
+    CLASSIFIER: towers.LABELLED,
+    SPARSE_KIND: towers.WEIGHTED,
+}
 """The tower that texts enter, by the kind of model; TEXTS for others."""
 SHARE_FOR_LONG_TEXTS = 2
 """The attention scores of the longest text that is checked take at most one part in this many of
@@ -494,6 +498,8 @@ SHOWN = {
     "kendall_tau": "Kendall's tau",
     "ndcg_10": "NDCG@10",
     "label_agreement": "same label",
+    "same_ids": "same tokens",
+    "top_10": "top 10 tokens",
 }
 """Figures of a quality record, and their names in what the build prints."""
 

@@ -21,6 +21,8 @@ INPUTS = ("input_ids", "attention_mask")
 HIDDEN, MASK, TAIL = "hidden", "mask", "tail/"
 POOL = "/pool/"
 """Part of the names of the nodes that pool: graph.packing calls that module `pool`."""
+ACTIVATION = f"{POOL}activation/"
+"""Part of the names of the nodes that make weights of pooled logits, in graph.splade."""
 SMALLEST_BYTES = 1024
 """Smallest constant that is stored beside the graph; onnxruntime has the same limit."""
 
@@ -294,7 +296,7 @@ def _make_zeros(model: onnx.ModelProto, name: str) -> None:
 
 
 def mark(path: Path, *keys: str) -> None:
-    """Note in the model's metadata what its rows may be: PACKED, STATIC."""
+    """Note in the model's metadata what an engine must know of it: PACKED, SPARSE_ROWS, STATIC."""
     model = onnx.load(path, load_external_data=False)
     helper.set_model_props(model, dict.fromkeys(keys, "true"))
     onnx.save(model, path)

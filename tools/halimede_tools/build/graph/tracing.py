@@ -12,11 +12,11 @@ from optimum.exporters.onnx import export as optimum_export
 from optimum.exporters.onnx.model_configs import SentenceTransformersTransformerOnnxConfig
 from optimum.exporters.onnx.model_patcher import ModelPatcher
 
-from halimede_engine.session import PACKED
+from halimede_engine.session import PACKED, SPARSE_ROWS
 from halimede_ops import spec
 from halimede_ops.spec import PIXELS, POOLED, TOKEN_TYPES, ImageSpec, ModelSpec
 from halimede_tools.build import describe
-from halimede_tools.build.graph import packing, rewrite, scoring
+from halimede_tools.build.graph import packing, rewrite, scoring, splade
 
 TOKEN_INPUTS = ("input_ids", "attention_mask")
 
@@ -43,6 +43,15 @@ def trace_scores(model: Any, activation: torch.nn.Module, facts: ModelSpec, path
     _export(module, model[0].auto_model.config, inputs, [POOLED], path)
     if isinstance(module, scoring.PackedScores):
         rewrite.mark(path, PACKED)
+
+
+@torch.no_grad()
+def trace_sparse(model: Any, path: Path) -> None:
+    """Trace a SparseEncoder, from tokens to the weights of its vocabulary as POOLED."""
+    module = splade.sparse(model)
+    _export(module, model[0].auto_model.config, list(TOKEN_INPUTS), [POOLED], path)
+    is_packed = isinstance(module, packing.Packed)
+    rewrite.mark(path, SPARSE_ROWS, *([PACKED] if is_packed else []))
 
 
 def _export(

@@ -46,7 +46,7 @@ def recognise(folder: Path, name: str, kind: str | None = None) -> str:
         return kind
     config = _json(folder / "config.json")
     saved = _json(folder / SENTENCE_TRANSFORMERS)
-    modules = _modules(folder)
+    modules = module_names(folder)
     if _is_late_interaction(folder, config, saved, modules):
         return LATE_INTERACTION
     if saved.get("model_type") == "SparseEncoder" or set(modules) & set(SPARSE_MODULES):
@@ -94,7 +94,7 @@ def _json(path: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.exists() else {}
 
 
-def _modules(folder: Path) -> list[str]:
+def module_names(folder: Path) -> list[str]:
     """The modules of a sentence-transformers folder: the name of a class of that library, the
     whole path of any other.
     """
