@@ -166,6 +166,7 @@ class SharedEngine:
 
         Raises:
             InvalidDimensions: the model has no vectors of this length.
+            InvalidText: an input has no token.
             NonFiniteVector: the model gives NaN or infinity for an input.
             Exception: what the run raised.
         """
@@ -175,7 +176,7 @@ class SharedEngine:
             return None
         rows, outputs = done
         if self._cache is None and isinstance(outputs, np.ndarray):  # the fastest way for a text
-            tokens = np.array([row.total for row in rows], np.int32)
+            tokens = self._tokens([row.total for row in rows])
             return Embeddings(vectors.embed(outputs, self._spec, dimensions), tokens, {})
         embeddings = self._embeddings(cached, rows, outputs, dimensions)
         self._store(missing, rows, outputs)
@@ -210,13 +211,22 @@ class SharedEngine:
         computed = iter(_entries(rows, outputs))
         entries = [entry or next(computed) for entry in cached]
         given: list[Any] = [entry.vector for entry in entries]
-        tokens = np.array([entry.tokens for entry in entries], np.int32)
+        tokens = self._tokens([entry.tokens for entry in entries])
         if self._spec.kind == SPARSE_KIND:
             return Embeddings(np.empty((len(given), 0), np.float32), tokens, sparse.outputs(given))
         stacked = session.stack_outputs(given)
         pooled = stacked.pop(POOLED)
         embedded = vectors.embed(pooled, self._spec, dimensions)
         return Embeddings(embedded, tokens, self._heads(stacked, rows))
+
+    def _tokens(self, totals: Sequence[int]) -> np.ndarray:
+        """The tokens of each input: `[inputs]` int32.
+
+        Raises:
+            InvalidText: an input has none, and the model has no vector for that.
+        """
+        vectors.check_tokens(totals, self._spec)
+        return np.array(totals, np.int32)
 
     def _heads(self, outputs: dict[str, np.ndarray], rows: Sequence[Row]) -> dict[str, np.ndarray]:
         if not outputs:

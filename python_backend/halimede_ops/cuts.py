@@ -1,8 +1,11 @@
-"""Where a long text can be cut before it is tokenized, without a change of its first token ids.
+"""Where a long text can be cut before it is tokenized, without a change of the token ids of the
+part that is kept.
 
 A tokenizer splits a text into words and each word into tokens. A place to cut ends a word,
 whatever follows it: the words before it, and so their tokens, do not depend on the rest of the
-text. `places` knows such places for the kinds of tokenizers listed here, and for no other.
+text. Neither do the words after it depend on those before it, but for the first: some tokenizers
+put a space in front of a text. `places` knows such places for the kinds of tokenizers listed here,
+and for no other.
 
 - BERT's words end at white space and at every punctuation mark.
 - The words of byte-level BPE (GPT-2, Qwen, Llama, CLIP) are runs of letters, of digits, or of other
@@ -70,6 +73,17 @@ def cut(text: str, at_least: int, pattern: re.Pattern[str] | None) -> str:
         place = pattern.search(text, at_least, at_least + WINDOW)
         if place:
             return text[: place.start()]
+        at_least *= 2
+    return text
+
+
+def cut_front(text: str, at_least: int, pattern: re.Pattern[str] | None) -> str:
+    """As `cut`, from the front: the text from a place with `at_least` characters after it."""
+    while pattern is not None and at_least < len(text):
+        end = len(text) - at_least
+        place = pattern.search(text, max(0, end - WINDOW), end)
+        if place:
+            return text[place.start() :]
         at_least *= 2
     return text
 

@@ -1,7 +1,8 @@
 """Texts to token ids: prepend the prompt, tokenize, truncate.
 
-A text far beyond the token limit is cut before it is tokenized, where that does not change its
-token ids: see `halimede_ops.cuts`.
+Of a text that is too long, most models keep the beginning and some the end, as `tokenizer.json`
+says. A text far beyond the token limit is cut before it is tokenized, where that does not change
+its token ids: see `halimede_ops.cuts`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Tokens(NamedTuple):
     """At most `max_tokens` token ids, special tokens included."""
     total: int
     """Tokens of the whole text, special tokens included; above `max_tokens` it was truncated.
-    If the text was cut before it was tokenized: those of its first part, above `max_tokens`."""
+    If the text was cut before it was tokenized: those of the part that is left, above
+    `max_tokens`."""
     types: list[int] | None = None
     """0 for each token of the first text of a pair, 1 for those of the second. None: the model
     takes no token types."""
@@ -47,8 +49,12 @@ class TextTokenizer:
     """A model's tokenizer, with its prompts and its token limit."""
 
     def __init__(self, tokenizer: Tokenizer, spec: ModelSpec) -> None:
+        self._keeps_end = (tokenizer.truncation or {}).get("direction") == "left"
+        self._cut = cuts.cut_front if self._keeps_end else cuts.cut
         tokenizer.no_padding()
-        tokenizer.enable_truncation(spec.max_tokens)
+        tokenizer.enable_truncation(
+            spec.max_tokens, direction="left" if self._keeps_end else "right"
+        )
         self._tokenizer = tokenizer
         self._whole = _without_truncation(tokenizer) if spec.takes_pairs else tokenizer
         """Tokenizes the texts of a pair, which are truncated together afterwards."""
@@ -109,7 +115,7 @@ class TextTokenizer:
         a query has many documents.
         """
         distinct = list(dict.fromkeys(text for pair in pairs for text in pair))
-        parts = [cuts.cut(text, self.counted_characters, self._places) for text in distinct]
+        parts = [self._cut(text, self.counted_characters, self._places) for text in distinct]
         encodings = self._whole.encode_batch(parts, add_special_tokens=False)
         by_text = dict(zip(distinct, encodings, strict=True))
         return [self._pair(by_text[first], by_text[second]) for first, second in pairs]
@@ -122,7 +128,7 @@ class TextTokenizer:
     def _encode_texts(self, prompted: Sequence[str]) -> list[Tokens]:
         if not prompted:
             return []
-        parts = [cuts.cut(text, self.counted_characters, self._places) for text in prompted]
+        parts = [self._cut(text, self.counted_characters, self._places) for text in prompted]
         return [
             self._tokens(encoding)
             if len(part) == len(text)
@@ -135,13 +141,23 @@ class TextTokenizer:
     def _tokens_of_long(self, text: str, part: str, tokens: Tokens) -> Tokens:
         """The tokens of a longer part if `tokens`, those of `part`, are not above the limit.
 
-        So a text of few tokens, such as white space alone, is tokenized to its end.
+        So a text of few tokens, such as white space alone, is tokenized as a whole.
         """
-        while tokens.total <= self.spec.max_tokens and len(part) < len(text):
-            part = cuts.cut(text, 2 * len(part), self._places)
+        while self._certain(part, tokens) <= self.spec.max_tokens and len(part) < len(text):
+            part = self._cut(text, 2 * len(part), self._places)
             [encoding] = self._tokenizer.encode_batch_fast([part])
             tokens = self._tokens(encoding)
         return tokens
+
+    def _certain(self, part: str, tokens: Tokens) -> int:
+        """How many of the tokens of a part are the whole text's: all but those of the first word of
+        a part that is the end of a text.
+        """
+        if not self._keeps_end:
+            return tokens.total
+        first_word = cuts.cut(part, 1, self._places)
+        [encoding] = self._tokenizer.encode_batch_fast([first_word])
+        return tokens.total - self._tokens(encoding).total
 
     def _tokens(self, encoding) -> Tokens:  # type: ignore[no-untyped-def]
         ids = encoding.ids

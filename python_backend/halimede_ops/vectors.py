@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
 
-from halimede_ops.errors import InvalidDimensions, InvalidInput, NonFiniteVector
+from halimede_ops.errors import InvalidDimensions, InvalidInput, InvalidText, NonFiniteVector
 from halimede_ops.fusion import Fusion
 from halimede_ops.spec import ModelSpec
 
@@ -70,6 +71,22 @@ def check_finite(vectors: np.ndarray) -> None:
             subject="input",
             index=int(finite.argmin()),
         )
+
+
+def check_tokens(totals: Iterable[int], spec: ModelSpec) -> None:
+    """Raise unless each text of a request has a token. A tokenizer that adds no special tokens
+    makes none of an empty text. A static model gives zeros for it, any other has no vector.
+
+    Raises:
+        InvalidText: a text has none; `index` is that of the first one.
+    """
+    for index, total in enumerate(totals):
+        if total == 0 and not spec.static:
+            raise InvalidText(
+                "has no token for this model, which adds none to a text. Leave it out.",
+                subject="text",
+                index=index,
+            )
 
 
 def are_finite(vectors: np.ndarray) -> np.ndarray:

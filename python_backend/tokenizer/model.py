@@ -14,7 +14,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).parent.parent))
 from adapter import metrics, triton
 from halimede_engine import batching
-from halimede_ops import spec, text
+from halimede_ops import spec, text, vectors
 from halimede_ops.errors import HalimedeError
 from halimede_repository import checksums
 
@@ -57,7 +57,8 @@ class TritonPythonModel:
         tokens = self.tokenizer.encode_prompted(prompted)
         self.metrics.count_truncated(tokens, self.spec)
         remaining = iter(tokens)
-        return [[next(remaining) for _ in request.texts] for request in requests]
+        rows = [[next(remaining) for _ in request.texts] for request in requests]
+        return [triton.attempt(self._checked, own) for own in rows]
 
     def _write(self, rows: list[text.Tokens]) -> list[Any]:
         lengths = [len(row.ids) for row in rows]
@@ -71,6 +72,10 @@ class TritonPythonModel:
             types = [row.types or [0] * len(row.ids) for row in rows]
             outputs[spec.TOKEN_TYPES] = batching.pad(types, length)
         return [triton.output(name, values) for name, values in outputs.items()]
+
+    def _checked(self, rows: list[text.Tokens]) -> list[text.Tokens]:
+        vectors.check_tokens((row.total for row in rows), self.spec)
+        return rows
 
     def _padded_length(self, longest: int) -> int:
         if PADDING_IS_FREE and longest <= FREE_TOKENS:

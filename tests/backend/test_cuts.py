@@ -98,9 +98,11 @@ def copy(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(tokenizer.to_str())
 
 
-def cutting(tokenizer: Tokenizer, characters: int) -> TextTokenizer:
-    """With texts cut after so many characters."""
-    opened = TextTokenizer(copy(tokenizer), SPEC)
+def cutting(tokenizer: Tokenizer, characters: int, side: str = "right") -> TextTokenizer:
+    """With texts cut after so many characters; `side` is the one that is truncated."""
+    copied = copy(tokenizer)
+    copied.enable_truncation(MAX_TOKENS, direction=side)
+    opened = TextTokenizer(copied, SPEC)
     opened.counted_characters = characters
     return opened
 
@@ -134,13 +136,15 @@ TEXTS = st.one_of(
 )
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_that_is_cut_has_the_ids_of_the_whole_text(kind: str) -> None:
-    """For each kind of tokenizer and any text: the same ids, and a number of tokens that says
-    rightly whether the text was truncated and is never more than the whole text has.
+def test_a_text_that_is_cut_has_the_ids_of_the_whole_text(kind: str, side: str) -> None:
+    """For each kind of tokenizer, side of truncation and any text: the same ids, and a number of
+    tokens that says rightly whether the text was truncated and is never more than the whole text
+    has.
     """
     tokenizer = KINDS[kind]()
-    cut, whole = cutting(tokenizer, 40), cutting(tokenizer, 10**9)
+    cut, whole = cutting(tokenizer, 40, side), cutting(tokenizer, 10**9, side)
     were_cut = 0
 
     @settings(max_examples=150)
