@@ -109,6 +109,7 @@ STATIC = {
         ("potion-base-8M", "potion-retrieval-32M", "potion-multilingual-128M"),
         "up to 32,768 tokens",
     ),
+    "plain": Form(small_models.model2vec_plain, "plain model2vec folder"),
     "model2vec": Form(
         small_models.model2vec, "plain model2vec folder with weights and a mapping of ids", (),
         "unknown words are left out, as model2vec does",

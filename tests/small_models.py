@@ -495,8 +495,20 @@ def like_potion(folder: Path) -> Path:
     return folder
 
 
+def model2vec_plain(folder: Path) -> Path:
+    """A model2vec folder without sentence-transformers' files, vectors of any length."""
+    folder.mkdir(parents=True)
+    save_file({"embeddings": _static_table()}, folder / "model.safetensors")
+    wordpiece().save(str(folder / "tokenizer.json"))
+    config = {"model_type": "model2vec", "normalize": False, "max_length": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def model2vec(folder: Path) -> Path:
-    """A plain model2vec folder whose vocabulary was clustered: weights, and a mapping of ids."""
+    """A model2vec folder as model2vec saves one whose vocabulary was clustered: weights, a mapping
+    of ids, and a modules.json.
+    """
     folder.mkdir(parents=True)
     table, count = _static_table(), wordpiece().get_vocab_size()
     tensors = {
@@ -508,6 +520,17 @@ def model2vec(folder: Path) -> Path:
     wordpiece().save(str(folder / "tokenizer.json"))
     config = {"model_type": "model2vec", "normalize": True, "hidden_dim": table.shape[1]}
     (folder / "config.json").write_text(json.dumps(config))
+    names = {"": "StaticEmbedding", "1_Normalize": "Normalize"}
+    modules = [
+        {
+            "idx": place,
+            "name": str(place),
+            "path": path,
+            "type": f"sentence_transformers.models.{name}",
+        }
+        for place, (path, name) in enumerate(names.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer
 
 from halimede import Embedder
 from halimede_engine import session
-from halimede_ops import vectors
+from halimede_ops import spec, vectors
 from halimede_ops.errors import InvalidModel
 from halimede_tools.build.check import cosines_to
 from halimede_tools.build.kinds import static
@@ -60,15 +61,19 @@ def served(
 def by_definition(folder: Path, texts: list[str]) -> np.ndarray:
     """model2vec's definition: the mean of weighted rows of the table, unknown tokens left out."""
     tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     unknown = tokenizer.token_to_id("[UNK]")
     rows = []
     for text in texts:
-        ids = [id for id in tokenizer.encode(text, add_special_tokens=False).ids if id != unknown]
-        table = tensors["embeddings"].float()[tensors["mapping"][ids]]
-        weighted = table * tensors["weights"][ids][:, None]
+        ids = tokenizer.encode(text, add_special_tokens=False).ids[: config.get("max_length")]
+        ids = [id for id in ids if id != unknown]
+        table = tensors["embeddings"].float()[
+            tensors["mapping"][ids] if "mapping" in tensors else ids
+        ]
+        weighted = table * (tensors["weights"][ids][:, None] if "weights" in tensors else 1)
         rows.append(weighted.mean(dim=0).numpy() if ids else np.zeros(table.shape[1], np.float32))
-    return vectors.normalise(np.stack(rows))
+    return vectors.normalise(np.stack(rows)) if config["normalize"] else np.stack(rows)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -76,7 +81,7 @@ def test_served_vectors_are_those_of_the_library(
     name: str, served: str, folders: dict[str, Path]
 ) -> None:
     """Cosine ≥ 0.99999 together and alone; a text without tokens has zeros, as there."""
-    if name == "model2vec":
+    if name in ("model2vec", "plain"):
         expected = by_definition(folders[name], TEXTS)
     else:
         model = SentenceTransformer(str(folders[name]), device="cpu")
@@ -101,6 +106,20 @@ def test_a_row_of_the_table_has_a_scale_of_its_own(home: Settings) -> None:
     assert session.file_bytes(folder / session.FILE_NAME) < 0.3 * session.file_bytes(
         version_folder(home.repository / "static-onnx") / session.FILE_NAME
     )
+
+
+def test_the_token_limit_is_the_folders_own_or_lower(
+    home: Settings, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """model2vec's config may name a limit; a build may lower it, and not raise it."""
+    limits = {name: spec.load(version_folder(home.repository / name)).max_tokens for name in FORMS}
+    assert limits == dict.fromkeys(FORMS, static.MAX_TOKENS) | {"plain": 64}
+    settings = Settings(home=tmp_path / "home", repository=tmp_path / "repository")
+    lowered = build_request(str(folders["static"]), "m", precisions=("fp32",), max_tokens=16)
+    assert build(lowered, settings) == ["m"]
+    raised = build_request(str(folders["plain"]), "m", precisions=("fp32",), max_tokens=65)
+    with pytest.raises(InvalidModel, match="takes 1 to 64 tokens"):
+        build(raised, settings)
 
 
 def test_a_folder_without_a_table_is_named(tmp_path: Path) -> None:

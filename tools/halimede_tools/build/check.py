@@ -57,17 +57,16 @@ def write_long_reference(
     texts are not checked.
     """
     model = describe.load(source, options)
-    config = model[0].auto_model.config.to_dict()
+    facts = describe.describe(model, source, options)
+    config = describe.transformer_config(model)
     named = long_texts.thresholds(config)
-    limit = long_texts.longest(config, memory_bytes)
+    limit = facts.max_tokens if facts.static else long_texts.longest(config, memory_bytes)
     if TOWERS[inputs] is towers.WEIGHTED:
         limit = min(limit, memory_bytes // _logits_bytes(model, source, options))
     prompt = model.prompts.get(model.default_prompt_name or "", "")
-
-    def tokens(text: str) -> int:
-        return len(model.tokenizer(prompt + text, verbose=False)["input_ids"])
-
-    texts = long_texts.texts(long_texts.lengths(model.max_seq_length, sorted(named), limit), tokens)
+    count = describe.token_counter(model)
+    sizes = long_texts.lengths(facts.max_tokens, sorted(named), limit)
+    texts = long_texts.texts(sizes, lambda text: count(prompt + text))
     with describe.quiet():
         expected = REFERENCES[inputs](source, texts, options, 1)
     np.save(folder / REFERENCE_FILE, expected)

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +87,9 @@ def load(folder: Path, options: ModelOptions) -> Any:
     if static.is_static(folder):
         with quiet():
             model = static.load(folder, options.name)
-        _check_limit(options, static.MAX_TOKENS)
+        own = static.own_limit(model)
+        _check_limit(options, own)
+        static.limit(model, options.max_tokens or own)
         return model
     kind = recognise(folder, options.name, options.kind)
     sparse.check_folder(folder, module_names(folder), options.name, kind)
@@ -167,7 +169,7 @@ def _describe_static(model: Any, folder: Path, options: ModelOptions) -> ModelSp
     own = {name: prompt for name, prompt in model.prompts.items() if prompt}
     fields: dict[str, Any] = {
         "dims": int(model.get_embedding_dimension()),
-        "max_tokens": options.max_tokens or static.MAX_TOKENS,
+        "max_tokens": static.own_limit(model),
         "normalised": type(list(model)[-1]).__name__ == "Normalize",
         "prompts": input_types(own or options.prompts, model.default_prompt_name),
         "default_input_type": model.default_prompt_name,
@@ -433,6 +435,19 @@ def _check_limit(options: ModelOptions, own: int) -> None:
         )
 
 
+def transformer_config(model: Any) -> dict[str, Any]:
+    """The config of a loaded model's transformer; empty for a static model."""
+    transformer = getattr(model[0], "auto_model", None)
+    return {} if transformer is None else dict(transformer.config.to_dict())
+
+
+def token_counter(model: Any) -> Callable[[str], int]:
+    """A function that counts the tokens of a whole text, special tokens included."""
+    if hasattr(model[0], "auto_model"):
+        return lambda text: len(model.tokenizer(text, verbose=False)["input_ids"])
+    return static.counter(model)
+
+
 def position_limit(model: Any) -> int:
     """Number of tokens that the model has positions for. RoBERTa's family counts positions from
     padding_idx + 1, so its table of 514 positions holds 512 tokens.
@@ -481,18 +496,18 @@ def _tokenizer_digest(model: Any, folder: Path) -> str:
     files = sorted(folder.rglob(text.FILE_NAME))
     if files:
         return sha256(files[0])
-    return hashlib.sha256(tokenizer_json(model, model.max_seq_length).encode()).hexdigest()
+    return hashlib.sha256(tokenizer_json(model).encode()).hexdigest()
 
 
-def tokenizer_json(model: Any, max_tokens: int) -> str:
+def tokenizer_json(model: Any) -> str:
     """The text of tokenizer.json, with the model's token limit and side of truncation."""
     from tokenizers import Tokenizer
 
     if isinstance(model.tokenizer, Tokenizer):  # a static model's
-        return static.tokenizer_json(model, max_tokens)
+        return static.tokenizer_json(model)
     tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_padding()
-    tokenizer.enable_truncation(max_tokens, direction=model.tokenizer.truncation_side)
+    tokenizer.enable_truncation(model.max_seq_length, direction=model.tokenizer.truncation_side)
     return str(tokenizer.to_str(pretty=True))
 
 

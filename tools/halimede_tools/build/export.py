@@ -52,7 +52,7 @@ def export(source: Path, options: ModelOptions, folder: Path) -> None:
             tracing.trace(model, list(outputs), path)
         else:
             _from_onnx(model, facts.name, describe.onnx_file(source), list(outputs), path)
-    (folder / text.FILE_NAME).write_text(describe.tokenizer_json(model, facts.max_tokens), "utf-8")
+    (folder / text.FILE_NAME).write_text(describe.tokenizer_json(model), "utf-8")
     (folder / spec.FILE_NAME).write_text(facts.to_json(), "utf-8")
 
 
