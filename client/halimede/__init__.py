@@ -7,6 +7,7 @@ from halimede.pipeline.sharing import completed
 from halimede.pipeline.waiting import Future
 from halimede.providers.base import Answer, Provider, Request
 from halimede.results import Embeddings, ImageInfo, ServedModel
+from halimede_ops import maxsim
 from halimede_ops.errors import (
     AccessDenied,
     DeadlineExceeded,
@@ -69,4 +70,5 @@ __all__ = [
     "UrlRefused",
     "completed",
     "find_images",
+    "maxsim",
 ]
