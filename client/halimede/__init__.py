@@ -1,12 +1,27 @@
-"""halimede: embeddings from Triton and other providers, with results that say what they are."""
+"""halimede: embeddings and scores from Triton and other providers, with results that say what they
+are.
+"""
 
+from halimede.classifier import AsyncClassifier, Classifier
 from halimede.config.schema import Config
 from halimede.embedder import AsyncEmbedder, Embedder
 from halimede.inputs.archives import find_images
 from halimede.pipeline.sharing import completed
 from halimede.pipeline.waiting import Future
 from halimede.providers.base import Answer, Provider, Request
-from halimede.results import Embeddings, ImageInfo, ServedModel
+from halimede.reranker import AsyncReranker, Reranker
+from halimede.results import (
+    Classification,
+    Embeddings,
+    ImageInfo,
+    MultiEmbeddings,
+    Ranked,
+    Ranking,
+    Result,
+    Scores,
+    ServedModel,
+    SparseEmbeddings,
+)
 from halimede_ops import maxsim
 from halimede_ops.errors import (
     AccessDenied,
@@ -37,7 +52,11 @@ from halimede_ops.errors import (
 __all__ = [
     "AccessDenied",
     "Answer",
+    "AsyncClassifier",
     "AsyncEmbedder",
+    "AsyncReranker",
+    "Classification",
+    "Classifier",
     "Config",
     "DeadlineExceeded",
     "Embedder",
@@ -56,15 +75,22 @@ __all__ = [
     "MissingExtra",
     "ModelChanged",
     "ModelNotFound",
+    "MultiEmbeddings",
     "NonFiniteVector",
     "OutOfMemory",
     "Provider",
+    "Ranked",
+    "Ranking",
     "Request",
+    "Reranker",
+    "Result",
+    "Scores",
     "ServedModel",
     "ServerError",
     "ServerOverloaded",
     "ServerUnreachable",
     "SpaceRefused",
+    "SparseEmbeddings",
     "UnknownInputType",
     "UnsupportedInput",
     "UrlRefused",

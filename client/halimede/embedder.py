@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import contextvars
 import math
-import os
 from collections.abc import (
     AsyncIterable,
     AsyncIterator,
@@ -16,47 +15,51 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from typing_extensions import Unpack
 
-from halimede.config.resolve import resolve
-from halimede.config.schema import Config
-from halimede.inputs.content import Input, InputKind
+from halimede.client import AsyncClient, BlockingClient, CallOptions
+from halimede.inputs.content import Input, plural
 from halimede.inputs.images import ImageLike, image_input, image_inputs, pair_inputs
-from halimede.inputs.options import check_options, check_progress, check_window
+from halimede.inputs.options import check_progress, check_window
 from halimede.inputs.texts import encode_text, encode_texts, refuse_async, stream_of
-from halimede.inputs.urls import Fetch
-from halimede.observability.progress import NO_PROGRESS, Progress, bar
+from halimede.observability.progress import NO_PROGRESS, bar
+from halimede.pipeline import tasks
 from halimede.pipeline.batching import WINDOWS_IN_FLIGHT
-from halimede.pipeline.pipeline import Call, Pipeline
 from halimede.pipeline.pool import Pool
 from halimede.pipeline.sharing import Lifetime
 from halimede.pipeline.stream import Stream
+from halimede.pipeline.tasks import Task
 from halimede.pipeline.waiting import drive, drive_async
-from halimede.providers import Options, Provider
-from halimede.results import Embeddings, ServedModel
-from halimede_ops.errors import InvalidConfig
+from halimede.results import (
+    Embeddings,
+    MultiEmbeddings,
+    Result,
+    SparseEmbeddings,
+)
 from halimede_ops.quantise import OutputType
 
+R = TypeVar("R", bound=Result)
 STREAM_WINDOW = 1024
 """Texts in one part of a stream."""
 IMAGES_WINDOW = 64
 """Images in one part of a stream."""
-PROVIDER = ("name", "describe", "embed", "close")
-"""Attributes that a provider must have."""
 
 
-class EmbedOptions(TypedDict, total=False):
-    """Options of every call. `Embedder.embed` explains them."""
+class FurtherOptions(CallOptions, total=False):
+    """Options of a call for further outputs of texts. `Embedder.embed` explains them."""
+
+    input_type: str | None
+
+
+class EmbedOptions(CallOptions, total=False):
+    """Options of every call for vectors. `Embedder.embed` explains them."""
 
     dimensions: int | None
     output_type: OutputType
     ranges: np.ndarray | None
-    sticky_key: str | None
-    deadline_s: float | None
 
 
 class TextOptions(EmbedOptions, total=False):
@@ -75,149 +78,12 @@ class PairOptions(TextOptions, ImageOptions, total=False):
     """Options of a call with texts and images."""
 
 
-class _BaseEmbedder:
-    """The part that both embedders share. Each process has its own pipeline, also after a fork."""
-
-    def __init__(
-        self,
-        url: str | Sequence[str] | None = None,
-        model: str | None = None,
-        *,
-        timeout_s: float | None = None,
-        deadline_s: float | None = None,
-        config: Config | Mapping[str, Any] | Path | str | None = None,
-        providers: Sequence[Provider] = (),
-    ) -> None:
-        """Create an embedder. Each provider connects at the first call that needs it.
-
-        Args:
-            url: `host:port` or `grpc://host:port` for gRPC, `http://host:port` for HTTP. Several
-                servers of one model share the load. Default: `HALIMEDE_URL`, else 127.0.0.1:8001.
-            model: name of a served model, or of a model in the configuration. Default:
-                `HALIMEDE_MODEL`, else the configuration's default model, else all-MiniLM-L6-v2.
-            timeout_s: maximum time of one request. Default: `HALIMEDE_TIMEOUT_S`, else 30.
-            deadline_s: maximum time of one call. Default: `HALIMEDE_DEADLINE_S`, else none.
-            config: a configuration, or the path of its file. Default: `HALIMEDE_CONFIG`.
-            providers: your own providers, tried in this order instead of the configuration's
-                models.
-
-        Raises:
-            InvalidConfig: the configuration or an argument is invalid.
-        """
-        resolved = resolve(config, url=url, model=model, timeout_s=timeout_s, deadline_s=deadline_s)
-        self._set_up(resolved, _checked(providers))
-
-    def _set_up(self, config: Config, providers: tuple[Provider, ...]) -> None:
-        self.config = config
-        self._providers = providers
-        self._is_closed = False
-        self._pipelines = {os.getpid(): self._open()}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Connections, models and caches stay here. A copy opens its own.
-        return _restored, (type(self), self.config, self._providers)
-
-    @property
-    def _pipeline(self) -> Pipeline:
-        """This process's pipeline. That of a parent process is never used, nor released."""
-        pipeline = self._pipelines.get(os.getpid())
-        if pipeline is None:
-            pipeline = self._pipelines.setdefault(os.getpid(), self._open())
-            if self._is_closed:
-                pipeline.close()
-        return pipeline
-
-    def current_stats(self) -> dict[str, Any]:
-        """Statistics of this embedder so far, as JSON types, of either class without waiting."""
-        return self._pipeline.stats()
-
-    def _open(self) -> Pipeline:
-        config = self.config
-        own = [
-            Options.model_validate({"provider": "own", "model_id": provider.name})
-            for provider in self._providers
-        ]
-        return Pipeline(
-            own or config.chain(),
-            config.rules(),
-            Fetch(config.urls),
-            providers=self._providers,
-            cache=None if config.cache is None else config.cache.open(),
-            model_check_s=math.inf if config.cache is None else config.cache.model_check_s,
-        )
-
-    def _close(self) -> None:
-        self._is_closed = True
-        pipeline = self._pipelines.get(os.getpid())
-        if pipeline is not None:
-            pipeline.close()
-
-    def _call(
-        self,
-        kind: InputKind,
-        inputs: Sequence[Input],
-        options: Mapping[str, Any],
-        progress: Progress,
-        first: int = 0,
-        may_block: bool = False,
-    ) -> Call:
-        checked = check_options(kind, options)
-        if checked.deadline_s is None and self.config.deadline_s is not None:
-            checked = checked._replace(deadline_s=self.config.deadline_s)
-        return Call(inputs, kind, checked, first, progress, may_block)
-
-
-def _checked(providers: Sequence[Provider]) -> tuple[Provider, ...]:
-    """Return the providers given.
-
-    Raises:
-        InvalidConfig: something is no provider.
-    """
-    if not isinstance(providers, Iterable):
-        raise InvalidConfig(f"providers is {type(providers).__name__}; give a list of providers.")
-    for provider in providers:
-        lacking = [name for name in PROVIDER if not hasattr(provider, name)]
-        if lacking:
-            raise InvalidConfig(
-                f"providers has a {type(provider).__name__} without {', '.join(lacking)}; see "
-                "halimede.Provider."
-            )
-    return tuple(providers)
-
-
-def _restored(
-    kind: type[_BaseEmbedder], config: Config, providers: tuple[Provider, ...]
-) -> _BaseEmbedder:
-    """Make the embedder of a configuration as it was resolved, without the environment."""
-    embedder = kind.__new__(kind)
-    embedder._set_up(config, providers)
-    return embedder
-
-
-class Embedder(_BaseEmbedder):
+class Embedder(BlockingClient):
     """Embeds texts and images. Safe to use from several threads.
 
     >>> with Embedder("127.0.0.1:8001") as embedder:
     ...     result = embedder.embed(["hello world"])
     """
-
-    def __enter__(self) -> Embedder:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the calls under way, write the cache, and close every connection.
-
-        A second call does nothing.
-        """
-        self._close()
-
-    @property
-    def model(self) -> ServedModel:
-        """The first provider's current model."""
-        return drive(self._pipeline.describe())
 
     def embed(
         self,
@@ -252,7 +118,54 @@ class Embedder(_BaseEmbedder):
             ServerError: the server is unreachable, overloaded, or did not answer in time.
             SpaceRefused: only providers of another space are left.
         """
-        return self._embed("text", encode_texts(texts), progress, options)
+        return self._run(tasks.EMBED, encode_texts(texts), progress, options)
+
+    def embed_sparse(
+        self,
+        texts: Iterable[str] | str,
+        *,
+        progress: bool = False,
+        **options: Unpack[FurtherOptions],
+    ) -> SparseEmbeddings:
+        """Embed texts as weights of tokens: of each text ids `[n]` int32 and weights `[n]` float32.
+
+        Sparse models (SPLADE) give them, and dense models with a sparse head (bge-m3). Batches,
+        token limit, cache and fallback are those of `embed`.
+
+        Args:
+            texts: the texts. A single string is one text.
+            progress: show a progress bar on a terminal.
+            options: `input_type`, `sticky_key` and `deadline_s` as for `embed`.
+
+        Raises:
+            UnsupportedInput: the model gives no sparse weights.
+            HalimedeError: as for `embed`.
+        """
+        return self._run(tasks.EMBED_SPARSE, encode_texts(texts), progress, options)
+
+    def embed_multi(
+        self,
+        texts: Iterable[str] | str,
+        *,
+        progress: bool = False,
+        **options: Unpack[FurtherOptions],
+    ) -> MultiEmbeddings:
+        """Embed texts as one vector for each token: of each text `[n, width]` float32.
+
+        Late-interaction models (ColBERT) give them, and dense models with a multi-vector head
+        (bge-m3). `halimede.maxsim` compares them. Batches, token limit, cache and fallback are
+        those of `embed`.
+
+        Args:
+            texts: the texts. A single string is one text.
+            progress: show a progress bar on a terminal.
+            options: `input_type`, `sticky_key` and `deadline_s` as for `embed`.
+
+        Raises:
+            UnsupportedInput: the model gives no multi-vectors.
+            HalimedeError: as for `embed`.
+        """
+        return self._run(tasks.EMBED_MULTI, encode_texts(texts), progress, options)
 
     def embed_images(
         self,
@@ -286,7 +199,7 @@ class Embedder(_BaseEmbedder):
             UnsupportedInput: the model does not embed images.
             HalimedeError: as for `embed`.
         """
-        return self._embed("image", image_inputs(images), progress, options)
+        return self._run(tasks.EMBED_IMAGES, image_inputs(images), progress, options)
 
     def embed_multimodal(
         self,
@@ -308,7 +221,7 @@ class Embedder(_BaseEmbedder):
             InvalidInput: the numbers of texts and images differ, or both are None at an index.
             HalimedeError: as for `embed_images`.
         """
-        return self._embed("pair", pair_inputs(texts, images), progress, options)
+        return self._run(tasks.EMBED_MULTIMODAL, pair_inputs(texts, images), progress, options)
 
     def embed_iter(
         self,
@@ -335,7 +248,7 @@ class Embedder(_BaseEmbedder):
             HalimedeError: as for `embed`.
         """
         return self._embed_iter(
-            "text", stream_of(texts, "texts"), encode_text, window, progress, options
+            tasks.EMBED, stream_of(texts, "texts"), encode_text, window, progress, options
         )
 
     def embed_images_iter(
@@ -363,39 +276,26 @@ class Embedder(_BaseEmbedder):
             HalimedeError: as for `embed_images`.
         """
         return self._embed_iter(
-            "image", stream_of(images, "images"), _image_input, window, progress, options
+            tasks.EMBED_IMAGES, stream_of(images, "images"), _image_input, window, progress, options
         )
-
-    def _embed(
-        self,
-        kind: InputKind,
-        inputs: Sequence[Input],
-        progress: bool,
-        options: Mapping[str, Any],
-    ) -> Embeddings:
-        if progress is False:
-            call = self._call(kind, inputs, options, NO_PROGRESS, may_block=True)
-            return drive(self._pipeline.embed(call))
-        with bar(check_progress(progress), len(inputs)) as shown:
-            return drive(self._pipeline.embed(self._call(kind, inputs, options, shown)))
 
     def _embed_iter(
         self,
-        kind: InputKind,
+        task: Task[Embeddings],
         values: Iterable[Any],
         encode: Callable[[Any, int], Input],
         window: int,
         progress: bool,
         options: Mapping[str, Any],
     ) -> Iterator[Embeddings]:
-        refuse_async(values, f"{kind}s")
-        self._call(kind, (), options, NO_PROGRESS)  # what is invalid is refused here and now
+        refuse_async(values, plural(task.kind))
+        self._call(task, (), options, NO_PROGRESS)  # what is invalid is refused here and now
         window, progress = check_window(window), check_progress(progress)
-        return self._parts(kind, values, encode, window, progress, options)
+        return self._parts(task, values, encode, window, progress, options)
 
     def _parts(
         self,
-        kind: InputKind,
+        task: Task[Embeddings],
         values: Iterable[Any],
         encode: Callable[[Any, int], Input],
         window: int,
@@ -407,7 +307,7 @@ class Embedder(_BaseEmbedder):
         with bar(progress) as shown, contextlib.closing(pool), contextlib.closing(lifetime):
             stream: Stream[Any] = Stream(window, encode, shown)
             for part in stream.cut(values):
-                call = self._call(kind, part, options, NO_PROGRESS, stream.first(part))
+                call = self._call(task, part, options, NO_PROGRESS, stream.first(part))
                 flow = lifetime.run(self._pipeline.embed(call), math.inf)
                 stream.send(pool.submit(contextvars.copy_context().run, drive, flow))
                 if stream.is_full:
@@ -415,43 +315,13 @@ class Embedder(_BaseEmbedder):
             while stream.is_under_way:
                 yield stream.checked(stream.next().result())
 
-    def clear_cache(self) -> None:
-        """Delete every vector from every tier of the cache.
 
-        Raises:
-            HalimedeError: a tier failed. The others are cleared.
-        """
-        self._pipeline.clear_cache()
-
-    def health(self) -> list[dict[str, Any]]:
-        """Report each provider: whether it embeds a probe text, how fast, and its model."""
-        return drive(self._pipeline.health())
-
-    def stats(self) -> dict[str, Any]:
-        """Statistics of this embedder so far, as JSON types."""
-        return self.current_stats()
-
-
-class AsyncEmbedder(_BaseEmbedder):
+class AsyncEmbedder(AsyncClient):
     """`Embedder` for asyncio. Cancelling a call cancels its requests.
 
     >>> async with AsyncEmbedder("127.0.0.1:8001") as embedder:
     ...     result = await embedder.embed(["hello world"])
     """
-
-    async def __aenter__(self) -> AsyncEmbedder:
-        return self
-
-    async def __aexit__(self, *error: Any) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """As `Embedder.close`."""
-        await asyncio.to_thread(self._close)
-
-    async def describe(self) -> ServedModel:
-        """The first provider's current model."""
-        return await drive_async(self._pipeline.describe())
 
     async def embed(
         self,
@@ -461,7 +331,27 @@ class AsyncEmbedder(_BaseEmbedder):
         **options: Unpack[TextOptions],
     ) -> Embeddings:
         """As `Embedder.embed`."""
-        return await self._embed("text", encode_texts(texts), progress, options)
+        return await self._run(tasks.EMBED, encode_texts(texts), progress, options)
+
+    async def embed_sparse(
+        self,
+        texts: Iterable[str] | str,
+        *,
+        progress: bool = False,
+        **options: Unpack[FurtherOptions],
+    ) -> SparseEmbeddings:
+        """As `Embedder.embed_sparse`."""
+        return await self._run(tasks.EMBED_SPARSE, encode_texts(texts), progress, options)
+
+    async def embed_multi(
+        self,
+        texts: Iterable[str] | str,
+        *,
+        progress: bool = False,
+        **options: Unpack[FurtherOptions],
+    ) -> MultiEmbeddings:
+        """As `Embedder.embed_multi`."""
+        return await self._run(tasks.EMBED_MULTI, encode_texts(texts), progress, options)
 
     async def embed_images(
         self,
@@ -471,7 +361,7 @@ class AsyncEmbedder(_BaseEmbedder):
         **options: Unpack[ImageOptions],
     ) -> Embeddings:
         """As `Embedder.embed_images`."""
-        return await self._embed("image", image_inputs(images), progress, options)
+        return await self._run(tasks.EMBED_IMAGES, image_inputs(images), progress, options)
 
     async def embed_multimodal(
         self,
@@ -482,7 +372,8 @@ class AsyncEmbedder(_BaseEmbedder):
         **options: Unpack[PairOptions],
     ) -> Embeddings:
         """As `Embedder.embed_multimodal`."""
-        return await self._embed("pair", pair_inputs(texts, images), progress, options)
+        pairs = pair_inputs(texts, images)
+        return await self._run(tasks.EMBED_MULTIMODAL, pairs, progress, options)
 
     def embed_iter(
         self,
@@ -494,7 +385,7 @@ class AsyncEmbedder(_BaseEmbedder):
     ) -> AsyncIterator[Embeddings]:
         """As `Embedder.embed_iter`, for iterables and async iterables."""
         return self._embed_iter(
-            "text", stream_of(texts, "texts"), encode_text, window, progress, options
+            tasks.EMBED, stream_of(texts, "texts"), encode_text, window, progress, options
         )
 
     def embed_images_iter(
@@ -507,35 +398,25 @@ class AsyncEmbedder(_BaseEmbedder):
     ) -> AsyncIterator[Embeddings]:
         """As `Embedder.embed_images_iter`, for iterables and async iterables."""
         return self._embed_iter(
-            "image", stream_of(images, "images"), _image_input, window, progress, options
+            tasks.EMBED_IMAGES, stream_of(images, "images"), _image_input, window, progress, options
         )
-
-    async def _embed(
-        self,
-        kind: InputKind,
-        inputs: Sequence[Input],
-        progress: bool,
-        options: Mapping[str, Any],
-    ) -> Embeddings:
-        with bar(check_progress(progress), len(inputs)) as shown:
-            return await drive_async(self._pipeline.embed(self._call(kind, inputs, options, shown)))
 
     def _embed_iter(
         self,
-        kind: InputKind,
+        task: Task[Embeddings],
         values: Iterable[Any] | AsyncIterable[Any],
         encode: Callable[[Any, int], Input],
         window: int,
         progress: bool,
         options: Mapping[str, Any],
     ) -> AsyncIterator[Embeddings]:
-        self._call(kind, (), options, NO_PROGRESS)  # what is invalid is refused here and now
+        self._call(task, (), options, NO_PROGRESS)  # what is invalid is refused here and now
         window, progress = check_window(window), check_progress(progress)
-        return self._parts(kind, values, encode, window, progress, options)
+        return self._parts(task, values, encode, window, progress, options)
 
     async def _parts(
         self,
-        kind: InputKind,
+        task: Task[Embeddings],
         values: Iterable[Any] | AsyncIterable[Any],
         encode: Callable[[Any, int], Input],
         window: int,
@@ -546,25 +427,13 @@ class AsyncEmbedder(_BaseEmbedder):
             stream: Stream[Any] = Stream(window, encode, shown)
             with contextlib.closing(stream):
                 async for part in stream.cut_async(values):
-                    call = self._call(kind, part, options, NO_PROGRESS, stream.first(part))
+                    call = self._call(task, part, options, NO_PROGRESS, stream.first(part))
                     flow = drive_async(self._pipeline.embed(call))
                     stream.send(asyncio.ensure_future(flow))
                     if stream.is_full:
                         yield stream.checked(await stream.next())
                 while stream.is_under_way:
                     yield stream.checked(await stream.next())
-
-    async def clear_cache(self) -> None:
-        """As `Embedder.clear_cache`."""
-        await asyncio.to_thread(self._pipeline.clear_cache)
-
-    async def health(self) -> list[dict[str, Any]]:
-        """As `Embedder.health`."""
-        return await drive_async(self._pipeline.health())
-
-    async def stats(self) -> dict[str, Any]:
-        """As `Embedder.stats`."""
-        return self.current_stats()
 
 
 def _image_input(image: ImageLike, _: int) -> Input:

@@ -29,6 +29,7 @@ from halimede.pipeline import circuit_breaker, guard
 from halimede.pipeline.circuit_breaker import CircuitBreaker
 from halimede.pipeline.pool import Pool
 from halimede.pipeline.sharing import Gate, Lifetime, SharedRead, completed
+from halimede.pipeline.tasks import EMBED
 from halimede.pipeline.waiting import Flow, Wait, drive, drive_async, result_of, together
 from halimede.testing import FakeProvider
 
@@ -380,7 +381,7 @@ def test_progress_never_passes_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with through(first, second) as embedder:
         embedder.embed("a")
         first.fail(*[ServerUnreachable("down")] * 0)
-        call = embedder._call("text", [b"x %d" % index for index in range(640)], {}, Bar())
+        call = embedder._call(EMBED, [b"x %d" % index for index in range(640)], {}, Bar())
         original = first.embed
 
         def dies(request: Any, timeout_s: float) -> Any:

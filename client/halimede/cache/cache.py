@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from halimede.cache.entries import Entries, Expect, check, pack, unpack
+from halimede.cache.entries import Entries, Expect, are_finite, check, pack, unpack
 from halimede.cache.guarded import GuardedTier
 from halimede.cache.tier import KeyValue, Tier
 from halimede.pipeline.waiting import Flow, shared_result
@@ -204,13 +204,13 @@ class Cache:
         return found
 
     def _compute(self, keys: list[bytes], call: _Call) -> Flow[Values]:
-        """Computed values of the keys, written to every tier; vectors with NaN or ∞ are not."""
+        """Computed values of the keys, written to every tier; those with NaN or ∞ are not."""
         if not keys:
             return {}
         rows = [call.rows[key] for key in keys]
         entries = check((yield from call.compute(rows)), len(keys), call.expect)
         values = list(zip(keys, pack(keys, entries), strict=True))
-        finite = np.isfinite(entries.vectors).all(axis=1)
+        finite = are_finite(entries)
         self._put(self._tiers, [value for value, keep in zip(values, finite, strict=True) if keep])
         return dict(values)
 

@@ -28,6 +28,8 @@ WRITE_AHEAD_LOG_BYTES = 2 * 1024 * 1024
 MIN_BYTES = 16 * 1024 * 1024
 EVICTED_ROWS = 256
 """Values evicted at once."""
+MAX_SHARE = 1 / 8
+"""Largest value, as a share of `max_bytes`."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS vectors (
@@ -66,6 +68,7 @@ class Disk:
         path = Path(folder) / FILE_NAME
         # The write-ahead log can grow to twice its limit while another process reads.
         pages = (max_bytes - 2 * WRITE_AHEAD_LOG_BYTES) // PAGE_BYTES
+        self._max_value_bytes = int(MAX_SHARE * max_bytes)
         self._reads = _Connection(path, pages, timeout_s)
         self._writes = _Connection(path, pages, timeout_s)
         self._size_bytes: int | None = None
@@ -85,9 +88,13 @@ class Disk:
         return self._reads.run(lambda database: _select(database, keys, oldest_s))
 
     def put(self, values: Sequence[KeyValue]) -> None:
-        """Store the values and evict the oldest beyond `max_bytes`."""
+        """Store the values and evict the oldest beyond `max_bytes`.
+
+        A value larger than MAX_SHARE of that is not stored.
+        """
+        fitting = [(key, value) for key, value in values if len(value) <= self._max_value_bytes]
         self._size_bytes = self._writes.run(
-            lambda database: _insert(database, values, self._writes.max_pages)
+            lambda database: _insert(database, fitting, self._writes.max_pages)
         )
 
     def clear(self) -> None:

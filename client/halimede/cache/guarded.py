@@ -29,8 +29,12 @@ from halimede.pipeline.waiting import Flow, result_of
 
 READ_KEYS = 512
 """Most keys in one read."""
+READ_MATRICES = 32
+"""Most keys in one read of matrices: each may have a megabyte."""
 WRITE_VALUES = 128
 """Most values in one write."""
+WRITE_BYTES = 4 * 1024 * 1024
+"""Size of a write, without its last value."""
 CALLS_AT_ONCE = 8
 """Calls of one tier that run at once."""
 QUEUE_BYTES = 64 * 1024 * 1024
@@ -99,8 +103,9 @@ class GuardedTier:
         absent = [row for row, value in enumerate(values) if value is None]
         with self._changed:
             self.counts.hits += len(values) - len(absent)
-        for start in range(0, len(absent), READ_KEYS):
-            rows = absent[start : start + READ_KEYS]
+        at_once = READ_MATRICES if expect.dims is None else READ_KEYS
+        for start in range(0, len(absent), at_once):
+            rows = absent[start : start + at_once]
             read = yield from self._read([keys[row] for row in rows], expect)
             for row, value in zip(rows, read, strict=True):
                 values[row] = value
@@ -277,8 +282,14 @@ class GuardedTier:
             return self._is_writing
 
     def _write_some(self) -> None:
+        values: dict[bytes, bytes] = {}
+        size_bytes = 0
         with self._changed:
-            values = dict(itertools.islice(self._queue.items(), WRITE_VALUES))
+            for key, value in itertools.islice(self._queue.items(), WRITE_VALUES):
+                values[key] = value
+                size_bytes += len(value)
+                if size_bytes >= WRITE_BYTES:
+                    break
         self.tier.put(list(values.items()))
         with self._changed:
             self.counts.written += len(values)

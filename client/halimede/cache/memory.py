@@ -45,12 +45,17 @@ class Memory:
         return values
 
     def put(self, values: Sequence[KeyValue]) -> None:
-        """Store the values and evict the least recently used beyond `max_bytes`."""
+        """Store the values and evict the least recently used beyond `max_bytes`.
+
+        A value larger than that is not stored.
+        """
         with self._lock:
             for key, value in values:
                 replaced = self._values.pop(key, None)
                 if replaced is not None:
                     self._size_bytes -= len(replaced) + OVERHEAD_BYTES
+                if len(value) + OVERHEAD_BYTES > self._max_bytes:
+                    continue
                 self._values[key] = value
                 self._size_bytes += len(value) + OVERHEAD_BYTES
             while self._size_bytes > self._max_bytes:

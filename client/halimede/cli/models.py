@@ -19,8 +19,13 @@ from halimede.results import ServedModel
 from halimede_ops.errors import InvalidConfig, ModelNotFound
 from halimede_repository import configs
 
-INPUTS: Mapping[InputKind, str] = {"text": "text", "image": "image", "pair": "multimodal"}
-"""Kind of a model's input → the word for it in `config.pbtxt`."""
+INPUTS: Mapping[InputKind, str] = {
+    "text": "text",
+    "image": "image",
+    "pair": "multimodal",
+    "text_pair": "text pair",
+}
+"""Kind of a model's input → the word for it, of one that embeds that in `config.pbtxt`."""
 
 
 def models(
@@ -70,11 +75,11 @@ def models(
         return
     repository = Settings().repository
     served = [_served_row(model, repository, verbose) for model in served_models(url, timeout_s)]
-    options.print_rows(served, as_json, "no embedding model is ready")
+    options.print_rows(served, as_json, "no model is ready")
 
 
 def served_models(url: str | None, timeout_s: float | None) -> list[ServedModel]:
-    """Return the embedding models that a server has ready.
+    """Return the models that a server has ready.
 
     Raises:
         InvalidConfig: the default model has another provider than Triton.
@@ -105,6 +110,7 @@ def _available_row(row: catalogue.Model) -> dict[str, Any]:
 def _served_row(model: ServedModel, repository: Path, verbose: bool) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": model.name,
+        "kind": model.kind,
         "input": INPUTS[model.input],
         "precision": model.precision,
         "dims": model.dims,
@@ -127,6 +133,7 @@ def _quality(repository: Path, model: ServedModel) -> dict[str, Any]:
     if record["space"] != model.space:
         return {}
     names = (
-        "arithmetic", "texts", "mean_cosine", "p1_cosine", "min_cosine", "invariance", "size_ratio",
+        "arithmetic", "texts", "mean_cosine", "p1_cosine", "min_cosine", "kendall_tau", "ndcg_10",
+        "invariance", "size_ratio",
     )  # fmt: skip
     return {name: record[name] for name in names if name in record}

@@ -1,20 +1,47 @@
-"""What is embedded: texts, images, and pairs of both, as bytes or as inputs that are read later."""
+"""What a model is given: texts, images and pairs, as bytes or as inputs that are read later."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
-InputKind = Literal["text", "image", "pair"]
-"""A text, an image, or a text and an image that are embedded as one vector."""
+InputKind = Literal["text", "image", "pair", "text_pair"]
+"""A text, an image, a text and an image that are embedded as one vector, or two texts that are
+scored together."""
+OutputKind = Literal["vector", "scores", "sparse", "multi"]
+"""What is asked for an input: one vector; scores; weights of tokens; or a vector for each token."""
 
-EMBEDDER_METHODS: Mapping[InputKind, str] = {
+METHODS: Mapping[InputKind, str] = {
     "text": "embed",
     "image": "embed_images",
     "pair": "embed_multimodal",
+    "text_pair": "Reranker.rank",
 }
-"""The embedder's method for each kind."""
+"""The method for each kind, of `Embedder` where no class is named."""
 INPUT_KINDS: tuple[InputKind, ...] = get_args(InputKind)
+TEXT_KINDS: tuple[InputKind, ...] = ("text", "text_pair")
+"""Kinds of which many inputs are sent together. The others are read one by one."""
+ModelKind = Literal["dense", "reranker", "classifier", "sparse", "late_interaction"]
+"""What a model is: it gives a vector, a score of relevance, a score for each label, weights of
+tokens, or a vector for each token."""
+KINDS: Mapping[ModelKind, tuple[str, str]] = {
+    "dense": ("a dense embedding model", "Embedder.embed"),
+    "reranker": ("a reranker", "Reranker.rank or Reranker.score"),
+    "classifier": ("a classifier", "Classifier.classify"),
+    "sparse": ("a sparse embedding model", "Embedder.embed_sparse"),
+    "late_interaction": ("a late-interaction model", "Embedder.embed_multi"),
+}
+"""Kind of a model → what it is, and the method that asks it."""
+OUTPUT_OF: Mapping[ModelKind, OutputKind] = {
+    "dense": "vector",
+    "reranker": "scores",
+    "classifier": "scores",
+    "sparse": "sparse",
+    "late_interaction": "multi",
+}
+"""Kind of a model → its own output. A dense model may have heads that give further ones."""
+RAGGED: tuple[OutputKind, ...] = ("sparse", "multi")
+"""Outputs whose size differs from input to input."""
 
 
 class Pair(NamedTuple):
@@ -26,8 +53,17 @@ class Pair(NamedTuple):
     """The encoded file."""
 
 
-Content = bytes | Pair
-"""A UTF-8 text, an encoded image file, or a Pair, as its InputKind says."""
+class TextPair(NamedTuple):
+    """Two texts that are scored together: a query and a document, or a text and a second one."""
+
+    first: bytes
+    """UTF-8."""
+    second: bytes
+    """UTF-8."""
+
+
+Content = bytes | Pair | TextPair
+"""A UTF-8 text, an encoded image file, or a pair, as its InputKind says."""
 
 
 class ReadOptions(NamedTuple):
@@ -57,20 +93,30 @@ class LazyInput(Protocol):
         ...
 
 
-Input = bytes | LazyInput
+Input = bytes | TextPair | LazyInput
 """One input of a call."""
+
+
+def plural(kind: InputKind) -> str:
+    """The word for several inputs of a kind, such as `text pairs`."""
+    return f"{kind.replace('_', ' ')}s"
 
 
 def memory_bytes(value: Input) -> int:
     """Bytes that an input holds in memory."""
-    return len(value) if isinstance(value, bytes) else value.memory_bytes
+    return size_bytes(value) if isinstance(value, (bytes, TextPair)) else value.memory_bytes
+
+
+def size_bytes(content: Content) -> int:
+    """Bytes of a content: of a pair, those of both parts."""
+    return len(content) if isinstance(content, bytes) else sum(len(part or b"") for part in content)
 
 
 def serialise(content: Content) -> bytes:
     """Bytes that differ between any two contents of one kind, for hashes and cache keys."""
-    if isinstance(content, Pair):
-        return length_prefixed(content.text) + length_prefixed(content.image)
-    return content
+    if isinstance(content, bytes):
+        return content
+    return b"".join(map(length_prefixed, content))
 
 
 def length_prefixed(field: bytes | None) -> bytes:

@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
-from halimede.inputs.content import EMBEDDER_METHODS, InputKind
 from halimede_ops.errors import InvalidDimensions, InvalidInput
 from halimede_ops.quantise import OUTPUT_TYPES, OutputType
 
@@ -32,19 +31,19 @@ class CallOptions(NamedTuple):
 DEFAULTS = CallOptions()
 
 
-def check_options(kind: InputKind, given: Mapping[str, object]) -> CallOptions:
-    """Return the options of a call with inputs of this kind.
+def check_options(method: str, given: Mapping[str, object]) -> CallOptions:
+    """Return the options of a call of this method.
 
     Raises:
-        InvalidInput: an option is unknown to the method of this kind, or its value is invalid.
+        InvalidInput: an option is unknown to the method, or its value is invalid.
         InvalidDimensions: `dimensions` is no whole number above 0.
     """
     if not given:
         return DEFAULTS
-    known = OPTIONS[kind]
+    known = OPTIONS[method]
     for name in given:
         if name not in known:
-            raise _unknown(kind, name)
+            raise _unknown(method, name)
     checked: dict[str, Any] = {
         name: value if value is None and name in OPTIONAL else CHECKS[name](value)
         for name, value in given.items()
@@ -69,6 +68,15 @@ def check_window(window: object) -> int:
     return _positive_int("window", window)
 
 
+def check_count(name: str, count: object) -> int | None:
+    """Return the value of an argument that limits a number, such as `top_k`. None: no limit.
+
+    Raises:
+        InvalidInput: it is no whole number above 0.
+    """
+    return None if count is None else _positive_int(name, count)
+
+
 def check_progress(progress: object) -> bool:
     """Return whether a progress bar is shown.
 
@@ -80,12 +88,12 @@ def check_progress(progress: object) -> bool:
     raise InvalidInput(f"progress is {_shown(progress)}; give True or False.")
 
 
-def _unknown(kind: InputKind, name: str) -> InvalidInput:
-    known = OPTIONS[kind]
+def _unknown(method: str, name: str) -> InvalidInput:
+    known = OPTIONS[method]
     near = difflib.get_close_matches(name, known, 1)
     suggestion = f" Did you mean {near[0]}?" if near else ""
     return InvalidInput(
-        f"{EMBEDDER_METHODS[kind]}() has no option `{name}`.{suggestion} Known: {', '.join(known)}."
+        f"{method}() has no option `{name}`.{suggestion} Known: {', '.join(known)}."
     )
 
 
@@ -161,13 +169,19 @@ def _shown(value: object) -> str:
     return f"{value}" if is_number else type(value).__name__
 
 
-COMMON = ("dimensions", "output_type", "ranges", "sticky_key", "deadline_s")
-OPTIONS: dict[InputKind, tuple[str, ...]] = {
-    "text": ("input_type", *COMMON),
-    "image": (*COMMON, "errors"),
-    "pair": ("input_type", *COMMON, "errors"),
+EVERY = ("sticky_key", "deadline_s")
+VECTOR = ("dimensions", "output_type", "ranges", *EVERY)
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "embed": ("input_type", *VECTOR),
+    "embed_images": (*VECTOR, "errors"),
+    "embed_multimodal": ("input_type", *VECTOR, "errors"),
+    "embed_sparse": ("input_type", *EVERY),
+    "embed_multi": ("input_type", *EVERY),
+    "rank": EVERY,
+    "score": EVERY,
+    "classify": EVERY,
 }
-"""Options of the methods of each kind."""
+"""Options of each method."""
 OPTIONAL = frozenset(("input_type", "dimensions", "ranges", "sticky_key", "deadline_s"))
 """Options that may be None."""
 CHECKS: dict[str, Callable[[object], Any]] = {

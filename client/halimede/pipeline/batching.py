@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from halimede.inputs.content import Content, Input, InputKind, memory_bytes
+from halimede.inputs.content import Content, Input, InputKind, memory_bytes, size_bytes
 from halimede_ops.spec import MAX_REQUEST_BYTES
 
 REQUESTS_IN_FLIGHT = 4
@@ -29,6 +29,7 @@ WINDOWING: Mapping[InputKind, Windowing] = {
     # Alone, each has an answer or an error of its own. The server batches across requests.
     "image": Windowing(1, IMAGES_IN_FLIGHT),
     "pair": Windowing(1, IMAGES_IN_FLIGHT),
+    "text_pair": Windowing(4096, WINDOWS_IN_FLIGHT),
 }
 REQUEST_BYTES = MAX_REQUEST_BYTES
 """Maximum bytes of text in one request: what a server takes."""
@@ -39,28 +40,29 @@ BYTES_PER_TOKEN = 4
 
 
 def plan_requests(texts: Sequence[Content], max_texts: int, max_tokens: int) -> list[list[int]]:
-    """Return the indices of the texts of each request, longest texts first.
+    """Return the indices of the texts or text pairs of each request, longest first.
 
     Texts of one request have similar lengths, so that there is little padding. A request has at
     most `max_texts` texts, REQUEST_TOKENS estimated tokens and REQUEST_BYTES bytes. A single input
-    of any kind is never cut.
+    of any kind is never cut. The length of a pair is that of both its texts.
     """
     if len(texts) == 1:
         return [[0]]
+    sizes = list(map(size_bytes, texts))
     requests: list[list[int]] = []
-    tokens = size_bytes = 0
-    for index in sorted(range(len(texts)), key=lambda row: len(texts[row]), reverse=True):
-        cost = min(max_tokens, len(texts[index]) // BYTES_PER_TOKEN + 2)
+    tokens = total_bytes = 0
+    for index in sorted(range(len(texts)), key=sizes.__getitem__, reverse=True):
+        cost = min(max_tokens, sizes[index] // BYTES_PER_TOKEN + 2)
         tokens += cost
-        size_bytes += len(texts[index])
+        total_bytes += sizes[index]
         if (
             not requests
             or len(requests[-1]) == max_texts
             or tokens > REQUEST_TOKENS
-            or size_bytes > REQUEST_BYTES
+            or total_bytes > REQUEST_BYTES
         ):
             requests.append([])
-            tokens, size_bytes = cost, len(texts[index])
+            tokens, total_bytes = cost, sizes[index]
         requests[-1].append(index)
     return requests
 

@@ -32,7 +32,8 @@ def may_answer(candidate: ServedModel, served: ServedModel) -> bool:
     return (
         candidate.share > 0
         and candidate.is_alike(served)
-        and (candidate.dims, candidate.max_tokens) == (served.dims, served.max_tokens)
+        and _facts(candidate) == _facts(served)
+        and set(served.outputs) <= set(candidate.outputs)
         and candidate.version not in ("", served.version)
     )
 
@@ -74,6 +75,11 @@ def split(request: Request, served: ServedModel, ask: Ask) -> Flow[Answer]:
     )
     order = np.argsort(np.concatenate([rows for rows, _ in parts]))
     return concatenate(answers).select(order)
+
+
+def _facts(model: ServedModel) -> tuple[object, ...]:
+    """What a result says of its rows, beside space and precision."""
+    return model.kind, model.dims, model.max_tokens, model.labels
 
 
 def _point(key: bytes, version: str) -> float:

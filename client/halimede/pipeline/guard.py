@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
-from halimede.inputs.content import InputKind
+from halimede.inputs.content import InputKind, plural
 from halimede.observability.statistics import Statistics
 from halimede.pipeline import canary
 from halimede.pipeline.circuit_breaker import PROBE_TIMEOUT_S, CircuitBreaker, is_down
@@ -136,15 +136,15 @@ class Replica:
         except MemoryError:
             count = len(request.inputs)
             raise OutOfMemory(
-                f"{self._provider.name} has no memory for {count} {request.kind}s."
+                f"{self._provider.name} has no memory for {count} {plural(request.kind)}."
             ) from None
         return answer
 
     def probe(self, timeout_s: float) -> Flow[None]:
-        """Raise unless a probe is embedded."""
+        """Raise unless a probe is answered."""
         until_s = time.monotonic() + timeout_s
         model = yield from self.describe(None, until_s, fresh=True)
-        request = Request([PROBES[model.input]], model.input)
+        request = Request([PROBES[model.input]], model.input, output=model.outputs[0])
         yield from self.ask(request, model, until_s)
 
     def close(self) -> None:

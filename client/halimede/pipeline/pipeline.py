@@ -1,4 +1,4 @@
-"""The pipeline: from the inputs of a call to its labelled embeddings.
+"""The pipeline: from the inputs of a call to its labelled result.
 
 A call is cut into windows, a window is looked up in the cache and cut into requests, and each
 request is sent to a provider. All of it is a flow: see `halimede.pipeline.waiting`.
@@ -10,13 +10,22 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from halimede.cache import Cache, Entries, Expect
 from halimede.cache import keys as cache_keys
-from halimede.inputs.content import Content, Input, InputKind, ReadOptions
+from halimede.inputs.content import (
+    RAGGED,
+    TEXT_KINDS,
+    Content,
+    Input,
+    InputKind,
+    OutputKind,
+    ReadOptions,
+    plural,
+)
 from halimede.inputs.options import CallOptions
 from halimede.inputs.urls import Fetch
 from halimede.observability import tracing
@@ -27,6 +36,7 @@ from halimede.pipeline.fallback import Fallback, Rules
 from halimede.pipeline.guard import GuardedProvider
 from halimede.pipeline.pool import Pool
 from halimede.pipeline.sharing import Gate, Lifetime
+from halimede.pipeline.tasks import Answered, Task
 from halimede.pipeline.waiting import Flow, result_of, together
 from halimede.providers.base import (
     Answer,
@@ -34,9 +44,10 @@ from halimede.providers.base import (
     Provider,
     Request,
     concatenate,
+    ragged,
     reindexed,
 )
-from halimede.results import IMAGE, Embeddings, ImageInfo, ServedModel
+from halimede.results import Result, ServedModel
 from halimede_ops.errors import (
     DeadlineExceeded,
     FetchFailed,
@@ -49,11 +60,12 @@ from halimede_ops.errors import (
     NonFiniteVector,
     ServerError,
     SpaceRefused,
+    UnsupportedInput,
     UrlRefused,
 )
-from halimede_ops.quantise import quantise
 from halimede_ops.vectors import check_dimensions, check_finite
 
+R = TypeVar("R", bound=Result)
 MODEL_CHANGES = 5
 """Times that a call begins anew because the model changed during it."""
 CLOCK_S = 0.005
@@ -70,11 +82,11 @@ ABOUT_ONE_INPUT = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class Call(Generic[R]):
     """The inputs and options of one call."""
 
     inputs: Sequence[Input]
-    kind: InputKind
+    task: Task[R]
     options: CallOptions
     first: int = 0
     """Index of the first input in its stream."""
@@ -82,9 +94,14 @@ class Call:
     may_block: bool = False
     """Whether the caller's thread waits for this call."""
 
+    @property
+    def kind(self) -> InputKind:
+        """Kind of every input."""
+        return self.task.kind
+
 
 class Pipeline:
-    """Embeds calls through a fallback of providers. Safe to use from several threads."""
+    """Answers calls through a fallback of providers. Safe to use from several threads."""
 
     def __init__(
         self,
@@ -116,8 +133,8 @@ class Pipeline:
         self.images = Gate(batching.IMAGES_IN_FLIGHT)
         """Entered by each window of images."""
 
-    def embed(self, call: Call) -> Flow[Embeddings]:
-        """Return the embeddings of a call: all from one provider, in one space and precision.
+    def embed(self, call: Call[R]) -> Flow[R]:
+        """Return the result of a call: all from one provider, in one space and precision.
 
         Raises:
             DeadlineExceeded: it was not done within `deadline_s`.
@@ -133,14 +150,16 @@ class Pipeline:
                 provider, result = yield from self._lifetime.run(flow, until_s)
             except (TimeoutError, HalimedeError) as error:
                 if isinstance(error, TimeoutError) or time.monotonic() >= until_s - CLOCK_S:
+                    done = "scored" if call.task.output == "scores" else "embedded"
                     error = DeadlineExceeded(
-                        f"{len(call.inputs)} {call.kind}s were not embedded within "
-                        f"{deadline_s:g} s. Raise deadline_s, or give fewer {call.kind}s."
+                        f"{len(call.inputs)} {plural(call.kind)} were not {done} within "
+                        f"{deadline_s:g} s. Raise deadline_s, or give fewer {plural(call.kind)}."
                     )
                 self.statistics.gave_up(type(error).__name__)
                 raise error from None
             cached = 0 if self._cache is None else int(result.cached.sum())
             facts |= {
+                "halimede.output": call.task.output,
                 "halimede.model": result.model,
                 "halimede.provider": result.provider,
                 "halimede.space": result.space,
@@ -198,7 +217,7 @@ class Pipeline:
         for provider in self._fallback.providers:
             provider.close()
 
-    def _on_any(self, call: Call, until_s: float) -> Flow[tuple[GuardedProvider, Embeddings]]:
+    def _on_any(self, call: Call[R], until_s: float) -> Flow[tuple[GuardedProvider, R]]:
         """Return the result of the first provider that gives one. Each begins the call anew."""
         failures: dict[GuardedProvider, HalimedeError] = {}
         for provider in self._fallback.in_order():
@@ -212,19 +231,21 @@ class Pipeline:
                 call.progress.restart()
         raise self._fallback.failed(failures)
 
-    def _on(self, provider: GuardedProvider, call: Call, until_s: float) -> Flow[Embeddings]:
+    def _on(self, provider: GuardedProvider, call: Call[R], until_s: float) -> Flow[R]:
         """Return the result of one provider. It begins anew when the model changes."""
         cache = self._cache if provider.options.cache_enabled else None
         max_age_s = math.inf if cache is None else self._model_check_s
         for _ in range(MODEL_CHANGES):
             model = yield from provider.model(call.kind, until_s, max_age_s)
             try:
+                call.task.check(provider.name, model)
                 self._fallback.admit(provider, model)
-            except SpaceRefused:
+            except (UnsupportedInput, SpaceRefused):
                 provider.forget()
                 raise
-            asked = call.options.dimensions
-            dimensions = provider.options.dimensions if asked is None else asked
+            dimensions = call.options.dimensions
+            if dimensions is None and call.task.output == "vector":
+                dimensions = provider.options.dimensions
             attempt = _Attempt(
                 provider,
                 model,
@@ -247,12 +268,12 @@ class Pipeline:
         )
 
 
-class _Attempt(NamedTuple):
+class _Attempt(NamedTuple, Generic[R]):
     """One call at one provider, while that has this model."""
 
     provider: GuardedProvider
     model: ServedModel
-    call: Call
+    call: Call[R]
     dimensions: int | None
     """As the provider is asked."""
     dims: int
@@ -263,8 +284,8 @@ class _Attempt(NamedTuple):
     failed: list[int]
     """Indices of inputs that end the call."""
 
-    def result(self) -> Flow[Embeddings]:
-        """Return the embeddings of the call's inputs.
+    def result(self) -> Flow[R]:
+        """Return the result for the call's inputs.
 
         Raises:
             ModelChanged: the provider has another model now.
@@ -273,7 +294,7 @@ class _Attempt(NamedTuple):
         step, in_flight = batching.WINDOWING[call.kind]
         count = len(call.inputs)
         errors: dict[int, HalimedeError] = {}
-        if call.kind == "text" and 0 < count <= step:
+        if call.kind in TEXT_KINDS and 0 < count <= step:
             answer, cached = yield from self._window(range(count), call.inputs, call.may_block)
             indices = np.arange(call.first, call.first + count)
         else:
@@ -290,32 +311,27 @@ class _Attempt(NamedTuple):
                     errors[rows.start + call.first] = error
             if errors and call.options.errors == "raise":
                 raise errors[min(errors)]
-        vectors = answer.vectors
-        if call.options.output_type != "float32":
-            vectors = quantise(vectors, call.options.output_type, call.options.ranges)
-        return Embeddings(
-            vectors=vectors,
-            tokens=answer.tokens,
-            cached=cached,
-            indices=indices,
-            versions=answer.row_versions,
-            images=() if call.kind == "text" else _image_infos(answer),
-            errors=errors,
-            dims=self.dims,
-            model=model.name,
-            space=model.space,
-            precision=model.precision,
-            max_tokens=model.max_tokens,
-            provider=model.provider,
-            output_type=call.options.output_type,
-        )
+        facts = {
+            "tokens": answer.tokens,
+            "cached": cached,
+            "indices": indices,
+            "versions": answer.row_versions,
+            "errors": errors,
+            "model": model.name,
+            "space": model.space,
+            "precision": model.precision,
+            "max_tokens": model.max_tokens,
+            "provider": model.provider,
+        }
+        return call.task.result(Answered(answer, model, self.dims, call.options, facts))
 
     def _joined(
         self, parts: Sequence[tuple[range, _Part]]
     ) -> tuple[Answer, np.ndarray, np.ndarray]:
         """Return what the parts hold together: answer, `cached` and `indices`; perhaps no row."""
         nothing = np.empty(0, np.int64)
-        empty = np.empty((0, self.dims), np.float32)
+        is_ragged = self.call.task.output in RAGGED
+        empty = ragged([]) if is_ragged else np.empty((0, self.dims), np.float32)
         answers = [Answer(empty, np.empty(0, np.int32), self.model, None, nothing)]
         answers += [part.answer for _, part in parts]
         cached = [np.empty(0, np.bool_), *(part.cached for _, part in parts)]
@@ -330,7 +346,7 @@ class _Attempt(NamedTuple):
         if self.failed:
             return None
         values = self.call.inputs[rows.start : rows.stop]
-        if self.call.kind == "text":
+        if self.call.kind in TEXT_KINDS:
             return (yield from self._window(rows, values, False))
         index = rows.start + self.call.first
         read_options = ReadOptions(self.model.max_image_bytes, self.pipeline.fetch)
@@ -378,8 +394,10 @@ class _Attempt(NamedTuple):
             precision=self.model.precision,
             input_type=self.call.options.input_type,
             dims=self.dims,
+            output=self.call.task.output,
         )
-        expect = Expect(self.dims, self.provider.options.cache_ttl_s)
+        dims = None if self.call.task.output in RAGGED else self.dims
+        expect = Expect(dims, self.provider.options.cache_ttl_s)
         entries, cached = yield from cache.get_or_compute(keys, compute, expect)
         self.call.progress.advance(int(cached.sum()))
         versions = np.array([made_by.get(key, 0) for key in keys], np.int64)
@@ -417,9 +435,10 @@ class _Attempt(NamedTuple):
             call.options.sticky_key,
             self.model,
             may_block,
+            call.task.output,
         )
         answer = yield from self.provider.embed(request, self.until_s)
-        _check(answer, self.model, len(contents), self.dims)
+        _check(answer, request, self.dims)
         self.call.progress.advance(len(contents))
         return answer
 
@@ -432,10 +451,15 @@ class _Part(NamedTuple):
     """`[inputs]` bool: whether each vector came from the cache."""
 
 
-def _check(answer: Answer, model: ServedModel, rows: int, dims: int) -> None:
-    """Raise unless the answer is of this model, of this shape, and finite."""
+def _check(answer: Answer, request: Request, dims: int) -> None:
+    """Raise unless the answer is of the model asked, of the shape asked, and finite."""
+    model, rows = request.model, len(request.inputs)
+    assert model is not None
     if answer.model is not model and not answer.model.is_alike(model):
         raise ModelChanged(f"{model.name} was changed. Send again.")
+    if request.output in RAGGED:
+        _check_ragged(answer.vectors, request.output, model.name, rows)
+        return
     if answer.vectors.shape != (rows, dims):
         raise ServerError(
             f"{model.name} was asked for {rows} × {dims}; it gave {answer.vectors.shape}."
@@ -444,7 +468,14 @@ def _check(answer: Answer, model: ServedModel, rows: int, dims: int) -> None:
         check_finite(answer.vectors)
 
 
-def _image_infos(answer: Answer) -> tuple[ImageInfo, ...]:
-    """Return the size and format of each row's image."""
-    facts = np.zeros(len(answer.vectors), IMAGE) if answer.images is None else answer.images
-    return tuple(ImageInfo(int(w), int(h), name.decode()) for w, h, name in facts.tolist())
+def _check_ragged(vectors: np.ndarray, output: OutputKind, name: str, rows: int) -> None:
+    """Raise unless there is a finite matrix for each input; of `sparse`, one of two rows."""
+    if vectors.shape != (rows,) or any(
+        np.ndim(row) != 2 or (output == "sparse" and len(row) != 2) for row in vectors
+    ):
+        raise ServerError(
+            f"{name} was asked for {output} outputs of {rows} inputs; it gave arrays of other "
+            "shapes."
+        )
+    finite = [np.isfinite(row).all() for row in vectors]
+    check_finite(np.where(finite, 0, np.nan)[:, None])

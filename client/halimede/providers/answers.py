@@ -1,4 +1,4 @@
-"""Parts of an answer, for providers that return plain lists of vectors."""
+"""Parts of an answer, from plain lists of vectors or from the tensors of a built model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from halimede.providers.base import ragged
 from halimede.results import UNKNOWN_TOKENS
 from halimede_ops import vectors as ops
 from halimede_ops.errors import ServerError
+from halimede_ops.heads import NO_TOKEN
+from halimede_ops.maxsim import without_padding
 
 REMOTE_PRECISION = "remote"
 """Precision of a provider that does not report it."""
@@ -43,6 +46,28 @@ def truncate(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
     if dimensions is None or dimensions == vectors.shape[1]:
         return vectors
     return ops.normalise(ops.truncate(vectors, dimensions))
+
+
+def sparse_rows(ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Sparse outputs of an answer, without padding: `[rows]` object, float32 matrices `[2, n]`.
+
+    `ids` `[rows, longest]` int32 is padded with NO_TOKEN; `weights` `[rows, longest]` is float32.
+    """
+    filled = ids != NO_TOKEN
+    return ragged(
+        [
+            np.stack([ids[row, use], weights[row, use]], dtype=np.float32, casting="same_kind")
+            for row, use in enumerate(filled)
+        ]
+    )
+
+
+def multi_rows(vectors: np.ndarray) -> np.ndarray:
+    """Multi-vectors of an answer, without padding: `[rows]` object, float32 matrices `[n, width]`.
+
+    `vectors` `[rows, longest, width]` float32 is padded with vectors of zeros.
+    """
+    return ragged([matrix.copy() for matrix in without_padding(vectors)])
 
 
 def unknown_tokens(rows: int) -> np.ndarray:

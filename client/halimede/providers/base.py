@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from halimede.inputs.content import Content, InputKind
+from halimede.inputs.content import Content, InputKind, OutputKind
 from halimede.pipeline.waiting import Future
 from halimede.results import ServedModel
 from halimede_ops.errors import HalimedeError
@@ -19,7 +19,7 @@ DEFAULT_TIMEOUT_S = 30.0
 
 
 class Request(NamedTuple):
-    """Inputs to embed in one request."""
+    """Inputs to embed, or to score, in one request."""
 
     inputs: Sequence[Content]
     """At most the model's `max_batch_size`."""
@@ -36,6 +36,8 @@ class Request(NamedTuple):
     may_block: bool = False
     """Whether the caller's thread waits for this request alone: `embed` may then do the work in
     it, and return when it is done."""
+    output: OutputKind = "vector"
+    """What is asked for each input: one of the model's `outputs`."""
 
     def select(self, rows: slice | np.ndarray) -> Request:
         """Return the same request for some of its inputs, given a slice or `[n]` indices."""
@@ -48,7 +50,9 @@ class Answer(NamedTuple):
     """The answer to one request, with the model that gave it."""
 
     vectors: np.ndarray
-    """`[inputs, dims]` float32."""
+    """`[inputs, dims]` float32: vectors, or scores. Of the outputs `sparse` and `multi` `[inputs]`
+    object: for each input a float32 array, `[2, n]` of token ids and their weights, or `[n, width]`
+    of vectors. `ragged` makes it."""
     tokens: np.ndarray
     """`[inputs]` int32. UNKNOWN_TOKENS where the provider does not count them."""
     model: ServedModel
@@ -79,6 +83,14 @@ class Answer(NamedTuple):
         )
 
 
+def ragged(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Return arrays of any shapes as one array `[rows]` of objects."""
+    array = np.empty(len(rows), np.object_)
+    for place, row in enumerate(rows):
+        array[place] = row
+    return array
+
+
 def concatenate(answers: Sequence[Answer]) -> Answer:
     """Concatenate answers in their order. The model is that of the last one."""
     images = [answer.images for answer in answers if answer.images is not None]
@@ -103,7 +115,7 @@ def reindexed(rows: Sequence[int]) -> Iterator[None]:
 
 
 class Provider(Protocol):
-    """Something that embeds. Its methods start work and return futures.
+    """Something that embeds or scores. Its methods start work and return futures.
 
     They may be called from several threads. A method that has its result already returns
     `completed(result)`. One that needs to block does so in a thread of its own.
@@ -115,7 +127,8 @@ class Provider(Protocol):
     def describe(self, timeout_s: float, kind: InputKind | None = None) -> Future[ServedModel]:
         """Start to read the current model for inputs of this kind.
 
-        None asks for the configured model.
+        None asks for the configured model. What a model gives is in its `kind` and `outputs`: the
+        caller asks it for nothing else.
 
         Raises:
             UnsupportedInput: no model embeds this kind. As all errors, raised here or by the

@@ -20,19 +20,20 @@ from pydantic import Field, PositiveInt
 
 from halimede.config.environment import Settings
 from halimede.extras import import_optional
-from halimede.inputs.content import InputKind, Pair
+from halimede.inputs.content import OUTPUT_OF, TEXT_KINDS, InputKind, ModelKind, OutputKind, Pair
 from halimede.pipeline.batching import IMAGES_IN_FLIGHT
 from halimede.pipeline.forks import ForkGate
 from halimede.pipeline.pool import Pool
 from halimede.pipeline.sharing import Mapped, completed
 from halimede.pipeline.waiting import Future
 from halimede.providers import input_kinds
-from halimede.providers.answers import unknown_tokens
+from halimede.providers.answers import multi_rows, sparse_rows, unknown_tokens
 from halimede.providers.base import Answer, Request, reindexed
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
 from halimede_engine import cores
 from halimede_ops import errors, vectors
+from halimede_ops.spec import MULTI_VECTOR, SPARSE
 from halimede_repository import configs
 
 MAX_BATCH_SIZE = 256
@@ -48,6 +49,8 @@ MAX_TWO_SESSIONS_BYTES = 256_000_000
 """Largest model.onnx that gets a second session, which takes that memory again."""
 MEMORY_WORDS = ("memory", "alloc")
 """Words in onnxruntime's errors when an allocation fails."""
+HEADS: Mapping[str, OutputKind] = {SPARSE: "sparse", MULTI_VECTOR: "multi"}
+"""Further head of a dense model → what it gives."""
 EXIT_WAIT_S = 10.0
 """Maximum time that the end of a program waits for a model that is being opened."""
 
@@ -174,7 +177,7 @@ class Onnx:
         Raises:
             ModelChanged: `request.model` has another space or precision than that model.
         """
-        opened = self._open_models.get(request.kind)
+        opened = self._open_models.get(_slot(request.kind))
         if opened is None:
             return self._workers.submit(self._embed_first, request)
         return self._start(opened, request)
@@ -191,7 +194,7 @@ class Onnx:
             and not expected.is_alike(opened.served)
         ):
             raise errors.ModelChanged(f"{self.name} changed its model. Send again.")
-        if request.kind == "text":
+        if request.kind in TEXT_KINDS:
             return _start_texts(opened, request)
         embed = _embed_images if request.kind == "image" else _embed_pairs
         if request.may_block:
@@ -201,13 +204,13 @@ class Onnx:
     def _current(self, kind: InputKind | None) -> _OpenModel:
         """Return the model that the folder holds now. Only the opener's one thread calls this."""
         kind, name = self._ensemble(kind)
-        opened = self._open_models.get(kind)
+        opened = self._open_models.get(_slot(kind))
         if opened is None or opened.stamp != self._stamp(name):
             with _finished_before_exit():
                 opened = self._open(kind, name)
             with self._lock:
                 if not self._closed:
-                    self._open_models[kind] = opened
+                    self._open_models[_slot(kind)] = opened
         return opened
 
     def _ensemble(self, kind: InputKind | None) -> tuple[InputKind, str]:
@@ -217,12 +220,14 @@ class Onnx:
         """
         name = self._options.model_id
         config = configs.read(self._options.path, name).config
-        own = input_kinds.BY_PARAMETER[configs.parameter(config, "input") or "text"]
+        model_kind = cast(ModelKind, configs.parameter(config, "kind") or "dense")
+        own = input_kinds.input_of(model_kind, configs.parameter(config, "input"))
         image_model = configs.parameter(config, "image_model")
         if kind == "image" and own == "text" and image_model:
             return kind, image_model
-        if kind not in (None, own):
-            raise input_kinds.unsupported(kind, self.name, own)
+        if not input_kinds.is_of(kind, own):
+            assert kind is not None
+            raise input_kinds.unsupported(kind, self.name, own, model_kind)
         return own, name
 
     def _open(self, kind: InputKind, name: str) -> _OpenModel:
@@ -330,7 +335,8 @@ class Onnx:
             raise errors.InvalidModel(
                 f"the quality record of {name} is of another space; build the model again."
             )
-        image = None if kind == "text" else facts.image
+        image = None if kind in TEXT_KINDS else facts.image
+        further = [output for head, output in HEADS.items() if head in facts.heads]
         return ServedModel(
             name=name,
             space=facts.space,
@@ -344,6 +350,9 @@ class Onnx:
             input=kind,
             image_model=configs.parameter(version.config, "image_model"),
             max_image_bytes=MAX_IMAGE_BYTES if image is None else image.max_image_bytes,
+            kind=facts.kind,
+            outputs=tuple(dict.fromkeys([OUTPUT_OF[facts.kind], *further])),
+            labels=facts.labels,
         )
 
     def _stamp(self, name: str) -> _Stamp:
@@ -383,14 +392,36 @@ def _quality(version: configs.Ensemble) -> dict[str, Any]:
     return record
 
 
+def _slot(kind: InputKind) -> InputKind:
+    """Key of the open model for a kind of inputs: texts and text pairs have the same."""
+    return "text" if kind in TEXT_KINDS else kind
+
+
 def _start_texts(opened: _OpenModel, request: Request) -> Future[Answer]:
     """Tokenize, run, truncate, normalise, as the three steps on Triton."""
-    texts = input_kinds.texts_of(request, opened.served.name)
-    decoded = [opened.decode(value, row, opened.spec) for row, value in enumerate(texts)]
-    prompted = opened.reader.prompted(decoded, [request.input_type or None] * len(decoded))
-    return _run(
-        opened, prompted, request, lambda done: Answer(done.vectors, done.tokens, opened.served)
+    parts = [request.inputs] if request.kind == "text" else zip(*request.inputs, strict=True)
+    firsts, *seconds = (
+        [opened.decode(value, row, opened.spec) for row, value in enumerate(values)]
+        for values in parts
     )
+    input_types = [request.input_type or None] * len(firsts)
+    prompted = opened.reader.prompted(firsts, input_types, *seconds)
+    return _run(
+        opened,
+        prompted,
+        request,
+        lambda done: Answer(_vectors(done, request.output), done.tokens, opened.served),
+    )
+
+
+def _vectors(done: Any, output: OutputKind) -> np.ndarray:
+    """The vectors of an `Answer`, from the engine's embeddings."""
+    if output == "sparse":
+        return sparse_rows(done.heads["SPARSE_IDS"], done.heads["SPARSE_WEIGHTS"])
+    if output == "multi":
+        return multi_rows(done.heads["MULTI_VECTORS"])
+    vectors: np.ndarray = done.vectors
+    return vectors
 
 
 def _embed_images(opened: _OpenModel, request: Request) -> Answer:

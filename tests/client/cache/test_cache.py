@@ -44,8 +44,9 @@ from halimede.cache import (
 )
 from halimede.cache.entries import is_intact, pack, unpack
 from halimede.cache.redis import TEMPERATURES
-from halimede.inputs.content import Pair
+from halimede.inputs.content import Pair, TextPair
 from halimede.pipeline.waiting import Flow, Wait, drive_async, shared_result
+from halimede.providers.base import ragged
 from halimede.results import IMAGE
 from halimede_ops.errors import HalimedeError, InvalidInput, MissingExtra
 from halimede_tools.bench import redis_server
@@ -241,6 +242,18 @@ def test_keys_stay_the_same_from_version_to_version() -> None:
     assert key.hex() == "b5100160cfea5ac6a7db000101c763e4f1067c55"
 
 
+def test_outputs_have_keys_of_their_own() -> None:
+    """A text's vector, its scores, its sparse weights and its multi-vectors, and a text pair."""
+    facts: dict[str, Any] = dict(space="s", precision="fp32", input_type=None, dims=384)
+    made = [
+        keys([item], kind=kind, output=output, **facts)[0]
+        for kind, item in (("text", b"ab"), ("text_pair", TextPair(b"a", b"b")))
+        for output in ("vector", "scores", "sparse", "multi")
+    ]
+    made += keys([TextPair(b"ab", b""), TextPair(b"", b"ab")], kind="text_pair", **facts)
+    assert len(set(made)) == len(made)
+
+
 entry = st.integers(1, 40).flatmap(
     lambda dims: st.tuples(
         hnp.arrays(np.float32, (3, dims), elements=st.floats(width=32)),
@@ -260,6 +273,24 @@ def test_values_give_back_every_bit(arrays) -> None:
     assert again.vectors.tobytes() == entries.vectors.tobytes()
     np.testing.assert_array_equal(again.tokens, entries.tokens)
     np.testing.assert_array_equal(again.images, np.zeros(3, IMAGE))
+
+
+matrices = st.lists(
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=9)),
+    max_size=4,
+)
+
+
+@given(matrices)
+def test_values_give_back_matrices_of_any_shape(given: list[np.ndarray]) -> None:
+    """Rows of different numbers of vectors, or of none, bit by bit."""
+    names = [b"%d" % place for place in range(len(given))]
+    values = pack(names, Entries(ragged(given), np.arange(len(given), dtype=np.int32)))
+    assert all(map(is_intact, names, values, [Expect(None)] * len(given)))
+    again = unpack(values, Expect(None))
+    assert [matrix.shape for matrix in again.vectors] == [matrix.shape for matrix in given]
+    assert [matrix.tobytes() for matrix in again.vectors] == [one.tobytes() for one in given]
+    assert again.tokens.tolist() == list(range(len(given)))
 
 
 def test_values_hold_what_is_told_of_an_image() -> None:
@@ -338,6 +369,33 @@ def test_hits_are_bit_equal_and_misses_computed_once(make_tier: Callable[[], Tie
             assert not computed and hits.all()
             assert tier_stats(cache, name)["hit_rate"] == 1.0
             await asyncio.to_thread(cache.close)
+
+    asyncio.run(flow())
+
+
+def test_matrices_are_kept_in_every_tier(make_tier: Callable[[], Tier]) -> None:
+    """Of any length: what is found is what was computed, and NaN is not kept."""
+    lengths = [0, 1, 7, 300, 40, 2]
+    given = [np.full((length, 128), length, np.float32) for length in lengths]
+    given[2][3, 3] = np.nan
+    expect, names = Expect(None), some(len(given))
+    computed: list[list[int]] = []
+
+    def compute(rows: list[int]) -> Flow[Entries]:
+        computed.append(rows)
+        yield from nothing()
+        return Entries(ragged([given[row] for row in rows]), np.array(rows, np.int32))
+
+    async def flow() -> None:
+        cache = Cache([make_tier()])
+        for _ in range(2):
+            entries, hits = await drive_async(cache.get_or_compute(wanted(names), compute, expect))
+            for matrix, expected in zip(entries.vectors, given, strict=True):
+                np.testing.assert_array_equal(matrix, expected)
+            assert entries.tokens.tolist() == list(range(len(given)))
+        assert hits.tolist() == [True, True, False, True, True, True]
+        assert computed == [[0, 1, 2, 3, 4, 5], [2]]
+        await asyncio.to_thread(cache.close)
 
     asyncio.run(flow())
 

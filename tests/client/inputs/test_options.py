@@ -21,28 +21,33 @@ RANGES = np.array([[-1, -1], [1, 1]], np.float64)
 def test_options_become_one_type() -> None:
     """Numpy numbers are numbers, keys are bytes, ranges are float32."""
     given = {"dimensions": np.int64(3), "output_type": "int8", "ranges": RANGES, "sticky_key": "é"}
-    options = check_options("text", given)
+    options = check_options("embed", given)
     assert (options.dimensions, options.sticky_key) == (3, "é".encode())
     assert options.ranges is not None
     assert options.ranges.dtype == np.float32
-    assert check_options("image", {}) == CallOptions()
-    assert check_options("pair", {"deadline_s": None, "dimensions": None}) == CallOptions()
+    assert check_options("embed_images", {}) == CallOptions()
+    given = {"deadline_s": None, "dimensions": None}
+    assert check_options("embed_multimodal", given) == CallOptions()
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "method"),
+    ("method", "name"),
     [
-        ("text", "dimension", "embed"),
-        ("text", "errors", "embed"),
-        ("image", "first", "embed_images"),
-        ("image", "input_type", "embed_images"),
-        ("pair", "window", "embed_multimodal"),
+        ("embed", "dimension"),
+        ("embed", "errors"),
+        ("embed_images", "first"),
+        ("embed_images", "input_type"),
+        ("embed_multimodal", "window"),
+        ("embed_sparse", "dimensions"),
+        ("embed_multi", "output_type"),
+        ("rank", "input_type"),
+        ("classify", "ranges"),
     ],
 )
-def test_an_unknown_option_is_named(kind: Any, name: str, method: str) -> None:
+def test_an_unknown_option_is_named(method: str, name: str) -> None:
     """An option of no method, or of another, is refused with the method's known options."""
     with pytest.raises(InvalidInput, match=rf"{method}\(\) has no option `{name}`.*Known: "):
-        check_options(kind, {name: 1})
+        check_options(method, {name: 1})
 
 
 @pytest.mark.parametrize(
@@ -61,7 +66,7 @@ def test_a_wrong_value_names_its_option(name: str, values: list[Any]) -> None:
     """The message is one line that begins with the option."""
     for value in values:
         with pytest.raises(InvalidInput, match=rf"^{name} ") as raised:
-            check_options("pair", {name: value})
+            check_options("embed_multimodal", {name: value})
         assert "\n" not in str(raised.value)
         assert "colect" not in str(raised.value)
         assert isinstance(raised.value, InvalidDimensions) == (name == "dimensions")

@@ -17,14 +17,14 @@ import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 from tritonclient.grpc import service_pb2 as messages
 
-from halimede.inputs.content import Content, InputKind, Pair
+from halimede.inputs.content import TEXT_KINDS, Content, InputKind, OutputKind, size_bytes
 from halimede.observability import tracing
 from halimede.pipeline import canary
 from halimede.pipeline.pool import Pool
 from halimede.pipeline.sharing import Mapped
 from halimede.pipeline.waiting import Future
 from halimede.providers import input_kinds
-from halimede.providers.answers import unknown_tokens
+from halimede.providers.answers import multi_rows, sparse_rows, unknown_tokens
 from halimede.providers.base import DEFAULT_TIMEOUT_S, Answer, Request
 from halimede.providers.base import Options as BaseOptions
 from halimede.providers.triton import connection, served_model
@@ -36,11 +36,19 @@ from halimede_repository import configs
 
 BULK_PRIORITY = 2
 """Priority of bulk requests. Triton's default priority overtakes it in the queue."""
-OUTPUTS: dict[InputKind, tuple[str, ...]] = {
+VECTOR_OUTPUTS: dict[InputKind, tuple[str, ...]] = {
     "text": ("EMBEDDING", "TOKENS"),
     "image": ("EMBEDDING", "WIDTH", "HEIGHT", "FORMAT"),
     "pair": ("EMBEDDING",),
 }
+"""Outputs of an ensemble that are asked for vectors of a kind of inputs."""
+TEXT_OUTPUTS: dict[OutputKind, tuple[str, ...]] = {
+    "sparse": ("SPARSE_IDS", "SPARSE_WEIGHTS", "TOKENS"),
+    "multi": ("MULTI_VECTORS", "TOKENS"),
+}
+"""Outputs of an ensemble that are asked for further outputs of texts."""
+Outputs = dict[str, tuple[list[int], bytes]]
+"""Shape and bytes of each tensor of an answer, by name."""
 FLOAT, INTEGER = np.dtype("<f4"), np.dtype("<i4")
 
 
@@ -84,7 +92,7 @@ def connect(options: Options) -> list[Triton]:
 
 
 def served_models(options: Options) -> list[ServedModel]:
-    """List the embedding models that are ready on the options' first server that answers.
+    """List the models that are ready on the options' first server that answers.
 
     Raises:
         HalimedeError: none answers. It is the last server's error.
@@ -129,7 +137,7 @@ class Triton:
         model = request.model or self._describe(timeout_s, request.kind)
         answer = self._connection.start(
             "ModelInfer",
-            _infer_request(model.name, request),
+            _infer_request(model, request),
             timeout_s,
             headers=tracing.headers(),
             may_block=request.may_block,
@@ -137,7 +145,7 @@ class Triton:
         return Mapped(answer, lambda done: self._answer(done.result(), request, model))
 
     def models(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[ServedModel]:
-        """List the embedding models that are ready, by name."""
+        """List the models that are ready, by name."""
         index = self._ask("RepositoryIndex", messages.RepositoryIndexRequest(), timeout_s)
         names = sorted(entry.name for entry in index.models if entry.state == "READY")
         models = [self._served(name, timeout_s) for name in names]
@@ -148,8 +156,9 @@ class Triton:
         model = configured
         if kind == "image" and configured.input == "text" and configured.image_model:
             model = self._ensemble(configured.image_model, timeout_s)
-        if kind not in (None, model.input):
-            raise input_kinds.unsupported(kind, self.name, configured.input)
+        if not input_kinds.is_of(kind, model.input):
+            assert kind is not None
+            raise input_kinds.unsupported(kind, self.name, configured.input, configured.kind)
         if self._follow_canary and model.version and not model.name.endswith(configs.CANDIDATE):
             with contextlib.suppress(errors.HalimedeError):  # the next read may succeed
                 candidate = self._candidate(model.name + configs.CANDIDATE, timeout_s)
@@ -184,42 +193,74 @@ class Triton:
                 f"{model.name} at {self._connection.address} changed during the request. Send "
                 "again."
             )
-        raw = response.raw_output_contents
-        outputs = {one.name: raw[place] for place, one in enumerate(response.outputs)}
         count = len(request.inputs)
         try:
-            vectors = _array(outputs["EMBEDDING"], FLOAT).reshape(count, -1)
-            if request.kind == "text":
-                tokens, images = _array(outputs["TOKENS"], INTEGER), None
+            outputs = {
+                one.name: (list(one.shape), raw)
+                for one, raw in zip(response.outputs, response.raw_output_contents, strict=True)
+            }
+            vectors = _vectors(outputs, request.output)
+            if "TOKENS" in outputs:
+                tokens = _array(outputs["TOKENS"], INTEGER).reshape(count)
             else:
                 tokens = unknown_tokens(count)
-                images = _images(outputs, count) if request.kind == "image" else None
+            images = _images(outputs, count) if request.kind == "image" else None
         except (KeyError, IndexError, ValueError):
             raise errors.ServerError(f"{model.name} gave an incomplete answer.") from None
         return Answer(vectors, tokens, model, images, None, bool(model.version))
 
 
-def _infer_request(model: str, request: Request) -> Any:
+def _infer_request(model: ServedModel, request: Request) -> Any:
     """Return the request as a `ModelInferRequest`."""
     rows = len(request.inputs)
-    message = messages.ModelInferRequest(model_name=model)
-    if request.kind == "pair":
-        for field, values in zip(Pair._fields, zip(*request.inputs, strict=True), strict=True):
-            if None not in values:  # a tensor that no pair has is left out
-                _add_bytes(message, field.upper(), values)
+    message = messages.ModelInferRequest(model_name=model.name)
+    names = _input_names(request.kind, model)
+    if len(names) == 1:
+        _add_bytes(message, names[0], request.inputs)
     else:
-        _add_bytes(message, request.kind.upper(), request.inputs)
+        for name, values in zip(names, zip(*request.inputs, strict=True), strict=True):
+            if None not in values:  # a tensor that no pair has is left out
+                _add_bytes(message, name, values)
     if request.input_type is not None:
         _add_bytes(message, "INPUT_TYPE", [request.input_type.encode()] * rows)
     if request.dimensions is not None:
         message.inputs.add(name="DIMENSIONS", datatype="INT32", shape=[rows, 1])
         message.raw_input_contents.append(np.full(rows, request.dimensions, "<i4").tobytes())
-    for name in OUTPUTS[request.kind]:
+    for name in _output_names(request, model):
         message.outputs.add(name=name)
-    size_bytes = sum(map(len, request.inputs)) if request.kind == "text" else 0
-    if batching.is_bulk(rows, size_bytes):
+    total_bytes = sum(map(size_bytes, request.inputs)) if request.kind in TEXT_KINDS else 0
+    if batching.is_bulk(rows, total_bytes):
         message.parameters["priority"].uint64_param = BULK_PRIORITY
     return message
+
+
+def _input_names(kind: InputKind, model: ServedModel) -> tuple[str, ...]:
+    """Names of the tensors of an input: of a pair, one for each part."""
+    if kind == "pair":
+        return ("TEXT", "IMAGE")
+    if kind == "text_pair":
+        return ("QUERY", "TEXT") if model.kind == "reranker" else ("TEXT", "TEXT_PAIR")
+    return (kind.upper(),)
+
+
+def _output_names(request: Request, model: ServedModel) -> tuple[str, ...]:
+    """Names of the tensors to ask for."""
+    if request.output == "vector":
+        return VECTOR_OUTPUTS[request.kind]
+    if request.output == "scores":
+        return ("SCORE" if model.kind == "reranker" else "SCORES", "TOKENS")
+    return TEXT_OUTPUTS[request.output]
+
+
+def _vectors(outputs: Outputs, output: OutputKind) -> np.ndarray:
+    """The vectors of an `Answer`, from the tensors of an answer."""
+    if output == "sparse":
+        ids = _array(outputs["SPARSE_IDS"], INTEGER)
+        return sparse_rows(ids, _array(outputs["SPARSE_WEIGHTS"], FLOAT))
+    if output == "multi":
+        return multi_rows(_array(outputs["MULTI_VECTORS"], FLOAT))
+    [name] = outputs.keys() & {"EMBEDDING", "SCORE", "SCORES"}
+    return _array(outputs[name], FLOAT)
 
 
 def _add_bytes(message: Any, name: str, values: Sequence[Content | None]) -> None:
@@ -229,9 +270,11 @@ def _add_bytes(message: Any, name: str, values: Sequence[Content | None]) -> Non
     )
 
 
-def _array(raw: bytes, dtype: np.dtype) -> np.ndarray:
+def _array(tensor: tuple[list[int], bytes], dtype: np.dtype) -> np.ndarray:
+    """A tensor of an answer, given its shape and its bytes."""
+    shape, raw = tensor
     # A copy: an array over the response's buffer keeps all of it in memory, and is read-only.
-    return np.frombuffer(bytearray(raw), dtype)
+    return np.frombuffer(bytearray(raw), dtype).reshape(shape)
 
 
 def _split(raw: bytes) -> Iterable[bytes]:
@@ -243,10 +286,10 @@ def _split(raw: bytes) -> Iterable[bytes]:
         start = end
 
 
-def _images(outputs: dict[str, bytes], count: int) -> np.ndarray:
+def _images(outputs: Outputs, count: int) -> np.ndarray:
     """Size and format of each image, as `[rows]` of `results.IMAGE`."""
     images = np.zeros(count, IMAGE)
-    images["width"] = _array(outputs["WIDTH"], INTEGER)
-    images["height"] = _array(outputs["HEIGHT"], INTEGER)
-    images["format"] = list(_split(outputs["FORMAT"]))
+    images["width"] = _array(outputs["WIDTH"], INTEGER).reshape(count)
+    images["height"] = _array(outputs["HEIGHT"], INTEGER).reshape(count)
+    images["format"] = list(_split(outputs["FORMAT"][1]))
     return images

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Mapping
+from typing import Any, cast
 
-from halimede.providers.input_kinds import BY_PARAMETER
+from halimede.inputs.content import ModelKind, OutputKind
+from halimede.providers.input_kinds import input_of
 from halimede.results import MAX_IMAGE_BYTES, ServedModel
 from halimede_repository import configs
+
+OUTPUTS: Mapping[str, OutputKind] = {
+    "EMBEDDING": "vector",
+    "SCORE": "scores",
+    "SCORES": "scores",
+    "SPARSE_IDS": "sparse",
+    "MULTI_VECTORS": "multi",
+}
+"""Output of an ensemble → what it is."""
 
 
 def from_config(config: Any) -> ServedModel | None:
@@ -16,6 +28,8 @@ def from_config(config: Any) -> ServedModel | None:
     if "space" not in parameters:
         return None
     cosine = parameters.get("mean_cosine")
+    kind = cast(ModelKind, parameters.get("kind", "dense"))
+    names = [output.name for output in config.output]
     # Only a number that is derived from the content identifies it; 1 is just the first version.
     is_pinned = len(versions) == 1 and int(versions[0]) > 1
     return ServedModel(
@@ -27,8 +41,11 @@ def from_config(config: Any) -> ServedModel | None:
         max_batch_size=config.max_batch_size,
         mean_cosine=None if cosine is None else float(cosine),
         version=str(versions[0]) if is_pinned else "",
-        input=BY_PARAMETER[parameters.get("input", "text")],
+        input=input_of(kind, parameters.get("input", "")),
         image_model=parameters.get("image_model", ""),
         max_image_bytes=int(parameters.get("max_image_bytes", MAX_IMAGE_BYTES)),
         share=float(parameters.get(configs.SHARE, 0)),
+        kind=kind,
+        outputs=tuple(output for name, output in OUTPUTS.items() if name in names),
+        labels=tuple(json.loads(parameters.get("labels", "[]"))),
     )
