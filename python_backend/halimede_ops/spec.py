@@ -40,6 +40,14 @@ MAX_REQUEST_BYTES = 8 * 1024 * 1024
 into requests of this size."""
 MAX_IMAGE_BYTES = 10 * 1024 * 1024
 MAX_IMAGE_PIXELS = 64_000_000
+IMAGE_LIMITS = ("max_image_bytes", "max_image_pixels")
+"""Fields of ImageSpec that decide nothing of the vectors."""
+OWN_FEATURES, POOLER_OUTPUT, IMAGE_EMBEDS = "", "pooler_output", "image_embeds"
+CLS, MEAN = "cls", "mean"
+POOLINGS = (OWN_FEATURES, POOLER_OUTPUT, IMAGE_EMBEDS, CLS, MEAN)
+"""Vectors of an image: the model's own image features, or what the modules of its folder give;
+transformers' `pooler_output` or `image_embeds`; the first position of the last hidden state; or the
+mean of all its positions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +70,27 @@ class ImageSpec:
     std: tuple[float, ...]
     """Standard deviation of red, green and blue."""
     positions: int
-    """Positions of the vision tower: one for each patch and one for the class. An image costs as
-    much as a text of so many tokens."""
+    """Positions of the vision tower's last hidden state. An image costs as much as a text of so
+    many tokens."""
     max_image_bytes: int = MAX_IMAGE_BYTES
     """Maximum size of an encoded image, in bytes."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Maximum pixels of an image, before and after resizing. Pillow uses 4 bytes for each pixel,
     and twice that while it rotates or converts an image."""
+    bgr: bool = False
+    """Whether the model's graph turns RGB into BGR. Images are sent to the model as RGB."""
+    pooling: str = OWN_FEATURES
+    """Which of the model's outputs is the vector: one of POOLINGS."""
+
+    def decides(self) -> dict[str, Any]:
+        """The fields that decide a vector, without those that have their default. A new field so
+        does not change the space of models that do not use it.
+        """
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in IMAGE_LIMITS and getattr(self, field.name) != field.default
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +106,7 @@ class ModelSpec:
     """Dimensions of a full vector. Of a reranker 1, of a classifier the number of its labels, of a
     sparse model the size of its vocabulary."""
     max_tokens: int
-    """Token limit, special tokens included. Longer texts are truncated."""
+    """Token limit, special tokens included. Longer texts are truncated. 0: takes images alone."""
     normalised: bool
     """Whether vectors have L2 norm 1, also after truncation to fewer dimensions."""
     prompts: Mapping[str, str]
@@ -114,6 +136,11 @@ class ModelSpec:
     """Whether the model has no transformer: a text's vector is the mean of its tokens' vectors."""
     token_types: bool = False
     """Whether the model's graph takes TOKEN_TYPES."""
+
+    @property
+    def takes_texts(self) -> bool:
+        """Whether an input may be a text. An encoder of images alone takes none."""
+        return self.max_tokens > 0
 
     @property
     def takes_pairs(self) -> bool:

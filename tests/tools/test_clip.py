@@ -24,8 +24,10 @@ from halimede_ops import spec, vectors
 from halimede_ops.errors import InvalidModel
 from halimede_tools.build import check, describe, model_config, towers
 from halimede_tools.build.describe import ModelOptions
+from halimede_tools.build.kinds.recognise import PREPROCESSING
 from halimede_tools.build.plan import build, build_request
 from halimede_tools.build.samples import pictures
+from halimede_tools.build.vision import encoder
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
@@ -215,7 +217,7 @@ def test_scaling_is_part_of_the_graph(home: Settings, folder: Path, server: Any,
     model.graph.output.append(onnx.ValueInfoProto(name=scaled))
     run = onnxruntime.InferenceSession(model.SerializeToString()).run
     taken = spec.load(version_folder(home.repository / "clip-image")).images()
-    processor = describe.image_processor(folder, "clip")
+    processor = encoder.image_processor(folder, "clip")
     for data in files():
         pixels = image.prepare(data, taken).pixels[None]
         [got] = run([scaled], {spec.PIXELS: pixels})
@@ -253,15 +255,15 @@ def test_layers_of_vit_b32_as_published(tmp_path: Path) -> None:
 
 def test_preprocessing_of_another_kind_is_refused(folder: Path, tmp_path: Path) -> None:
     """A processor that is not CLIP's, or that does not fit the tower, is named."""
-    fields = json.loads((folder / describe.PREPROCESSING).read_text())
+    fields = json.loads((folder / PREPROCESSING).read_text())
     model = describe.load(folder, ModelOptions("clip"))
 
     def refused(match: str, **changed: Any) -> None:
-        (tmp_path / describe.PREPROCESSING).write_text(json.dumps(fields | changed))
+        (tmp_path / PREPROCESSING).write_text(json.dumps(fields | changed))
         with pytest.raises(InvalidModel, match=match):
             describe.image_spec(model, tmp_path, "clip")
 
-    refused("names ViTImageProcessor", image_processor_type="ViTImageProcessor")
+    refused("names DonutImageProcessor", image_processor_type="DonutImageProcessor")
     refused("gives 48 x 48 pixels", crop_size={"height": 48, "width": 48})
 
 
@@ -270,7 +272,7 @@ def test_a_preprocessing_of_older_releases(folder: Path, tmp_path: Path) -> None
     old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 32, "crop_size": 32,
            "do_resize": True, "do_center_crop": True, "do_normalize": True, "resample": 3,
            "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}  # fmt: skip
-    (tmp_path / describe.PREPROCESSING).write_text(json.dumps(old))
+    (tmp_path / PREPROCESSING).write_text(json.dumps(old))
     model = describe.load(folder, ModelOptions("clip"))
     taken = describe.image_spec(model, tmp_path, "clip")
     assert (taken.resize, taken.height, taken.scale) == ((32,), 32, 1 / 255)
@@ -281,7 +283,7 @@ def test_the_space_covers_the_preprocessing(folder: Path, tmp_path: Path) -> Non
     import shutil
 
     other = Path(shutil.copytree(folder, tmp_path / "other"))
-    path = other / describe.PREPROCESSING
+    path = other / PREPROCESSING
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
     spaces = {
         describe.describe(describe.load(one, ModelOptions("clip")), one, ModelOptions("clip")).space

@@ -1,4 +1,4 @@
-"""A CLIP's image ensembles under load against transformers, in one run."""
+"""A model's image ensembles under load against transformers, in one run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from PIL import Image
 
 from halimede_ops import vectors
 from halimede_tools.bench import closed_loop, report
-from halimede_tools.build import describe
 from halimede_tools.build.describe import ModelOptions
+from halimede_tools.build.kinds.recognise import takes_images_alone
 from halimede_tools.build.repository import IMAGE_SUFFIX, served_name
 from halimede_tools.build.samples import pictures
+from halimede_tools.build.vision import encoder
 from halimede_tools.console import console
 from halimede_tools.progress import Progress
 from halimede_tools.serve import wheel
@@ -39,7 +40,8 @@ def bench_images(
     """Measure, print the table and write the report; `folder` is the model's source."""
     form = pictures.Form("JPEG", "RGB", {"quality": 90})
     files = [pictures.encoded(pictures.drawn(seed, 640, 480), form) for seed in range(IMAGES)]
-    names = {precision: served_name(model + IMAGE_SUFFIX, precision) for precision in precisions}
+    base = model if takes_images_alone(folder) else model + IMAGE_SUFFIX
+    names = {precision: served_name(base, precision) for precision in precisions}
     options = wheel.Options(models=tuple(names.values()))
     console.print("  starting Triton, loading transformers and comparing their vectors")
     with tempfile.TemporaryDirectory() as run:
@@ -62,7 +64,7 @@ def bench_images(
         report.origin("halimede bench images", model, PACKAGES),
         [
             f"{IMAGES} JPEG files of 640 x 480 pixels, images/s, medians of {rounds} rounds, in "
-            f"turn. *{REFERENCE}*: decode, CLIPImageProcessor and CLIPModel (PyTorch, FP32) in one "
+            f"turn. *{REFERENCE}*: decode, image processor and model (PyTorch, FP32) in one "
             f"process, batches of {CONCURRENCY}. The others: a server over gRPC, one image a "
             f"request, {CONCURRENCY} on their way; the client runs on the same cores."
         ],
@@ -87,8 +89,8 @@ def _transformers(folder: Path, model: str) -> Embed:
     import torch
     from transformers.image_utils import load_image
 
-    clip = describe.load(folder, ModelOptions(model))[0].auto_model.eval()
-    processor = describe.image_processor(folder, model)
+    module, _ = encoder.load(folder, ModelOptions(model))
+    processor = encoder.image_processor(folder, model)
 
     def embed(files: Sequence[bytes]) -> np.ndarray:
         parts = []
@@ -97,7 +99,7 @@ def _transformers(folder: Path, model: str) -> Embed:
             images = [load_image(Image.open(io.BytesIO(file))) for file in part]
             with torch.inference_mode():
                 inputs = processor(images, return_tensors="pt")
-                parts.append(clip.get_image_features(**inputs).numpy())
+                parts.append(module(inputs.pixel_values).numpy())
         return np.concatenate(parts)
 
     return embed

@@ -26,6 +26,7 @@ from halimede_tools.build.kinds import activation, overlap, scores, static
 from halimede_tools.build.kinds.recognise import recognise
 from halimede_tools.build.samples.sts import spearman
 from halimede_tools.build.towers import TEXTS, TOWERS, Bar, Engine, Tower
+from halimede_tools.build.vision import encoder
 
 TOOLS = ("torch", "sentence-transformers", "optimum-onnx", "onnx", "onnxruntime-openvino", "nncf")
 """Distributions whose versions a quality record names."""
@@ -158,20 +159,24 @@ def _logits_bytes(model: Any, source: Path, options: ModelOptions) -> int:
 
 
 def image_reference(source: Path, files: Sequence[bytes], options: ModelOptions) -> np.ndarray:
-    """The image features that transformers gives: `[len(files), dims]` float32, L2 norm 1."""
+    """The vectors that transformers gives for images, in PyTorch: `[len(files), dims]` float32.
+
+    Their L2 norm is 1 if the model's vectors are normalised.
+    """
     import torch
     from transformers.image_utils import load_image
 
-    model = describe.load(source, options)[0].auto_model.eval()
-    processor = describe.image_processor(source, options.name)
-    features = []
+    module, facts = encoder.load(source, options)
+    prepare = encoder.image_processor(source, options.name)
+    embeddings = []
     for file in files:
         picture = load_image(Image.open(io.BytesIO(file)))
         # Without the format, a picture 3 pixels high is taken for one with channels first.
-        pixels = processor(picture, input_data_format="channels_last", return_tensors="pt")
+        pixels = prepare(picture, input_data_format="channels_last", return_tensors="pt")
         with torch.no_grad():
-            features.append(model.get_image_features(**pixels).numpy())
-    return vectors.normalise(np.concatenate(features))
+            embeddings.append(module(pixels.pixel_values.float()).numpy())
+    stacked = np.concatenate(embeddings)
+    return vectors.normalise(stacked) if facts.normalised else stacked
 
 
 def score_reference(

@@ -7,7 +7,6 @@ transformers folder (mean pooling), or a folder with nothing but ONNX.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -36,6 +35,7 @@ from halimede_tools.build.keys import key_of
 from halimede_tools.build.kinds import activation, sparse, static
 from halimede_tools.build.kinds.files import read_json
 from halimede_tools.build.kinds.recognise import module_names, recognise
+from halimede_tools.build.vision import processor, two_towers
 
 KNOWN_MODULES = (
     "Transformer", "StaticEmbedding", "CLIPModel", "Pooling", "Dense", "LayerNorm", "Normalize",
@@ -45,11 +45,6 @@ OWN_MODULES = "sentence_transformers."
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 IGNORED_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 """Keys of a config that decide nothing of the vectors."""
-PREPROCESSING = "preprocessor_config.json"
-IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor")
-"""Classes that a PREPROCESSING file may name; all three preprocess alike."""
-IMAGE_LIMITS = ("max_image_bytes", "max_image_pixels")
-"""Fields of ImageSpec that decide nothing of the vectors."""
 SPARSE_FILE, MULTI_VECTOR_FILE = "sparse_linear.pt", "colbert_linear.pt"
 MAX_TOKENS = 8192
 """Default for the highest token limit: attention's memory grows with its square."""
@@ -91,13 +86,28 @@ def load(folder: Path, options: ModelOptions) -> Any:
         _check_limit(options, own)
         static.limit(model, options.max_tokens or own)
         return model
+    two_towers.prepare(folder, options.name)
+    model = open_model(folder, options)
+    _check_tokenizer(model.tokenizer, options.name)
+    model.max_seq_length = _max_tokens(model, options)
+    if two_towers.pads_texts(model):
+        two_towers.pad_to_limit(model, options.name)
+    return model
+
+
+def open_model(folder: Path, options: ModelOptions) -> Any:
+    """The model in `folder` as its library opens it.
+
+    Raises:
+        InvalidModel: the folder is damaged.
+    """
     kind = recognise(folder, options.name, options.kind)
     sparse.check_folder(folder, module_names(folder), options.name, kind)
     backend = "torch" if weights(folder) else "onnx"
     try:
-        with quiet():
-            model = library(kind)(
-                str(folder),
+        with quiet(), two_towers.completed(folder) as complete:
+            return library(kind)(
+                str(complete),
                 device="cpu",
                 local_files_only=True,
                 trust_remote_code=options.trust_remote_code,
@@ -111,9 +121,6 @@ def load(folder: Path, options: ModelOptions) -> Any:
             f"incomplete, or of an architecture that transformers does not know. "
             "Fetch the folder again."
         ) from error
-    _check_tokenizer(model.tokenizer, options.name)
-    model.max_seq_length = _max_tokens(model, options)
-    return model
 
 
 def library(kind: str) -> Any:
@@ -140,8 +147,8 @@ def describe(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
     fields: dict[str, Any] = {
         "dims": len(scores["labels"]) or 1 if scores else int(model.get_embedding_dimension()),
         "max_tokens": int(model.max_seq_length),
-        # CLIP compares its vectors by cosine: CLIPModel itself normalises both towers'.
-        "normalised": is_clip(model) or type(modules[-1]).__name__ == "Normalize",
+        # CLIP and SigLIP compare by cosine: their models normalise the vectors of both towers.
+        "normalised": two_towers.has_two_towers(model) or type(modules[-1]).__name__ == "Normalize",
         "prompts": prompts,
         "default_input_type": model.default_prompt_name,
         "heads": {} if scores or weighted else heads(model, folder, options),
@@ -282,71 +289,26 @@ def head_weights(path: Path) -> dict[str, Any]:
         raise InvalidModel(f"{path.name} of the model cannot be read; fetch it again") from error
 
 
-def is_clip(model: Any) -> bool:
-    """Whether a loaded model is a CLIP with both towers."""
-    return getattr(model[0].auto_model.config, "model_type", "") == "clip"
-
-
 def image_spec(model: Any, folder: Path, name: str) -> ImageSpec | None:
-    """The input of the model's vision tower; None without such a tower or a preprocessing file.
+    """The input of the model's vision tower; None without such a tower.
 
     Raises:
-        InvalidModel: the preprocessing is not CLIP's, or does not fit the tower.
+        InvalidModel: the preprocessing is not supported, or does not fit the tower.
     """
-    if not is_clip(model) or not list(folder.rglob(PREPROCESSING)):
+    if not two_towers.has_two_towers(model):
         return None
-    processor = image_processor(folder, name)
-    vision = model[0].auto_model.config.vision_config
-    height, width = _given_size(processor)
-    if (height, width) != (vision.image_size, vision.image_size):
+    config = model[0].auto_model.config
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    classes = 0 if config.model_type == two_towers.SIGLIP else 1
+    prepared = processor.image_processor(folder, name, config)
+    image = processor.image_spec(prepared, name, positions=patches + classes)
+    if (image.height, image.width) != (vision.image_size, vision.image_size):
         raise InvalidModel(
-            f"{name}: {PREPROCESSING} gives {width} x {height} pixels; the vision tower takes "
-            f"{vision.image_size} x {vision.image_size}."
+            f"{name}: its image processor gives {image.width} x {image.height} pixels; the vision "
+            f"tower takes {vision.image_size} x {vision.image_size}."
         )
-    return ImageSpec(
-        height=height,
-        width=width,
-        resize=_resize(processor),
-        resample=int(processor.resample),
-        scale=float(processor.rescale_factor) if processor.do_rescale else 1.0,
-        mean=tuple(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0),
-        std=tuple(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0),
-        positions=(vision.image_size // vision.patch_size) ** 2 + 1,
-    )
-
-
-def image_processor(folder: Path, name: str) -> Any:
-    """The CLIPImageProcessor of a folder with PREPROCESSING, the one that uses Pillow.
-
-    Raises:
-        InvalidModel: the preprocessing is not CLIP's.
-    """
-    from transformers import CLIPImageProcessor
-
-    path = min(folder.rglob(PREPROCESSING))
-    fields = read_json(path)
-    kind = fields.get("image_processor_type") or fields.get("feature_extractor_type")
-    if kind not in IMAGE_PROCESSORS:
-        raise InvalidModel(
-            f"{name}: {PREPROCESSING} names {kind}; supported are {', '.join(IMAGE_PROCESSORS)}."
-        )
-    # The library also reads the format of older releases and adds their defaults.
-    return CLIPImageProcessor.from_pretrained(path.parent)
-
-
-def _given_size(processor: Any) -> tuple[int, int]:
-    """Height and width of the pixels that a CLIPImageProcessor gives."""
-    size = processor.crop_size if processor.do_center_crop else processor.size
-    return int(size.get("height", 0)), int(size.get("width", 0))
-
-
-def _resize(processor: Any) -> tuple[int, ...]:
-    if not processor.do_resize:
-        return ()
-    size = processor.size
-    if "shortest_edge" in size:
-        return (int(size["shortest_edge"]),)
-    return int(size["height"]), int(size["width"])
+    return image
 
 
 def input_types(prompts: Mapping[str, str], default: str | None) -> dict[str, str]:
@@ -483,11 +445,7 @@ def _space(model: Any, folder: Path, fields: dict[str, Any], image: ImageSpec | 
         **{key: value for key, value in fields.items() if key != "heads"},
     }
     if image is not None:
-        decides["image"] = {
-            key: value
-            for key, value in dataclasses.asdict(image).items()
-            if key not in IMAGE_LIMITS
-        }
+        decides["image"] = image.decides()
     decides |= space.further(model, folder, None if weights(folder) else onnx_file(folder))
     return key_of(json.dumps(decides, sort_keys=True))
 

@@ -1,8 +1,7 @@
 """Export: a model's folder to `model.onnx`, `tokenizer.json` and `spec.json`.
 
 The graph goes from tokens to the pooled vector. It contains pooling, the modules after it and
-further heads. The graph of a vision tower goes from pixels, which it scales, to the projected
-vector.
+further heads. The graph of an encoder of images goes from pixels, which it scales, to the vector.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ from halimede_ops.spec import POOLED, SPARSE_KIND, ModelSpec
 from halimede_tools.build import describe
 from halimede_tools.build.checks import weights
 from halimede_tools.build.describe import ModelOptions
-from halimede_tools.build.graph import rewrite
+from halimede_tools.build.graph import rewrite, shapes
 from halimede_tools.build.kinds import activation
+from halimede_tools.build.vision import encoder
 
 
 def export(source: Path, options: ModelOptions, folder: Path) -> None:
@@ -57,19 +57,24 @@ def export(source: Path, options: ModelOptions, folder: Path) -> None:
 
 
 def export_images(source: Path, options: ModelOptions, folder: Path) -> None:
-    """Build step: write the `model.onnx` (FP32, standard ONNX operators only) of a CLIP's vision
-    tower.
+    """Build step: write the `model.onnx` (FP32, standard ONNX operators only) of an encoder of
+    images, the vision tower of a CLIP among them, and `spec.json`.
 
     Raises:
-        InvalidModel: the folder is not a CLIP that is supported.
-        BuildError: the tower could not be exported.
+        InvalidModel: the folder is not a model of images that is supported, or a weight is not
+            finite.
+        UntrustedCode: it carries code that `options` does not trust.
+        BuildError: the encoder could not be exported.
     """
     from halimede_tools.build.graph import tracing
 
-    model = describe.load(source, options)
-    facts = describe.describe(model, source, options)
+    module, facts = encoder.load(source, options)
+    weights.check_model(module, options.name)
     with _optimised(facts, {POOLED: facts.dims}, folder) as path:
-        tracing.trace_images(model[0].auto_model, facts.images(), path)
+        tracing.trace_images(module, facts.images(), path)
+        if not facts.takes_texts:
+            shapes.fold(path)
+    (folder / spec.FILE_NAME).write_text(facts.to_json(), "utf-8")
 
 
 @contextlib.contextmanager

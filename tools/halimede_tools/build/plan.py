@@ -36,9 +36,11 @@ from halimede_tools.build.checks import arguments
 from halimede_tools.build.describe import ModelOptions
 from halimede_tools.build.download import HUB_FILES, download
 from halimede_tools.build.keys import key_of
+from halimede_tools.build.kinds.recognise import PREPROCESSING, takes_images_alone
 from halimede_tools.build.repository import Built
 from halimede_tools.build.samples import corpus, pictures
 from halimede_tools.build.steps import cached_step, exclusive, run_step
+from halimede_tools.build.vision import two_towers
 from halimede_tools.console import console
 from halimede_tools.settings import Settings
 
@@ -294,6 +296,15 @@ def _exported_towers(
     request: BuildRequest, source: Path, folder: Path, memory_bytes: int
 ) -> list[TowerProgress]:
     """The model's towers, exported; no precision of them is built yet."""
+    if takes_images_alone(source):
+        exported = run_step(
+            folder / "fp32",
+            "export to ONNX, optimise (fp32)",
+            partial(export.export_images, source, request.options),
+        )
+        facts = spec.load(exported)
+        _warn_where_catalogue_differs(request, facts)
+        return [_tower(request, source, towers.IMAGES, exported, Built(facts), memory_bytes)]
     exported = run_step(
         folder / "fp32",
         "export to ONNX, optimise (fp32)",
@@ -305,6 +316,11 @@ def _exported_towers(
     if facts.image is None:
         tower = BY_KIND.get(facts.kind, towers.TEXTS)
         return [_tower(request, source, tower, exported, texts, memory_bytes)]
+    if two_towers.lacks_preprocessing(source):
+        console.print(
+            f"  [yellow]! {request.name}: the folder has no {PREPROCESSING}. Its images are "
+            "prepared as those of the model's published kin.[/]"
+        )
     vision = run_step(
         folder / f"{IMAGE_STEP}fp32",
         f"export to ONNX, optimise ({IMAGE_STEP}fp32)",

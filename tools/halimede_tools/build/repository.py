@@ -31,7 +31,7 @@ from halimede_engine import session
 from halimede_ops import fusion, spec, text
 from halimede_ops.errors import InvalidModel
 from halimede_ops.fusion import Fusion
-from halimede_ops.spec import ModelSpec
+from halimede_ops.spec import ImageSpec, ModelSpec
 from halimede_repository import checksums, configs
 from halimede_tools.build import model_config
 from halimede_tools.build.model_config import Pin
@@ -70,7 +70,7 @@ class Built:
 
     spec: ModelSpec
     tokenizer: Path | None = None
-    """`tokenizer.json`; None for the tower of images."""
+    """`tokenizer.json`; None for images."""
     models: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     """Precision → model.onnx."""
     quality: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -87,7 +87,8 @@ class Built:
     @property
     def name(self) -> str:
         """Name of the FP32 ensemble, without `suffix`."""
-        return self.spec.name + (IMAGE_SUFFIX if self.tokenizer is None else "")
+        has_suffix = self.tokenizer is None and self.spec.takes_texts
+        return self.spec.name + (IMAGE_SUFFIX if has_suffix else "")
 
     @property
     def names(self) -> list[str]:
@@ -152,7 +153,13 @@ def _facts(spec: ModelSpec) -> str:
         for field in dataclasses.fields(spec)
         if getattr(spec, field.name) != getattr(plain, field.name)
     }
-    return json.dumps(fields, sort_keys=True, default=dataclasses.asdict)
+    return json.dumps(fields, sort_keys=True, default=_image_facts)
+
+
+def _image_facts(image: ImageSpec) -> dict[str, Any]:
+    """All its limits, and the fields that decide vectors."""
+    limits = {name: getattr(image, name) for name in spec.IMAGE_LIMITS}
+    return limits | image.decides()
 
 
 def served_name(model: str, precision: str) -> str:

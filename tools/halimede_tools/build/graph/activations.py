@@ -45,6 +45,8 @@ def of_matmuls(model: onnx.ModelProto, feeds: Feeds) -> dict[str, Activation]:
         for node in model.graph.node
         if node.op_type in FROM_MATMUL and node.input[1] in weights
     }
+    if not inputs:
+        return {}
     observed = _observe(model, sorted(set(inputs.values())), feeds)
     return {node: observed[name] for node, name in inputs.items()}
 

@@ -107,6 +107,11 @@ def _constants(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     return (entry for part in _graphs(graph) for entry in part.initializer)
 
 
+def convolutions(model: onnx.ModelProto) -> list[str]:
+    """The names of the convolutions."""
+    return [node.name for node in model.graph.node if node.op_type == "Conv"]
+
+
 def dequantise_what_is_looked_up(model: onnx.ModelProto) -> None:
     """Dequantise rows after they are looked up, not the whole table before: an engine that folds
     constants would hold the table in float32, at four times its size. A row's values stay the same

@@ -16,7 +16,8 @@ from halimede_engine.session import PACKED, SPARSE_ROWS
 from halimede_ops import spec
 from halimede_ops.spec import PIXELS, POOLED, TOKEN_TYPES, ImageSpec, ModelSpec
 from halimede_tools.build import describe
-from halimede_tools.build.graph import packing, rewrite, scoring, splade
+from halimede_tools.build.graph import imaging, packing, padding, rewrite, scoring, splade
+from halimede_tools.build.vision import two_towers
 
 TOKEN_INPUTS = ("input_ids", "attention_mask")
 
@@ -29,6 +30,9 @@ def trace(model: Any, outputs: list[str], path: Path) -> None:
     alone and no further heads.
     """
     config = getattr(model[0].auto_model.config, "text_config", model[0].auto_model.config)
+    if two_towers.pads_texts(model):
+        _export(padding.PaddedTexts(model), config, list(TOKEN_INPUTS), outputs, path)
+        return
     packed = packing.packed(model)
     _export(model if packed is None else packed, config, list(TOKEN_INPUTS), outputs, path)
     if packed is not None:
@@ -63,10 +67,11 @@ def _export(
 
 
 @torch.no_grad()
-def trace_images(clip: Any, image: ImageSpec, path: Path) -> None:
-    """Trace the vision tower of a CLIP, from pixels as bytes to the projected vector."""
+def trace_images(encoder: torch.nn.Module, image: ImageSpec, path: Path) -> None:
+    """Trace an encoder of images, from pixels as bytes to the vector."""
+    imaging.fix_positions(encoder, image)
     torch.onnx.export(
-        _Vision(clip, image).eval(),
+        imaging.Scaled(encoder, image).eval(),
         (torch.zeros(2, 3, image.height, image.width, dtype=torch.uint8),),
         str(path),
         input_names=[PIXELS],
@@ -116,22 +121,6 @@ class _Config(SentenceTransformersTransformerOnnxConfig):  # type: ignore[misc]
     def outputs(self) -> dict[str, dict[int, str]]:
         """Dynamic axes of each output, in order."""
         return {name: _axes(name) for name in self._outputs}
-
-
-class _Vision(torch.nn.Module):
-    """CLIP's vision tower with its projection, from pixels as bytes: `get_image_features`."""
-
-    def __init__(self, clip: Any, image: ImageSpec) -> None:
-        super().__init__()
-        self.clip = clip
-        std = torch.tensor(image.std)[:, None, None]
-        self.scale = image.scale / std
-        self.shift = torch.tensor(image.mean)[:, None, None] / std
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        hidden = self.clip.vision_model(pixels.float() * self.scale - self.shift)
-        projected: torch.Tensor = self.clip.visual_projection(hidden.pooler_output)
-        return projected
 
 
 @torch.no_grad()

@@ -33,6 +33,20 @@ OTHER_HEADS = (
 """Ends of the names of classes whose head answers something else than retrieval asks."""
 
 
+TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model")
+PREPROCESSING = "preprocessor_config.json"
+
+
+def takes_images_alone(folder: Path) -> bool:
+    """Whether the folder's model takes images and no texts, as ViT: it has no tokenizer, and either
+    says how images are prepared or has a config with a number of channels.
+    """
+    if any(any(folder.rglob(pattern)) for pattern in TOKENIZER_FILES):
+        return False
+    config = _json(folder / "config.json")
+    return "num_channels" in config or any(folder.rglob(PREPROCESSING))
+
+
 def recognise(folder: Path, name: str, kind: str | None = None) -> str:
     """The kind of the model in `folder`: `kind` if it is given, else what the files say.
 
@@ -44,6 +58,8 @@ def recognise(folder: Path, name: str, kind: str | None = None) -> str:
         if kind not in KINDS:
             raise InvalidInput(f"kind is {kind!r}; use {', '.join(KINDS)}.")
         return kind
+    if takes_images_alone(folder):
+        return DENSE
     config = _json(folder / "config.json")
     saved = _json(folder / SENTENCE_TRANSFORMERS)
     modules = module_names(folder)

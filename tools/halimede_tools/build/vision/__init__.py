@@ -1,0 +1,1 @@
+"""Image encoders: how their folders are read, and which of their outputs is the vector."""
