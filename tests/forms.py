@@ -146,14 +146,14 @@ SUITES = (
     ),
     Suite(
         "Static models", "dense", "sentence-transformers, model2vec", COSINE,
-        "tests/tools/test_static_models.py", STATIC,
+        "tests/tools/kinds/test_static_models.py", STATIC,
     ),
     Suite(
-        "Rerankers", "reranker", "CrossEncoder", SCORE, "tests/tools/test_rerankers.py", RERANKERS
+        "Rerankers", "reranker", "CrossEncoder", SCORE, "tests/tools/kinds/test_rerankers.py", RERANKERS
     ),
     Suite(
         "Classifiers", "classifier", "CrossEncoder, transformers' pipeline", SCORE,
-        "tests/tools/test_rerankers.py", CLASSIFIERS,
+        "tests/tools/kinds/test_rerankers.py", CLASSIFIERS,
     ),
 )  # fmt: skip
 NOT_VERIFIED: dict[str, str] = {
