@@ -137,6 +137,34 @@ CLASSIFIERS = {
         "probabilities, as transformers' pipeline gives them",
     ),
 }  # fmt: skip
+SPARSE = {
+    "splade": Form(
+        small_models.like_splade,
+        "BERT, MLMTransformer and SpladePooling as sentence-transformers 5.0 named them; the maximum",
+        ("splade-cocondenser-ensembledistil", "splade-v3"),
+    ),
+    "plain": Form(
+        small_models.wide_bert_mlm, "plain BERT for masked language modelling; the maximum", (),
+        "its folder says no kind: `--kind sparse`",
+    ),
+    "xlm-roberta": Form(
+        small_models.splade_with_few_ids, "XLM-R with `max_active_dims`; the maximum",
+    ),
+    "roberta": Form(
+        small_models.like_granite_sparse, "RoBERTa; the maximum", ("granite-embedding-30m-sparse",)
+    ),
+    "sums": Form(
+        small_models.like_splade_with_sums, "RoBERTa; the sum over tokens, query prompt",
+    ),
+    "opensearch": Form(
+        small_models.like_opensearch_sparse, "DistilBERT; the maximum, `log1p_relu`", (),
+        "the form of opensearch-neural-sparse-encoding, for queries and documents alike",
+    ),
+    "auto-encoder": Form(
+        small_models.sparse_auto_encoder, "BERT, mean, SparseAutoEncoder (CSR)", (),
+        "ids are those of the auto-encoder, not of a vocabulary",
+    ),
+}  # fmt: skip
 COSINE = "cosine ≥ 0.99999"
 SCORE = "each score within 1e-4"
 SUITES = (
@@ -155,6 +183,10 @@ SUITES = (
         "Classifiers", "classifier", "CrossEncoder, transformers' pipeline", SCORE,
         "tests/tools/kinds/test_rerankers.py", CLASSIFIERS,
     ),
+    Suite(
+        "Sparse models", "sparse", "SparseEncoder", f"{COSINE}, the same ids",
+        "tests/tools/kinds/test_sparse_models.py", SPARSE,
+    ),
 )  # fmt: skip
 NOT_VERIFIED: dict[str, str] = {
     "nomic-embed-text-v1.5": "code of its own: `--trust-remote-code`. The opt-in is tested, and the "
@@ -171,8 +203,7 @@ NOT_VERIFIED: dict[str, str] = {
     **dict.fromkeys(
         (
             "gte-modernbert-base", "modernbert-embed-base", "mxbai-rerank-xsmall-v1",
-            "Qwen3-Reranker-0.6B", "splade-cocondenser-ensembledistil", "splade-v3",
-            "granite-embedding-30m-sparse", "colbertv2.0", "answerai-colbert-small-v1",
+            "Qwen3-Reranker-0.6B", "colbertv2.0", "answerai-colbert-small-v1",
             "siglip-base-patch16-224", "dinov2-base", "vit-base-patch16-224-in21k",
         ),
         "not built yet",

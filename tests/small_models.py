@@ -624,6 +624,11 @@ def like_splade(folder: Path) -> Path:
     return folder
 
 
+def like_granite_sparse(folder: Path) -> Path:
+    """RoBERTa with SpladePooling."""
+    return sparse_encoder(roberta_mlm, folder)
+
+
 def like_splade_with_sums(folder: Path) -> Path:
     """The first SPLADE: weights are summed over tokens; queries have a prompt."""
     return sparse_encoder(roberta_mlm, folder, "sum", prompts={"query": "query: "})
@@ -632,6 +637,15 @@ def like_splade_with_sums(folder: Path) -> Path:
 def like_opensearch_sparse(folder: Path) -> Path:
     """DistilBERT with a second logarithm."""
     return sparse_encoder(distilbert_mlm, folder, activation="log1p_relu")
+
+
+def mute_splade(folder: Path) -> Path:
+    """BERT for masked language modelling whose logits are all below 0."""
+    bert_mlm(folder)
+    model = hf.BertForMaskedLM.from_pretrained(folder)
+    torch.nn.init.constant_(model.get_output_embeddings().bias, -1e4)
+    model.save_pretrained(folder)
+    return folder
 
 
 def splade_with_few_ids(folder: Path) -> Path:

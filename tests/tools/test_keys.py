@@ -40,7 +40,7 @@ USERS = {
     "tools/halimede_tools/build/towers.py": {"fp16", "int8", "check"},
     "tools/halimede_tools/build/describe.py": {"export", "check"},
     "tools/halimede_tools/build/kinds/recognise.py": {"export", "check"},
-    "tools/halimede_tools/build/kinds/files.py": {"export", "check"},
+    "tools/halimede_tools/build/kinds/files.py": {"export", "int8", "check"},
     "tools/halimede_tools/build/kinds/activation.py": {"export", "check"},
     "tools/halimede_tools/build/kinds/static.py": {"export", "int8", "check"},
     "tools/halimede_tools/build/graph/lookup.py": {"export", "int8"},
