@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # images need no tokenizers
 
 ENTRY_BYTES = 400
 """Memory of an entry besides its vector."""
+SPARSE_ROW_BYTES = 200
+"""What a SparseRow takes besides, for its second array."""
 MAX_CHARACTERS = 65_536
 """Longer texts are not cached: a digest of 4 MB takes 4 ms, as long as embedding a short text."""
 
@@ -98,4 +100,7 @@ def characters(text: Item) -> int:
 
 def _bytes(entry: Entry | None) -> int:
     """Memory that an entry takes; 0 for none."""
-    return 0 if entry is None else ENTRY_BYTES + entry.vector.nbytes
+    if entry is None:
+        return 0
+    second = SPARSE_ROW_BYTES if isinstance(entry.vector, SparseRow) else 0
+    return ENTRY_BYTES + second + entry.vector.nbytes

@@ -17,6 +17,8 @@ from conftest import free_options, version_folder
 from onnx import TensorProto, numpy_helper
 from tritonclient import grpc as triton_grpc
 
+from halimede import Embedder
+from halimede.providers import onnx
 from halimede_engine import session
 from halimede_engine.engine import SharedEngine, text_rows
 from halimede_engine.response_cache import ResponseCache
@@ -151,6 +153,25 @@ def test_weights_are_those_of_sparse_encoder(
     assert vectors.cosine(rows, expected_weights(folders[name], name, texts)).min() >= 0.99999
 
 
+@pytest.mark.parametrize("host", ["Triton", "in process"])
+def test_client_embeds_sparse_in_both_hosts(
+    host: str, served: str, folders: dict[str, Path], home: Settings, texts: list[str]
+) -> None:
+    """`embed_sparse` gives the weights of SparseEncoder, in order, with the count of tokens."""
+    options: dict[str, Any] = {"url": served, "model": "sums", "timeout_s": 120}
+    if host == "in process":
+        in_process = onnx.Options(model_id="sums", path=home.repository)
+        options = {"providers": onnx.connect(in_process)}
+    with Embedder(**options) as embedder:
+        given = embedder.embed_sparse(texts, input_type="query")
+    rows = np.zeros((len(texts), small_models.VOCABULARY), np.float32)
+    for row, ids, weights in zip(rows, given.ids, given.weights, strict=True):
+        row[ids] = weights
+    expected = expected_weights(folders["sums"], "sums", texts, "query: ")
+    assert vectors.cosine(rows, expected).min() >= 0.99999
+    assert (given.tokens > 0).all()
+
+
 def test_a_text_without_weights_has_no_ids(served: str) -> None:
     """All logits below 0 give rows without a single id."""
     given = ask(served, "mute", ["some text", ""])
@@ -211,6 +232,13 @@ def shared_engine(folder: Path, cache: ResponseCache | None = None) -> SharedEng
     return SharedEngine(
         Scheduler(opened.run_outputs, opened.plan, 1, make_rows=make_rows), facts, cache
     )
+
+
+def test_vocabulary_is_pooled_in_parts(exported: Callable[[str], Path]) -> None:
+    """The logits of 4,096 tokens of the vocabulary are in memory at a time."""
+    weights = rewrite.load(exported("plain") / session.FILE_NAME).graph.initializer
+    widths = [entry.dims[1] for entry in weights if len(entry.dims) == 2 and entry.dims[0] == 64]
+    assert sorted(width for width in widths if width > 128) == [9000 - 2 * 4096, 4096, 4096]
 
 
 def test_bulk_keeps_ids_and_weights_alone(exported: Callable[[str], Path]) -> None:
@@ -281,10 +309,10 @@ def test_lower_precisions_record_the_top_10(folders: dict[str, Path], home: Sett
         assert record["mean_cosine"] >= mean_cosine
         assert record["top_10"] >= top_10
         assert record["bar"]["mean_cosine"] == towers.BARS[suffix].mean_cosine
-    onnx = version_folder(home.repository / "low-int8-onnx") / session.FILE_NAME
+    path = version_folder(home.repository / "low-int8-onnx") / session.FILE_NAME
     weights = [
         entry
-        for entry in rewrite.load(onnx).graph.initializer
+        for entry in rewrite.load(path).graph.initializer
         if tuple(entry.dims) == (64, small_models.VOCABULARY)
     ]
     assert [entry.data_type for entry in weights] == [TensorProto.INT8]
