@@ -1,4 +1,4 @@
-"""`halimede`: build, serve and use embedding models.
+"""`halimede`: build, serve and use models of texts and images.
 
 Exit codes: 0 done; 1 an error that the same command meets again; 2 wrong usage; 3 an error that
 may pass, such as a server that does not answer. An error is one line on stderr.
@@ -18,17 +18,18 @@ import typer
 
 from halimede.cli import (
     cache,
+    classify,
     compare,
     configuration,
     embed,
-    embed_image,
     health,
     models,
     monitor,
-    search_images,
+    rerank,
     similarity,
     store,
 )
+from halimede.cli.images import embed_image, search_images
 from halimede.cli.printing import printable
 from halimede_engine import cores
 from halimede_ops.errors import HalimedeError
@@ -66,6 +67,8 @@ app.command()(embed_image.embed_image)
 app.command()(search_images.search_images)
 app.command()(similarity.similarity)
 app.command()(compare.compare)
+app.command()(rerank.rerank)
+app.command()(classify.classify)
 app.command()(models.models)
 app.command()(health.health)
 app.command()(monitor.monitor)

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from halimede.embedder import AsyncEmbedder, Embedder
+from halimede.client import BaseClient
 from halimede.extras import import_optional
 from halimede.inputs.content import INPUT_KINDS
 from halimede_ops.errors import InvalidInput
@@ -22,12 +22,14 @@ TIER_COUNTERS = ("hits", "misses", "hits_hot", "hits_warm", "hits_cold")
 
 
 def register(
-    embedder: Embedder | AsyncEmbedder, registry: Any = None, *, name: str | None = None
+    embedder: BaseClient, registry: Any = None, *, name: str | None = None
 ) -> Registration:
-    """Report an embedder's statistics at each scrape. `Registration.unregister` ends it.
+    """Report the statistics of an embedder, a reranker or a classifier at each scrape.
+
+    `Registration.unregister` ends it.
 
     Args:
-        embedder: the embedder. Several can be registered.
+        embedder: the embedder, reranker or classifier. Several can be registered.
         registry: Prometheus' registry. Default: its default one.
         name: value of the label `embedder`. Default: the default model's name; further embedders
             of it get `-2`, `-3` and so on.
@@ -48,9 +50,7 @@ def register(
 class Registration:
     """An embedder that is registered."""
 
-    def __init__(
-        self, collector: _Collector, embedder: Embedder | AsyncEmbedder, name: str
-    ) -> None:
+    def __init__(self, collector: _Collector, embedder: BaseClient, name: str) -> None:
         self._collector = collector
         self._embedder = embedder
         self.name = name
@@ -67,9 +67,9 @@ class _Collector:
     """A collector in prometheus_client's sense, of all embedders of one registry."""
 
     def __init__(self) -> None:
-        self.embedders: dict[str, Embedder | AsyncEmbedder] = {}
+        self.embedders: dict[str, BaseClient] = {}
 
-    def add(self, embedder: Embedder | AsyncEmbedder, name: str | None) -> str:
+    def add(self, embedder: BaseClient, name: str | None) -> str:
         if name is not None and name in self.embedders:
             raise InvalidInput(f"an embedder is registered as {name!r}. Give another name.")
         base = chosen = name or embedder.config.default_model

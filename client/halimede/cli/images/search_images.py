@@ -10,8 +10,8 @@ import numpy as np
 import typer
 
 from halimede.cli import options
-from halimede.cli.contact_sheet import Hit, sheet
-from halimede.cli.embed_image import print_errors, recording
+from halimede.cli.images.contact_sheet import Hit, sheet
+from halimede.cli.images.embed_image import print_errors, recording
 from halimede.embedder import Embedder
 from halimede.inputs.archives import find_images, is_image
 from halimede.results import Embeddings

@@ -1,0 +1,1 @@
+"""Verbs for images, and the page that shows images found."""
