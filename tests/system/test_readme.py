@@ -37,6 +37,8 @@ ELSEWHERE = {
     "halimede tune": "takes a minute: test_tune.py",
     "halimede bench": "takes minutes: test_bench.py",
     "halimede fusion": "needs an image model: test_fusion.py",
+    "halimede rerank": "needs a reranker: test_kind_contract.py",
+    "halimede classify": "needs a classifier: test_kind_contract.py",
     "halimede monitor": "runs until Ctrl-C: test_monitor.py",
 }
 """Beginning of a command → why it is not run here, and what runs it."""
