@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from typing_extensions import Unpack
 
-from halimede.client import AsyncClient, BlockingClient, CallOptions, ModelFirst
+from halimede.embedder import AsyncClient, BlockingClient, CallOptions, ModelFirst
 from halimede.inputs.content import Input
 from halimede.inputs.pairs import paired
 from halimede.inputs.texts import encode_texts

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 from typing_extensions import Unpack
 
-from halimede.client import AsyncClient, BlockingClient, CallOptions, ModelFirst
+from halimede.embedder import AsyncClient, BlockingClient, CallOptions, ModelFirst
 from halimede.inputs.options import check_count
 from halimede.inputs.pairs import listed, query_pairs, text_pairs
 from halimede.pipeline import tasks

@@ -32,7 +32,7 @@ from halimede import (
     UnsupportedInput,
     maxsim,
 )
-from halimede.client import BaseClient
+from halimede.embedder import BaseClient
 from halimede.inputs.content import ModelKind, TextPair
 from halimede.pipeline.batching import plan_requests
 from halimede.providers.base import Answer, ragged

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from halimede.client import BaseClient
+from halimede.embedder import BaseClient
 from halimede.extras import import_optional
 from halimede.inputs.content import INPUT_KINDS
 from halimede_ops.errors import InvalidInput

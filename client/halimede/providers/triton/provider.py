@@ -228,7 +228,9 @@ def _infer_request(model: ServedModel, request: Request) -> Any:
         message.raw_input_contents.append(np.full(rows, request.dimensions, "<i4").tobytes())
     for name in _output_names(request, model):
         message.outputs.add(name=name)
-    total_bytes = sum(map(size_bytes, request.inputs)) if request.kind in TEXT_KINDS else 0
+    # `len` gives the size of a text faster than `size_bytes`.
+    size = len if request.kind == "text" else size_bytes
+    total_bytes = sum(map(size, request.inputs)) if request.kind in TEXT_KINDS else 0
     if batching.is_bulk(rows, total_bytes):
         message.parameters["priority"].uint64_param = BULK_PRIORITY
     return message
