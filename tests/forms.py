@@ -167,6 +167,29 @@ SPARSE = {
 }  # fmt: skip
 COSINE = "cosine ≥ 0.99999"
 SCORE = "each score within 1e-4"
+LATE = {
+    "colbert": Form(
+        small_models.like_colbert,
+        "ColBERT checkpoint of BERT: `linear.weight`, `artifact.metadata`; queries filled up with "
+        "tokens that nothing attends to",
+        ("colbertv2.0", "answerai-colbert-small-v1"),
+        "queries of 32 tokens; `--max-tokens` sets the limit of documents",
+    ),
+    "attending": Form(
+        small_models.like_attending_colbert,
+        "the same, queries attend to what fills them up; punctuation has vectors",
+    ),
+    "pylate": Form(small_models.like_pylate, "PyLate's folder of BERT: Transformer and Dense"),
+    "modern-pylate": Form(
+        small_models.like_modern_colbert,
+        "PyLate's folder of ModernBERT, two Dense with residuals",
+        (), "refused where a query is longer than half of the local attention",
+    ),
+    "without-expansion": Form(
+        small_models.like_pylate_without_expansion,
+        "PyLate's folder whose queries keep their length, with a prompt",
+    ),
+}  # fmt: skip
 SUITES = (
     Suite(
         "Dense models", "dense", "sentence-transformers", COSINE, "tests/tools/test_models.py",
@@ -187,6 +210,10 @@ SUITES = (
         "Sparse models", "sparse", "SparseEncoder", f"{COSINE}, the same ids",
         "tests/tools/kinds/test_sparse_models.py", SPARSE,
     ),
+    Suite(
+        "Late interaction", "late_interaction", "ColBERT's definition on transformers' model",
+        "every vector's cosine ≥ 0.99999", "tests/tools/kinds/test_late_models.py", LATE,
+    ),
 )  # fmt: skip
 NOT_VERIFIED: dict[str, str] = {
     "nomic-embed-text-v1.5": "code of its own: `--trust-remote-code`. The opt-in is tested, and the "
@@ -203,8 +230,8 @@ NOT_VERIFIED: dict[str, str] = {
     **dict.fromkeys(
         (
             "gte-modernbert-base", "modernbert-embed-base", "mxbai-rerank-xsmall-v1",
-            "Qwen3-Reranker-0.6B", "colbertv2.0", "answerai-colbert-small-v1",
-            "siglip-base-patch16-224", "dinov2-base", "vit-base-patch16-224-in21k",
+            "Qwen3-Reranker-0.6B", "siglip-base-patch16-224", "dinov2-base",
+            "vit-base-patch16-224-in21k",
         ),
         "not built yet",
     ),

@@ -8,6 +8,7 @@ but seeded, with larger variance than a fresh model's so that texts lie far apar
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer import modules as st
 from sentence_transformers.sparse_encoder import modules as sparse
@@ -663,3 +664,137 @@ def sparse_auto_encoder(folder: Path) -> Path:
     model = SparseEncoder(modules=[*modules, encoder], device="cpu")
     model.save(str(folder), create_model_card=False)
     return folder
+
+
+COLBERT_METADATA = {
+    "query_token_id": "[unused0]", "doc_token_id": "[unused1]", "query_token": "[Q]",
+    "doc_token": "[D]", "dim": 32, "query_maxlen": 32, "doc_maxlen": 180, "similarity": "cosine",
+    "mask_punctuation": True, "attend_to_mask_tokens": False, "interaction": "colbert",
+}  # fmt: skip
+"""The part of colbertv2.0's artifact.metadata that decides vectors."""
+
+
+def with_markers(*markers: str) -> Tokenizer:
+    """BERT's tokenizer with these tokens at the end of its vocabulary, in place of others."""
+    tokenizer = json.loads(wordpiece().to_str())
+    vocabulary = tokenizer["model"]["vocab"]
+    last = sorted(vocabulary, key=vocabulary.__getitem__)[-len(markers) :]
+    for marker, replaced in zip(markers, last, strict=True):
+        vocabulary[marker] = vocabulary.pop(replaced)
+    return Tokenizer.from_str(json.dumps(tokenizer))
+
+
+def like_colbert(folder: Path, **metadata: Any) -> Path:
+    """A ColBERT checkpoint, as colbertv2.0: `linear.weight` beside the weights of BERT."""
+    config = hf.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=512, **SIZES)
+    save(folder, build(hf.BertModel, config), with_markers("[unused0]", "[unused1]"), 512,
+         **BERT_TOKENS)  # fmt: skip
+    tensors = {
+        f"bert.{key}": value for key, value in load_file(folder / "model.safetensors").items()
+    }
+    torch.manual_seed(19)
+    fields = COLBERT_METADATA | metadata
+    tensors["linear.weight"] = torch.randn(fields["dim"], 64)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _set(folder / "config.json", architectures=["HF_ColBERT"])
+    (folder / "artifact.metadata").write_text(json.dumps(fields))
+    return folder
+
+
+def like_attending_colbert(folder: Path) -> Path:
+    """A checkpoint whose queries attend to what fills them up, with no vector left out."""
+    return like_colbert(folder, attend_to_mask_tokens=True, mask_punctuation=False, query_maxlen=24)
+
+
+def pylate(
+    folder: Path, base: Callable[[Path], Path], *layers: tuple[int, int], **settings: Any
+) -> Path:
+    """A folder as PyLate saves it: a Transformer and Dense modules without bias."""
+    base(folder)
+    transformer = st.Transformer(str(folder), max_seq_length=179)
+    transformer.save(str(folder))
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+    ]
+    for index, (inputs, outputs) in enumerate(layers, 1):
+        path = folder / f"{index}_Dense"
+        path.mkdir()
+        torch.manual_seed(19 + index)
+        tensors = {"linear.weight": torch.randn(outputs, inputs)}
+        if settings.get("residual"):
+            tensors["residual.weight"] = torch.randn(outputs, inputs)
+        save_file(tensors, path / "model.safetensors")
+        config = {
+            "in_features": inputs, "out_features": outputs, "bias": False,
+            "activation_function": "torch.nn.modules.linear.Identity",
+            "use_residual": bool(settings.get("residual")),
+        }  # fmt: skip
+        (path / "config.json").write_text(json.dumps(config))
+        modules.append(
+            {
+                "idx": index,
+                "name": str(index),
+                "path": path.name,
+                "type": "pylate.models.Dense.Dense",
+            }
+        )
+    (folder / "modules.json").write_text(json.dumps(modules))
+    fields = {
+        "model_type": "ColBERT", "prompts": {}, "default_prompt_name": None,
+        "similarity_fn_name": "MaxSim", "query_prefix": "[Q] ", "document_prefix": "[D] ",
+        "query_length": 32, "document_length": 180, "attend_to_expansion_tokens": False,
+        "skiplist_words": list(string.punctuation), "do_query_expansion": True,
+    }  # fmt: skip
+    fields |= {key: value for key, value in settings.items() if key in fields}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(fields))
+    return folder
+
+
+def _with_prefixes(folder: Path) -> None:
+    """Add PyLate's markers to a folder's model and tokenizer, as its constructor does."""
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["[Q] ", "[D] "])
+    model = hf.AutoModel.from_pretrained(folder)
+    torch.manual_seed(23)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _pylate_modernbert(folder: Path) -> Path:
+    config = hf.ModernBertConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=1024,
+        pad_token_id=0, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3,
+        global_attn_every_n_layers=2, local_attention=128, reference_compile=False, **SIZES,
+    )  # fmt: skip
+    model = build(hf.ModernBertModel, config)
+    save(folder, model, wordpiece(), 1024, **BERT_TOKENS, **TEXT_INPUTS)
+    _with_prefixes(folder)
+    return folder
+
+
+def _pylate_bert(folder: Path) -> Path:
+    bert(folder)
+    _with_prefixes(folder)
+    return folder
+
+
+def like_pylate(folder: Path) -> Path:
+    """PyLate's BERT, with the settings it has by default."""
+    return pylate(folder, _pylate_bert, (64, 32))
+
+
+def like_modern_colbert(folder: Path) -> Path:
+    """PyLate's ModernBERT with two Dense modules, as GTE-ModernColBERT and its successors."""
+    return pylate(
+        folder, _pylate_modernbert, (64, 128), (128, 32), residual=True, document_length=300,
+        query_length=48,
+    )  # fmt: skip
+
+
+def like_pylate_without_expansion(folder: Path) -> Path:
+    """PyLate's BERT whose queries keep their length, with a prompt and few skipped words."""
+    return pylate(
+        folder, _pylate_bert, (64, 32), do_query_expansion=False, skiplist_words=["a", ",", "zzz9"],
+        prompts={"query": "what: ", "document": ""}, document_length=64,
+    )  # fmt: skip

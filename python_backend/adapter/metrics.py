@@ -19,7 +19,6 @@ from halimede_ops.errors import HalimedeError, RequestCancelled
 
 if TYPE_CHECKING:  # the pooler needs neither the engine nor the tokenizers
     from halimede_engine.scheduler import CompletedRun
-    from halimede_ops.spec import ModelSpec
     from halimede_ops.text import Tokens
 
 PUBLISH_INTERVAL_S = 1.0
@@ -75,9 +74,9 @@ class Metrics:
         self._thread = threading.Thread(target=self._publish_all, daemon=True)
         self._thread.start()
 
-    def count_truncated(self, tokens: Sequence[Tokens], spec: ModelSpec) -> None:
+    def count_truncated(self, tokens: Sequence[Tokens]) -> None:
         """Count the texts that have more tokens than the model's limit."""
-        truncated = sum(text.total > spec.max_tokens for text in tokens)
+        truncated = sum(text.total > len(text.ids) for text in tokens)
         if truncated:
             self._count(TRUNCATED_TEXTS, truncated)
 

@@ -107,19 +107,29 @@ async def answer_each(
 
 
 async def infer(model: str, version: int, inputs: list[Any], output: str) -> np.ndarray:
-    """Call this version of another model on this server, and return one of its outputs.
+    """As `infer_outputs`, for one output."""
+    return (await infer_outputs(model, version, inputs, (output,)))[output]
+
+
+async def infer_outputs(
+    model: str, version: int, inputs: list[Any], names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Call this version of another model on this server, and return these outputs, by name.
 
     Raises:
         HalimedeError: the model answered with an error.
         ModelChanged: the server no longer serves this version.
     """
     request = pb_utils.InferenceRequest(
-        model_name=model, model_version=version, requested_output_names=[output], inputs=inputs
+        model_name=model, model_version=version, requested_output_names=list(names), inputs=inputs
     )
     response = await request.async_exec()
     if response.has_error():
         raise _translate(response.error().message(), model)
-    return np.asarray(pb_utils.get_output_tensor_by_name(response, output).as_numpy())
+    return {
+        name: np.asarray(pb_utils.get_output_tensor_by_name(response, name).as_numpy())
+        for name in names
+    }
 
 
 def _translate(message: str, model: str) -> HalimedeError:
@@ -132,10 +142,10 @@ def _translate(message: str, model: str) -> HalimedeError:
         return errors.ServerOverloaded(f"the queue of {model} is full. Send again.")
     if "not found" in message or "unknown model" in message or "not ready" in message:
         return errors.ModelChanged(
-            f"{model} is not served in the version that the fusion was made for. Serve it, or "
-            "make the fusion again."
+            f"{model} is not served in the version that this model was made for. Serve it, or "
+            "make this model again."
         )
-    pb_utils.Logger.log_error(f"{model} failed within a fusion")
+    pb_utils.Logger.log_error(f"{model} failed within another model")
     return HalimedeError("internal error in the server; see its log")
 
 

@@ -2,7 +2,7 @@
 
 It serves every kind of model that takes texts: TEXT, INPUT_TYPE and DIMENSIONS to EMBEDDING, TOKENS
 and the outputs of further heads; QUERY and TEXT to SCORE; TEXT and TEXT_PAIR to SCORES; TEXT and
-INPUT_TYPE to SPARSE_IDS and SPARSE_WEIGHTS.
+INPUT_TYPE to SPARSE_IDS and SPARSE_WEIGHTS, or to MULTI_VECTORS.
 
 It gives what the ensemble's three steps give, from the same files, without passing tensors between
 processes: queued texts are tokenized together and run in the cheapest micro-batches, and each
@@ -98,7 +98,7 @@ class TritonPythonModel:
         triton.reported(self.metrics.count_cached)(cached)
 
     def _count_truncated(self, tokens: Sequence[text.Tokens]) -> None:
-        self.metrics.count_truncated(tokens, self.spec)
+        self.metrics.count_truncated(tokens)
 
     def _write(self, embeddings: Embeddings) -> list[Any]:
         outputs = {"TOKENS": embeddings.tokens.reshape(-1, 1)} | embeddings.heads

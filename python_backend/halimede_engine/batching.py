@@ -68,8 +68,17 @@ def mask(lengths: Sequence[int], length: int) -> np.ndarray:
     return (np.arange(length) < np.asarray(lengths)[:, None]).astype(np.int64)
 
 
+def attention(length: int, unattended: int = 0) -> np.ndarray:
+    """Attention mask of one row without padding, `[length]` int64: 1 for each token, -1 for the
+    last `unattended` ones, which no token attends to.
+    """
+    values = np.ones(length, np.int64)
+    values[length - unattended :] = -1
+    return values
+
+
 def used_lengths(mask: np.ndarray) -> np.ndarray:
-    """Length of each row up to its last 1: `[batch, tokens]` → `[batch]` int64; 0 without a 1."""
+    """Length of each row up to its last token: `[batch, tokens]` → `[batch]` int64; else 0."""
     reversed_mask = mask[:, ::-1] != 0
     return np.where(reversed_mask.any(axis=1), mask.shape[1] - reversed_mask.argmax(axis=1), 0)
 

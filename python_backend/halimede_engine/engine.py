@@ -21,7 +21,7 @@ from halimede_engine import batching, memory, session
 from halimede_engine.response_cache import Entry, ResponseCache, characters
 from halimede_engine.session import Pixels, Row, Session
 from halimede_ops import heads, sparse, vectors
-from halimede_ops.spec import POOLED, SPARSE_KIND, ImageSpec, ModelSpec
+from halimede_ops.spec import MULTI_VECTOR, POOLED, SPARSE_KIND, ImageSpec, ModelSpec
 
 if TYPE_CHECKING:  # images need no tokenizers
     from halimede_engine.requests import Outcome
@@ -75,12 +75,13 @@ class Embeddings(NamedTuple):
     """The embeddings of one request."""
 
     vectors: np.ndarray
-    """`[inputs, dimensions]` float32; `[inputs, 0]` of a sparse model."""
+    """`[inputs, dimensions]` float32; `[inputs, 0]` of a sparse model. Of a late-interaction model
+    they are the vectors of the first tokens."""
     tokens: np.ndarray
     """Tokens of each whole input, those beyond the model's limit included: `[inputs]` int32."""
     heads: dict[str, np.ndarray]
-    """Further outputs of the model, by name: see `halimede_ops.heads.outputs`, and for a sparse
-    model `halimede_ops.sparse.outputs`."""
+    """Further outputs of the model, by name: see `halimede_ops.heads.outputs`; for a sparse model
+    `halimede_ops.sparse.outputs`, for a late-interaction model `halimede_ops.heads.late`."""
 
 
 class Engine:
@@ -233,6 +234,9 @@ class SharedEngine:
             return {}
         lengths = [row.length for row in rows]
         longest = max(lengths)
+        if self._spec.late is not None:
+            kept = batching.pad([row.kept for row in rows if row.kept is not None], longest)
+            return heads.late(outputs[MULTI_VECTOR], kept)
         ids = batching.pad([row.ids for row in rows], longest)
         return heads.outputs(outputs, ids, batching.mask(lengths, longest), self._spec)
 

@@ -105,11 +105,15 @@ class Row(NamedTuple):
     ids: np.ndarray
     """Token ids `[tokens]` int64."""
     mask: np.ndarray
-    """Attention mask `[tokens]` int64: 1 for a token, 0 for padding."""
+    """Attention mask `[tokens]` int64: 1 for a token, 0 for padding, -1 for a token that no token
+    attends to."""
     total: int = 0
     """Tokens of the whole text; more than `ids` has if the text was truncated. 0: unknown."""
     types: np.ndarray | None = None
     """Token types `[tokens]` int64 of a pair of texts. None: all are 0."""
+    kept: np.ndarray | None = None
+    """Of a late-interaction model: 1 for each token with a vector in the answer, `[tokens]` int64.
+    """
 
     @property
     def length(self) -> int:
@@ -165,12 +169,13 @@ def token_rows(texts: Iterable[Tokens]) -> list[Row]:
     """Make a row of each tokenized text or pair of texts."""
     return [
         Row(
-            np.array(ids, np.int64),
-            np.ones(len(ids), np.int64),
-            total,
-            None if types is None else np.array(types, np.int64),
+            np.array(text.ids, np.int64),
+            batching.attention(len(text.ids), text.unattended),
+            text.total,
+            None if text.types is None else np.array(text.types, np.int64),
+            None if text.kept is None else np.array(text.kept, np.int64),
         )
-        for ids, total, types in texts
+        for text in texts
     ]
 
 

@@ -84,6 +84,25 @@ def _largest(ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return unique, largest
 
 
+def late(vectors_of_tokens: np.ndarray, kept: np.ndarray) -> dict[str, np.ndarray]:
+    """Make the output that clients get of a late-interaction model: MULTI_VECTORS, padded with rows
+    of zeros.
+
+    Vectors of tokens `[batch, tokens, width]` float32, and `kept` `[batch, tokens]`, 1 for each
+    token with a vector in the answer → `[batch, longest, width]` float32.
+
+    Raises:
+        NonFiniteVector: a vector of a text has NaN or infinity.
+    """
+    is_kept = kept != 0
+    counts = is_kept.sum(axis=1)
+    is_used = np.arange(counts.max(initial=0)) < counts[:, None]
+    multi_vectors = np.zeros((*is_used.shape, vectors_of_tokens.shape[2]), np.float32)
+    multi_vectors[is_used] = vectors_of_tokens[is_kept]
+    vectors.check_finite(multi_vectors)
+    return {"MULTI_VECTORS": multi_vectors}
+
+
 def per_token(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The values of the tokens; zeros for padding, whatever the model gives there.
 

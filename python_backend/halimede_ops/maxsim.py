@@ -7,6 +7,7 @@ document (ColBERT, Khattab and Zaharia 2020, arXiv:2004.12832).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -65,6 +66,42 @@ def best_first(scores: np.ndarray) -> np.ndarray:
     their order.
     """
     return np.argsort(-scores, kind="stable")
+
+
+class Distinct(NamedTuple):
+    """The texts of pairs of a query and a document, each of them once."""
+
+    texts: list[str]
+    input_types: list[str]
+    """`query` or `document` for each text."""
+    queries: list[int]
+    """For each pair the index of its query in `texts`."""
+    documents: list[int]
+    """For each pair the index of its document in `texts`."""
+
+
+def distinct(queries: Sequence[str], documents: Sequence[str]) -> Distinct:
+    """Find the texts to embed for pairs: a query of many documents is embedded once."""
+    texts: dict[tuple[str, str], int] = {}
+    rows = [
+        [texts.setdefault((kind, text), len(texts)) for text in part]
+        for kind, part in (("query", queries), ("document", documents))
+    ]
+    return Distinct([text for _, text in texts], [kind for kind, _ in texts], *rows)
+
+
+def score_pairs(matrices: Sequence[np.ndarray], pairs: Distinct) -> np.ndarray:
+    """Score pairs by the vectors of their texts: `[pairs]` float32.
+
+    `matrices` has `[vectors, width]` float32 for each of `pairs.texts`, without padding.
+    """
+    scores = np.zeros(len(pairs.queries), np.float32)
+    queries = np.asarray(pairs.queries)
+    for query in set(pairs.queries):
+        rows = np.flatnonzero(queries == query)
+        documents = [matrices[pairs.documents[row]] for row in rows]
+        scores[rows] = score(matrices[query], documents)
+    return scores
 
 
 def without_padding(vectors: np.ndarray) -> list[np.ndarray]:

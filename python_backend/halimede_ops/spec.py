@@ -19,7 +19,9 @@ for each label; weights of the vocabulary's tokens; or a vector for each token."
 VECTOR_OUTPUTS = {DENSE: "EMBEDDING", RERANKER: "SCORE", CLASSIFIER: "SCORES"}
 """Kind → the output of its ensemble with one row of numbers for each input."""
 POOLED = "sentence_embedding"
-"""Output of every model.onnx: pooled vectors, or scores, `[batch, dims]` float32."""
+"""Output of every model.onnx: pooled vectors, or scores, `[batch, dims]` float32. Of a
+late-interaction model it is the vector of the first token, which no client gets: it shows whether
+a row is finite."""
 TOKEN_TYPES = "token_type_ids"  # noqa: S105
 """Third input of some graphs: 0 for tokens of the first text of a pair, 1 for those of the second,
 `[batch, tokens]` int64."""
@@ -28,7 +30,13 @@ PIXELS = "pixels"
 SPARSE = "sparse_weights"
 """Head of some models: a weight of each token, `[batch, tokens, 1]` float32, never negative."""
 MULTI_VECTOR = "multi_vectors"
-"""Head of some models: a vector of each token, `[batch, tokens, width]` float32."""
+"""Head of some models, and output of every late-interaction model: a vector of each token,
+`[batch, tokens, width]` float32."""
+KEPT = "kept"
+"""Tensor between the steps of a late-interaction model: 1 for each token that has a vector in the
+answer, `[batch, tokens]` int64."""
+QUERY = "query"
+"""Input type of queries."""
 TOKEN_EMBEDDINGS = "token_embeddings"  # noqa: S105
 """Head of models built with it: the last hidden state, `[batch, tokens, width]` float32."""
 
@@ -94,6 +102,35 @@ class ImageSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class LateSpec:
+    """How a late-interaction model reads queries and documents."""
+
+    query_tokens: int
+    """Token limit of a query, special tokens and its marker included."""
+    document_tokens: int
+    """Token limit of a document, special tokens and its marker included."""
+    query_marker: int | None
+    """Id of the token behind the first token of each query; None: there is none."""
+    document_marker: int | None
+    """The same of each document."""
+    expansion: int | None
+    """Id of the token that a query is filled up with to `query_tokens` (query expansion). None:
+    queries keep their length."""
+    attends_to_expansion: bool
+    """Whether the tokens of a query attend to the tokens that fill it up. Those always attend to
+    the query's own."""
+    skipped_ids: tuple[int, ...]
+    """Tokens of a document that have no vector in the answer: those of punctuation."""
+    padding_id: int | None = None
+    """Id of a token that a query's text cannot have: `expansion` takes its place."""
+
+    @property
+    def has_unattended(self) -> bool:
+        """Whether queries are filled up with tokens that no token attends to."""
+        return self.expansion is not None and not self.attends_to_expansion
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """The facts of a model that tokenizing and pooling need. All its precisions share them."""
 
@@ -104,7 +141,7 @@ class ModelSpec:
     Vectors of two models can be compared only if their spaces are equal."""
     dims: int
     """Dimensions of a full vector. Of a reranker 1, of a classifier the number of its labels, of a
-    sparse model the size of its vocabulary."""
+    sparse model the size of its vocabulary, of a late-interaction model the width of a vector."""
     max_tokens: int
     """Token limit, special tokens included. Longer texts are truncated. 0: takes images alone."""
     normalised: bool
@@ -132,12 +169,12 @@ class ModelSpec:
     """One of KINDS."""
     labels: tuple[str, ...] = ()
     """Names of a classifier's labels, in the order of its scores."""
-    splits_special_tokens: bool = False
-    """Whether the name of a special token in a text is tokenized as any other word."""
     static: bool = False
     """Whether the model has no transformer: a text's vector is the mean of its tokens' vectors."""
     token_types: bool = False
     """Whether the model's graph takes TOKEN_TYPES."""
+    late: LateSpec | None = None
+    """How a late-interaction model reads its texts; None for every other kind."""
 
     @property
     def takes_texts(self) -> bool:
@@ -167,6 +204,12 @@ class ModelSpec:
                 f"the input type given is not one of {self.name}'s: {known}. Omit it for none."
             ) from None
 
+    def is_query(self, input_type: str | None) -> bool:
+        """Whether a late-interaction model reads an input of this type as a query. It reads every
+        other as a document.
+        """
+        return (input_type or self.default_input_type) == QUERY
+
     def images(self) -> ImageSpec:
         """The preprocessing of the model's images.
 
@@ -180,8 +223,9 @@ class ModelSpec:
     def to_json(self) -> str:
         """The content of `spec.json`: indented, keys in the order of the fields."""
         fields = dataclasses.asdict(self)
-        if self.image is None:
-            del fields["image"]
+        for name in ("image", "late"):
+            if fields[name] is None:
+                del fields[name]
         return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -197,6 +241,9 @@ def load(folder: Path) -> ModelSpec:
             fields[name] = tuple(fields.get(name, ()))
         if "image" in fields:
             fields["image"] = _image(fields["image"])
+        if "late" in fields:
+            skipped = tuple(fields["late"]["skipped_ids"])
+            fields["late"] = LateSpec(**fields["late"] | {"skipped_ids": skipped})
         return ModelSpec(**fields)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InvalidModel(

@@ -7,6 +7,7 @@ its token ids: see `halimede_ops.cuts`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 
 from halimede_ops import cuts
 from halimede_ops.errors import InvalidInput, InvalidModel, InvalidText
-from halimede_ops.spec import MAX_REQUEST_BYTES, ModelSpec
+from halimede_ops.spec import MAX_REQUEST_BYTES, LateSpec, ModelSpec
 
 FILE_NAME = "tokenizer.json"
 COUNTED_CHARACTERS = 65_536
@@ -27,7 +28,15 @@ CHARACTERS_PER_TOKEN = 16
 
 TextPair = tuple[str, str]
 """Two texts that the model reads together: query and document, or text and second text."""
-Item = str | TextPair
+
+
+class Query(NamedTuple):
+    """A text that a late-interaction model reads as a query. A plain string is a document."""
+
+    text: str
+
+
+Item = str | TextPair | Query
 """What is tokenized as one: a text, or a pair of texts, with its prompt in front."""
 
 
@@ -43,6 +52,11 @@ class Tokens(NamedTuple):
     types: list[int] | None = None
     """0 for each token of the first text of a pair, 1 for those of the second. None: the model
     takes no token types."""
+    kept: list[int] | None = None
+    """1 for each token with a vector in the answer of a late-interaction model, 0 for the others.
+    None: the model is of another kind."""
+    unattended: int = 0
+    """How many tokens at the end, which fill up a query, no token attends to."""
 
 
 class TextTokenizer:
@@ -52,7 +66,6 @@ class TextTokenizer:
         self._keeps_end = (tokenizer.truncation or {}).get("direction") == "left"
         self._cut = cuts.cut_front if self._keeps_end else cuts.cut
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = spec.splits_special_tokens
         tokenizer.enable_truncation(
             spec.max_tokens, direction="left" if self._keeps_end else "right"
         )
@@ -102,7 +115,7 @@ class TextTokenizer:
         """Tokenize texts, or pairs of texts, that have their prompts already; in order."""
         if not self.spec.takes_pairs:
             return self._encode_texts(cast("Sequence[str]", prompted))
-        pairs = [item for item in prompted if isinstance(item, tuple)]
+        pairs = cast("list[TextPair]", [item for item in prompted if isinstance(item, tuple)])
         encoded_pairs = iter(self._encode_pairs(pairs))
         encoded_texts = iter(
             self._encode_texts([item for item in prompted if isinstance(item, str)])
@@ -168,8 +181,81 @@ class TextTokenizer:
         return Tokens(ids, len(ids) + overflowing, types)
 
 
+class LateTokenizer(TextTokenizer):
+    """The tokenizer of a late-interaction model: queries and documents have a marker and a token
+    limit of their own.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, spec: ModelSpec, late: LateSpec) -> None:
+        super().__init__(tokenizer, spec)
+        self._late, self._skipped = late, frozenset(late.skipped_ids)
+        self._documents = _limited(tokenizer, spec, late.document_tokens, late.document_marker)
+        self._queries = _limited(_copy(tokenizer), spec, late.query_tokens, late.query_marker)
+
+    def prompted(
+        self,
+        texts: Sequence[str],
+        input_types: Sequence[str | None],
+        seconds: Sequence[str] | None = None,
+    ) -> Sequence[Item]:
+        """Prepend to each text the prompt of its input type; make a Query of each query."""
+        return [
+            Query(text) if self.spec.is_query(input_type) else text
+            for text, input_type in zip(
+                cast("Sequence[str]", super().prompted(texts, input_types)),
+                input_types,
+                strict=True,
+            )
+        ]
+
+    def encode_prompted(self, prompted: Sequence[Item]) -> list[Tokens]:
+        """Tokenize queries and documents that have their prompts already; in order."""
+        queries = [item.text for item in prompted if isinstance(item, Query)]
+        documents = [item for item in prompted if isinstance(item, str)]
+        encoded_queries = map(self._query, self._queries.encode_prompted(queries))
+        encoded_documents = map(self._document, self._documents.encode_prompted(documents))
+        return [
+            next(encoded_queries if isinstance(item, Query) else encoded_documents)
+            for item in prompted
+        ]
+
+    def _query(self, tokens: Tokens) -> Tokens:
+        ids, total = _marked(tokens, self._late.query_marker)
+        if self._late.expansion is None:
+            return Tokens(ids, total, kept=[1] * len(ids))
+        filled = max(0, self._late.query_tokens - len(ids))
+        padding = self._late.padding_id
+        ids = [self._late.expansion if token == padding else token for token in ids]
+        ids += [self._late.expansion] * filled
+        unattended = 0 if self._late.attends_to_expansion else filled
+        return Tokens(ids, total, kept=[1] * len(ids), unattended=unattended)
+
+    def _document(self, tokens: Tokens) -> Tokens:
+        ids, total = _marked(tokens, self._late.document_marker)
+        return Tokens(ids, total, kept=[int(token not in self._skipped) for token in ids])
+
+
+def _limited(
+    tokenizer: Tokenizer, spec: ModelSpec, max_tokens: int, marker: int | None
+) -> TextTokenizer:
+    """A tokenizer of plain texts that leaves room for a marker within `max_tokens`."""
+    room = max_tokens - (marker is not None)
+    return TextTokenizer(tokenizer, dataclasses.replace(spec, max_tokens=room, late=None))
+
+
+def _marked(tokens: Tokens, marker: int | None) -> tuple[list[int], int]:
+    """Ids and total with a marker behind the first token."""
+    if marker is None:
+        return tokens.ids, tokens.total
+    return [*tokens.ids[:1], marker, *tokens.ids[1:]], tokens.total + 1
+
+
+def _copy(tokenizer: Tokenizer) -> Tokenizer:
+    return Tokenizer.from_str(tokenizer.to_str())
+
+
 def _without_truncation(tokenizer: Tokenizer) -> Tokenizer:
-    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy = _copy(tokenizer)
     copy.no_truncation()
     return copy
 
@@ -181,7 +267,10 @@ def load(folder: Path, spec: ModelSpec) -> TextTokenizer:
         InvalidModel: the file is missing or is no tokenizer.
     """
     try:
-        return TextTokenizer(Tokenizer.from_file(str(folder / FILE_NAME)), spec)
+        tokenizer = Tokenizer.from_file(str(folder / FILE_NAME))
+        if spec.late is not None:
+            return LateTokenizer(tokenizer, spec, spec.late)
+        return TextTokenizer(tokenizer, spec)
     except Exception as error:  # the library raises bare Exception
         raise InvalidModel(f"{FILE_NAME} cannot be read; build the model again") from error
 

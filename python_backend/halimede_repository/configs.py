@@ -18,6 +18,9 @@ ONE_PROCESS = "one_process"
 config.pbtxt if it is started with `--model-config-name=one_process`."""
 CANDIDATE = "-candidate"
 """Suffix of a candidate: the ensemble that may replace a model and is served beside it."""
+MAXSIM = "-maxsim"
+"""Suffix of the model that scores pairs of a query and a document by an ensemble's multi-vectors.
+"""
 SHARE = "share"
 """Parameter of a candidate's config: its canary share, the fraction of the model's requests that it
 answers."""

@@ -32,6 +32,8 @@ class Limits(NamedTuple):
     """Ids are below it. None: unknown."""
     max_tokens: int | None
     """Most tokens of a text. None: unknown."""
+    has_unattended: bool = False
+    """Whether -1 in the mask marks a token that no token attends to."""
 
 
 class TritonPythonModel:
@@ -48,7 +50,12 @@ class TritonPythonModel:
         if [entry["name"] for entry in config.fields["input"]] == [spec.PIXELS]:
             self.read = partial(_read_pixels, positions=max_tokens)
         else:
-            self.read = partial(_read, limits=Limits(graph.vocabulary(path), max_tokens or None))
+            limits = Limits(
+                graph.vocabulary(path),
+                max_tokens or None,
+                has_unattended=bool(config.parameter("unattended_tokens")),
+            )
+            self.read = partial(_read, limits=limits)
         self.dims = next(
             int(entry["dims"][0])
             for entry in config.fields["output"]
@@ -103,8 +110,9 @@ def _read(request: Any, limits: Limits) -> list[session.Row]:
 def _check(ids: np.ndarray, mask: np.ndarray, longest: int, limits: Limits) -> None:
     """Raise InvalidInput for values that the graph does not take."""
     # The numbers of a mask separate the texts of a packed row: a 2 would join another's text.
-    if ((mask != 0) & (mask != 1)).any():
-        raise InvalidInput("attention_mask has a value besides 0 and 1; 1 marks a token.")
+    if ((mask > 1) | (mask < -int(limits.has_unattended))).any():
+        besides = "-1, 0 and 1" if limits.has_unattended else "0 and 1"
+        raise InvalidInput(f"attention_mask has a value besides {besides}; 1 marks a token.")
     if ids.min() < 0 or (limits.vocabulary is not None and ids.max() >= limits.vocabulary):
         known = "" if limits.vocabulary is None else f" to {limits.vocabulary - 1:,}"
         raise InvalidInput(

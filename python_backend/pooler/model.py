@@ -24,7 +24,8 @@ class PoolRequest(NamedTuple):
     """One request."""
 
     vectors: np.ndarray
-    """Pooled vectors `[batch, dims]` float32."""
+    """Pooled vectors `[batch, dims]` float32; `[0, dims]` of a late-interaction model, which has
+    vectors of tokens alone."""
     dimensions: int | None
     heads: dict[str, np.ndarray]
     """Output name → array: see `halimede_ops.heads.outputs`."""
@@ -48,6 +49,8 @@ class TritonPythonModel:
         self.metrics.close()
 
     def _read(self, request: Any) -> PoolRequest:
+        if self.spec.late is not None:
+            return PoolRequest(np.empty((0, self.spec.dims), np.float32), None, self._late(request))
         pooled = triton.tensor(request, spec.POOLED, self.spec.dims)
         return PoolRequest(pooled, triton.dimensions(request, self.spec), self._heads(request))
 
@@ -71,10 +74,23 @@ class TritonPythonModel:
             )
         return heads.outputs(rows, ids[:, :tokens], mask[:, :tokens], self.spec)
 
+    def _late(self, request: Any) -> dict[str, np.ndarray]:
+        vectors_of_tokens = triton.tensor(request, spec.MULTI_VECTOR, "tokens", self.spec.dims)
+        kept = triton.tensor(request, spec.KEPT, "tokens")
+        # The engine gives no rows for padding, which `kept` has.
+        tokens = vectors_of_tokens.shape[1]
+        if kept.shape[1] < tokens:
+            raise InvalidInput(
+                f"{spec.KEPT} has {kept.shape[1]} tokens; {spec.MULTI_VECTOR} has {tokens}."
+            )
+        return heads.late(vectors_of_tokens, kept[:, :tokens])
+
     def _embed(self, requests: list[PoolRequest]) -> list[dict[str, np.ndarray] | HalimedeError]:
         return [triton.attempt(self._embed_one, request) for request in requests]
 
     def _embed_one(self, request: PoolRequest) -> dict[str, np.ndarray]:
+        if self.spec.late is not None:
+            return request.heads
         if self.spec.kind == spec.SPARSE_KIND:
             return sparse.outputs(sparse.from_dense(request.vectors))
         embeddings = vectors.embed(request.vectors, self.spec, request.dimensions)

@@ -1,5 +1,5 @@
 """Triton backend `tokenizer`: a text, or a pair of texts, to token ids, attention mask, token types
-and TOKENS.
+and TOKENS, and for a late-interaction model to the tokens that have a vector in the answer.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TritonPythonModel:
     def _tokenize(self, requests: list[triton.Texts]) -> list[list[text.Tokens] | HalimedeError]:
         prompted = [item for request in requests for item in self.tokenizer.prompted(*request)]
         tokens = self.tokenizer.encode_prompted(prompted)
-        self.metrics.count_truncated(tokens, self.spec)
+        self.metrics.count_truncated(tokens)
         remaining = iter(tokens)
         rows = [[next(remaining) for _ in request.texts] for request in requests]
         return [triton.attempt(self._checked, own) for own in rows]
@@ -65,12 +65,16 @@ class TritonPythonModel:
         length = self._padded_length(max(lengths))
         outputs = {
             "input_ids": batching.pad([row.ids for row in rows], length),
-            "attention_mask": batching.mask(lengths, length),
+            "attention_mask": batching.pad(
+                [batching.attention(len(row.ids), row.unattended) for row in rows], length
+            ),
             "TOKENS": np.array([[row.total] for row in rows], np.int32),
         }
         if self.spec.token_types:
             types = [row.types or [0] * len(row.ids) for row in rows]
             outputs[spec.TOKEN_TYPES] = batching.pad(types, length)
+        if self.spec.late is not None:
+            outputs[spec.KEPT] = batching.pad([row.kept or [] for row in rows], length)
         return [triton.output(name, values) for name, values in outputs.items()]
 
     def _checked(self, rows: list[text.Tokens]) -> list[text.Tokens]:

@@ -17,12 +17,13 @@ from PIL import Image
 from halimede_engine import arithmetic, session
 from halimede_engine.session import file_bytes
 from halimede_ops import vectors
+from halimede_ops.errors import BuildError
 from halimede_ops.spec import ModelSpec
 from halimede_tools.build import describe, towers
 from halimede_tools.build.checks import long_texts
 from halimede_tools.build.checks.long_texts import LongText
 from halimede_tools.build.describe import ModelOptions
-from halimede_tools.build.kinds import activation, overlap, scores, static
+from halimede_tools.build.kinds import activation, late, overlap, ranks, scores, static
 from halimede_tools.build.kinds.recognise import recognise
 from halimede_tools.build.samples.sts import spearman
 from halimede_tools.build.towers import TEXTS, TOWERS, Bar, Engine, Tower
@@ -202,12 +203,23 @@ def score_reference(
     return np.stack([scores[row] for row in range(len(inputs))]).astype(np.float32)
 
 
+def late_reference(
+    source: Path, inputs: Sequence[Any], options: ModelOptions, batch_size: int = 32
+) -> np.ndarray:
+    """The vectors of queries and documents by the definition of ColBERT and PyLate, one input after
+    another: `[vectors, dims]` float32.
+    """
+    model = describe.load(source, options)
+    return late.reference(model, describe.describe(model, source, options), inputs, batch_size)
+
+
 REFERENCES: Mapping[str, Callable[..., np.ndarray]] = {
     towers.TEXTS.inputs: reference,
     towers.IMAGES.inputs: image_reference,
     towers.PAIRS.inputs: score_reference,
     towers.LABELLED.inputs: score_reference,
     towers.WEIGHTED.inputs: sparse_reference,
+    towers.LATE.inputs: late_reference,
 }
 """What gives the reference for the inputs of each tower."""
 
@@ -226,17 +238,22 @@ def check(
     missed bars.
     """
     bar = tower.bars[precision]
-    kept = _with_tokens(engine, inputs)
-    odd_inputs = sum(index < tower.odd_inputs for index in kept)
-    inputs, expected = [inputs[index] for index in kept], expected[kept]
     together = embedded(engine, inputs)
+    if together.shape != expected.shape:
+        raise BuildError(
+            f"{engine.spec.name} gives vectors {list(together.shape)} for the texts of the check, "
+            f"and its reference {list(expected.shape)}: the texts are not read alike."
+        )
     if isinstance(bar, scores.ScoreBar):
         figures = scores.agreement(together, expected, inputs)
     else:
-        lengths = [row.length for row in engine.rows(inputs)]
-        figures = _cosines(together, expected, lengths, odd_inputs)
+        rows = engine.rows(inputs)
+        odd_vectors = sum(engine.counts(rows[: tower.odd_inputs]))
+        figures = _cosines(together, expected, engine.lengths(rows), odd_vectors)
         if isinstance(bar, towers.SparseBar):
             figures |= overlap.agreement(together, expected)
+        if isinstance(bar, towers.LateBar):
+            figures |= ranks.agreement(together, expected, engine.counts(rows), inputs)
     size_bytes, fp32_bytes = file_bytes(model), file_bytes(fp32)
     record: dict[str, Any] = {
         "model": engine.spec.name,
@@ -254,20 +271,14 @@ def check(
     return record | {"missed": missed(record, bar)}
 
 
-def _with_tokens(engine: Engine, inputs: Sequence[Any]) -> list[int]:
-    """Indices of the inputs that a server answers: a text without tokens gets an error, and
-    sentence-transformers gives it whatever its padding gives.
-    """
-    lengths = [row.length for row in engine.rows(inputs)]
-    return [index for index, length in enumerate(lengths) if length or engine.spec.static]
-
-
 def _cosines(
-    embeddings: np.ndarray, expected: np.ndarray, lengths: Sequence[int], odd_inputs: int
+    embeddings: np.ndarray, expected: np.ndarray, lengths: Sequence[int], odd: int
 ) -> dict[str, Any]:
-    """The cosines to the reference, over all inputs and by length class."""
+    """The cosines to the reference, over all vectors and by the length class of their inputs; the
+    first `odd` vectors are in no class.
+    """
     cosines = cosines_to(embeddings, expected)
-    classes = towers.by_length(lengths[odd_inputs:], cosines[odd_inputs:])
+    classes = towers.by_length(lengths[odd:], cosines[odd:])
     return {
         "mean_cosine": float(cosines.mean()),
         "p1_cosine": min(found.p1_cosine for found in classes),
@@ -285,11 +296,14 @@ def add_long_texts(
     written = json.loads((reference / LONG_FILE).read_text())
     named = {number: key for key, number in written["thresholds"].items()}
     rows, expected = engine.rows(written["texts"]), np.load(reference / REFERENCE_FILE)
-    pooled = np.concatenate([engine.session.run_together([row]) for row in rows])
+    pooled = np.concatenate([engine.run([row]) for row in rows])
     if isinstance(bar, scores.ScoreBar):
         agreements, least = 1 - np.abs(pooled - expected).max(axis=1), 1 - bar.max_difference
     else:
-        agreements, least = cosines_to(pooled, expected), bar.p1_cosine
+        # The vectors of a text count as one: their mean.
+        starts = np.cumsum([0, *engine.counts(rows)[:-1]])
+        agreements = np.add.reduceat(cosines_to(pooled, expected), starts) / engine.counts(rows)
+        least = bar.p1_cosine
     found = [
         LongText(row.length, round(float(agreement), 6))
         for row, agreement in zip(rows, agreements, strict=True)
@@ -304,7 +318,7 @@ def add_long_texts(
 
 def embedded(engine: Engine, inputs: Sequence[Any]) -> np.ndarray:
     """As `engine.embed`, but rows that are not finite are returned as they are."""
-    pooled = engine.session.run(engine.rows(inputs))
+    pooled = engine.run(engine.rows(inputs))
     finite = np.isfinite(pooled).all(axis=1)
     pooled[finite] = vectors.embed(pooled[finite], engine.spec)
     return pooled
@@ -340,7 +354,7 @@ def _invariance(
     order = random.Random(4).sample(range(len(rows)), len(rows))
     singles = engine.run_each([[row] for row in rows])
     batched = np.empty_like(singles)
-    batched[order] = engine.run_each(
+    batched[engine.places(rows, order)] = engine.run_each(
         [[rows[i] for i in order[start : start + 8]] for start in range(0, len(order), 8)]
     )
     if isinstance(bar, scores.ScoreBar):
@@ -366,6 +380,12 @@ def missed(record: dict[str, Any], bar: Bar | scores.ScoreBar) -> list[str]:
     ]
     if isinstance(bar, towers.SparseBar) and not record["same_ids"] >= bar.same_ids:
         below.append(f"same_ids is {record['same_ids']}, the bar is {bar.same_ids}")
+    if isinstance(bar, towers.LateBar):
+        below += [
+            f"{name} is {record[name]}, the bar is {getattr(bar, name)}"
+            for name in ranks.RANKS
+            if not record[name] >= getattr(bar, name)
+        ]
     if record["not_finite"]:
         below.append(f"{record['not_finite']} vectors are not finite")
     if record["size_ratio"] > bar.size_ratio:

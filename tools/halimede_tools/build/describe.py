@@ -7,6 +7,7 @@ transformers folder (mean pooling), or a folder with nothing but ONNX.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ from halimede_ops import text
 from halimede_ops.errors import BuildError, InvalidModel, UntrustedCode
 from halimede_ops.spec import (
     CLASSIFIER,
+    LATE_INTERACTION,
     MULTI_VECTOR,
     RERANKER,
     SPARSE,
@@ -32,7 +34,7 @@ from halimede_ops.spec import (
 from halimede_repository.checksums import sha256
 from halimede_tools.build.checks import space
 from halimede_tools.build.keys import key_of
-from halimede_tools.build.kinds import activation, contents, loaded, sparse, static
+from halimede_tools.build.kinds import activation, late, sparse, static
 from halimede_tools.build.kinds.files import read_json
 from halimede_tools.build.kinds.recognise import module_names, recognise
 from halimede_tools.build.vision import processor, two_towers
@@ -42,6 +44,7 @@ KNOWN_MODULES = (
     "Dropout", "MLMTransformer", "SpladePooling", "SparseAutoEncoder",
 )  # fmt: skip
 OWN_MODULES = "sentence_transformers."
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 IGNORED_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 """Keys of a config that decide nothing of the vectors."""
 SPARSE_FILE, MULTI_VECTOR_FILE = "sparse_linear.pt", "colbert_linear.pt"
@@ -70,7 +73,7 @@ class ModelOptions(NamedTuple):
 
 def load(folder: Path, options: ModelOptions) -> Any:
     """The model in `folder` on the CPU, its token limit set: a SentenceTransformer, a CrossEncoder
-    for a model that gives scores, or a SparseEncoder.
+    for a model that gives scores, a SparseEncoder, or a LateModel.
 
     Raises:
         InvalidModel: the folder is no model, is damaged, or has a module that is not supported.
@@ -88,8 +91,7 @@ def load(folder: Path, options: ModelOptions) -> Any:
     two_towers.prepare(folder, options.name)
     model = open_model(folder, options)
     _check_tokenizer(model.tokenizer, options.name)
-    loaded.prepare(model, options.name)
-    model.max_seq_length = _max_tokens(model, folder, options)
+    model.max_seq_length = _max_tokens(model, options)
     if two_towers.pads_texts(model):
         two_towers.pad_to_limit(model, options.name)
     return model
@@ -103,24 +105,34 @@ def open_model(folder: Path, options: ModelOptions) -> Any:
     """
     kind = recognise(folder, options.name, options.kind)
     sparse.check_folder(folder, module_names(folder), options.name, kind)
-    backend = "torch" if contents.has_torch_weights(folder) else "onnx"
+    backend = "torch" if weights(folder) else "onnx"
     try:
-        with (
-            quiet(),
-            contents.without_links(folder) as linked,
-            two_towers.completed(linked) as complete,
-        ):
-            return library(kind)(
-                str(complete),
-                device="cpu",
-                local_files_only=True,
-                trust_remote_code=options.trust_remote_code,
-                backend=backend,
-                model_kwargs=_model_options(folder, options.name, backend),
-                **sparse.load_options(folder, kind),
-            )
+        with quiet(), two_towers.completed(folder) as complete:
+            return _opened(complete, kind, backend, options)
+    except InvalidModel:
+        raise
     except Exception as error:  # transformers, safetensors and torch each raise their own
-        raise contents.explain(error, folder, options.name) from error
+        raise InvalidModel(
+            f"{options.name} cannot be read ({type(error).__name__}): its files are damaged, "
+            f"incomplete, or of an architecture that transformers does not know. "
+            "Fetch the folder again."
+        ) from error
+
+
+def _opened(folder: Path, kind: str, backend: str, options: ModelOptions) -> Any:
+    trust, model_options = options.trust_remote_code, _model_options(folder, backend)
+    if kind == LATE_INTERACTION:
+        late.check_weights(folder, options.name)
+        return late.load(folder, options.name, trust_remote_code=trust, model_options=model_options)
+    return library(kind)(
+        str(folder),
+        device="cpu",
+        local_files_only=True,
+        trust_remote_code=trust,
+        backend=backend,
+        model_kwargs=model_options,
+        **sparse.load_options(folder, kind),
+    )
 
 
 def library(kind: str) -> Any:
@@ -138,6 +150,8 @@ def describe(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
     """The ModelSpec of a loaded model."""
     if static.is_static(folder):
         return _describe_static(model, folder, options)
+    if hasattr(model, "late"):
+        return _describe_late(model, folder, options)
     own = {name: prompt for name, prompt in model.prompts.items() if prompt}
     prompts = input_types(own or options.prompts, model.default_prompt_name)
     modules = list(model)
@@ -155,8 +169,6 @@ def describe(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
         "layer_norm_before_cut": options.layer_norm_before_cut,
     } | weighted
     image = None if scores else image_spec(model, folder, options.name)
-    if (getattr(model.tokenizer, "init_kwargs", None) or {}).get("split_special_tokens"):
-        fields["splits_special_tokens"] = True
     decides = fields | scores
     if scores:
         decides["activation"] = str(activation.activation(model, folder, kind))
@@ -194,6 +206,28 @@ def _describe_static(model: Any, folder: Path, options: ModelOptions) -> ModelSp
     )
 
 
+def _describe_late(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
+    own = {name: prompt for name, prompt in model.prompts.items() if prompt}
+    late_spec = late.late_spec(model, options.name, position_limit(model))
+    fields: dict[str, Any] = {
+        "kind": LATE_INTERACTION,
+        "dims": int(model.get_embedding_dimension()),
+        "max_tokens": max(late_spec.query_tokens, late_spec.document_tokens),
+        "normalised": True,
+        "prompts": input_types(own or options.prompts, model.default_prompt_name),
+        "default_input_type": model.default_prompt_name,
+        "heads": {MULTI_VECTOR: int(model.get_embedding_dimension())},
+    }
+    decides = fields | {"late": dataclasses.asdict(late_spec)}
+    return ModelSpec(
+        name=options.name,
+        space=_space(model, folder, decides, None),
+        length_buckets=length_buckets(fields["max_tokens"]),
+        late=late_spec,
+        **fields,
+    )
+
+
 def score_facts(model: Any, folder: Path, kind: str) -> dict[str, Any]:
     """The fields of a ModelSpec that a reranker or a classifier has besides; none for others."""
     if kind not in (RERANKER, CLASSIFIER):
@@ -213,7 +247,10 @@ def check_modules(folder: Path, name: str) -> None:
     Raises:
         InvalidModel: the folder is not there, or one of its modules is not supported.
     """
-    contents.check(folder, name)
+    if not folder.is_dir():
+        raise InvalidModel(f"{name}: there is no such folder; give a model's folder.")
+    if not (folder / "config.json").exists() and not (folder / "modules.json").exists():
+        raise InvalidModel(f"{name}: the folder has neither config.json nor modules.json.")
     for module in _modules(folder):
         kind = module["type"].rsplit(".", 1)[-1]
         # check_trusted judges modules of the folder's own code.
@@ -237,12 +274,30 @@ def check_trusted(folder: Path, options: ModelOptions) -> None:
     activation.check_trusted(folder, options.name, options.trust_remote_code)
     configs = [path for path in folder.rglob("*config.json") if path.is_file()]
     named = any("auto_map" in read_json(path) for path in configs)
-    named |= any(not module["type"].startswith(OWN_MODULES) for module in _modules(folder))
+    known = (OWN_MODULES, *late.DENSE_MODULES)
+    named |= any(not module["type"].startswith(known) for module in _modules(folder))
     if named and not options.trust_remote_code:
         raise UntrustedCode(
             f"{options.name} carries Python code of its own. Building runs it with your rights: "
             "read it, then pass --trust-remote-code. What is served runs none of it."
         )
+
+
+def weights(folder: Path) -> list[Path]:
+    """The files of PyTorch weights in a folder, in order of name; none for an ONNX-only one."""
+    return sorted(path for pattern in WEIGHTS for path in folder.rglob(pattern))
+
+
+def onnx_file(folder: Path) -> Path:
+    """The FP32 ONNX file of a folder that has one.
+
+    Raises:
+        InvalidModel: it has none.
+    """
+    for name in ("model.onnx", "onnx/model.onnx"):
+        if (folder / name).exists():
+            return folder / name
+    raise InvalidModel("the folder has neither PyTorch weights nor a model.onnx.")
 
 
 def heads(model: Any, folder: Path, options: ModelOptions) -> dict[str, int]:
@@ -302,7 +357,6 @@ def input_types(prompts: Mapping[str, str], default: str | None) -> dict[str, st
     plain = prompts.get(default, "") if default else ""
     documents = (prompts.get(name) for name in ("document", "passage", "corpus"))
     return {
-        **({} if default is None else {default: plain}),
         **prompts,
         "query": prompts.get("query") or plain,
         "document": next((prompt for prompt in documents if prompt), plain),
@@ -319,8 +373,7 @@ def length_buckets(max_tokens: int) -> tuple[int, ...]:
 
 def needed_bytes(folder: Path) -> int:
     """Memory that a build of the folder's model needs: about three times its float32 weights."""
-    files = contents.loaded_weights(folder) or folder.rglob("*.onnx*")
-    sizes = [path.stat().st_size for path in files]
+    sizes = [path.stat().st_size for path in weights(folder) or folder.rglob("*.onnx*")]
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     halved = "16" in str(config.get("dtype") or config.get("torch_dtype") or "")
     return 3 * sum(sizes) * (2 if halved else 1)
@@ -356,21 +409,22 @@ def _check_tokenizer(tokenizer: Any, name: str) -> None:
         )
 
 
-def _model_options(folder: Path, name: str, backend: str) -> dict[str, Any]:
+def _model_options(folder: Path, backend: str) -> dict[str, Any]:
     if backend == "torch":
         import torch
 
         return {"dtype": torch.float32, "attn_implementation": "eager"}
     return {
-        "file_name": str(contents.onnx_file(folder, name).relative_to(folder)),
+        "file_name": str(onnx_file(folder).relative_to(folder)),
         "provider": "CPUExecutionProvider",
     }
 
 
-def _max_tokens(model: Any, folder: Path, options: ModelOptions) -> int:
-    named = contents.text_limit(folder, options.name) or model.max_seq_length or MAX_TOKENS
-    own = min(int(named) if named > 0 else MAX_TOKENS, position_limit(model))
-    _check_limit(options, own)
+def _max_tokens(model: Any, options: ModelOptions) -> int:
+    most = position_limit(model)
+    own = min(int(model.max_seq_length or MAX_TOKENS), most)
+    # The length of documents is a choice of whoever saved a late-interaction model.
+    _check_limit(options, most if hasattr(model, "late") else own)
     return options.max_tokens or min(own, MAX_TOKENS)
 
 
@@ -389,9 +443,12 @@ def transformer_config(model: Any) -> dict[str, Any]:
 
 
 def token_counter(model: Any) -> Callable[[str], int]:
-    """A function that counts the tokens of a whole text, special tokens included."""
+    """A function that counts the tokens of a whole text, special tokens and a document's marker
+    included.
+    """
     if hasattr(model[0], "auto_model"):
-        return lambda text: len(model.tokenizer(text, verbose=False)["input_ids"])
+        markers = 1 if hasattr(model, "late") and model.late.document_marker else 0
+        return lambda text: len(model.tokenizer(text, verbose=False)["input_ids"]) + markers
     return static.counter(model)
 
 
@@ -415,11 +472,7 @@ def _space(model: Any, folder: Path, fields: dict[str, Any], image: ImageSpec | 
 
     It is taken from the folder's own files, so another version of a tool does not change it.
     """
-    graph = None
-    if not contents.has_torch_weights(folder):
-        graph = contents.onnx_file(folder, "the model")
-    files = [*contents.weights(folder), *([graph] if graph else [])]
-    files += sorted(folder.glob("*_linear.pt"))
+    files = [*(weights(folder) or [onnx_file(folder)]), *sorted(folder.glob("*_linear.pt"))]
     configs = {
         str(path.relative_to(folder)): {
             key: value for key, value in read_json(path).items() if key not in IGNORED_KEYS
@@ -435,7 +488,7 @@ def _space(model: Any, folder: Path, fields: dict[str, Any], image: ImageSpec | 
     }
     if image is not None:
         decides["image"] = image.decides()
-    decides |= space.further(model, folder, graph)
+    decides |= space.further(model, folder, None if weights(folder) else onnx_file(folder))
     return key_of(json.dumps(decides, sort_keys=True))
 
 

@@ -20,7 +20,7 @@ from halimede_engine import session
 from halimede_ops import vectors
 from halimede_ops.spec import ModelSpec
 from halimede_tools.build import towers
-from halimede_tools.build.graph import activations, outliers, rewrite, smoothing, tables
+from halimede_tools.build.graph import activations, outliers, rewrite, smoothing
 from halimede_tools.build.kinds import scores
 from halimede_tools.build.towers import TOWERS, Bar, Engine, Tower, feed
 from halimede_tools.console import console
@@ -40,7 +40,9 @@ def quantise(
     tower = TOWERS[inputs]
     fp32, int8 = exported / session.FILE_NAME, folder / session.FILE_NAME
     if spec.static:
-        tables.to_int8(fp32, int8)
+        from halimede_tools.build.graph import lookup
+
+        lookup.to_int8(fp32, int8)
         return
     judged = tower.check_inputs()[tower.odd_inputs :: 3]
     attempts = to_int8(fp32, tower, spec, calibration, judged, int8)
@@ -74,8 +76,9 @@ def to_int8(
     attempts: list[dict[str, Any]] = []
     for kept in _kept(ranked, rewrite.convolutions(model)):
         _quantise(copy.deepcopy(model), feeds, kept, target)
-        embeddings = Engine(target, rows, spec).embed(inputs)
-        attempt = _judged(embeddings, expected, inputs, [row.length for row in rows(inputs)], bar)
+        engine = Engine(target, rows, spec)
+        embeddings = engine.embed(inputs)
+        attempt = _judged(embeddings, expected, inputs, engine.lengths(rows(inputs)), bar)
         attempts.append({"kept_fp32": kept, attempt.name: round(attempt.figure, 6)})
         console.print(
             f"    outliers of {len(apart)} MatMuls apart, {len(kept)} nodes in FP32: "

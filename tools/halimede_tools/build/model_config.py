@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from halimede_ops.errors import InvalidInput
 from halimede_ops.spec import (
     CLASSIFIER,
     DENSE,
+    KEPT,
     MULTI_VECTOR,
     PIXELS,
     POOLED,
@@ -28,6 +30,7 @@ from halimede_ops.spec import (
     ModelSpec,
 )
 from halimede_repository import configs
+from halimede_tools.build.keys import key_of
 from halimede_tools.build.towers import CPU_ACCELERATORS
 
 MAX_BATCH_SIZE = 128
@@ -133,7 +136,7 @@ def tuned(config: pb.ModelConfig, choice: Mapping[str, str]) -> pb.ModelConfig:
 
 
 def tokenizer(name: str, spec: ModelSpec) -> pb.ModelConfig:
-    """A text, or a pair of texts → input_ids, attention_mask, token types, TOKENS."""
+    """A text, or a pair of texts → input_ids, attention_mask, token types, kept tokens, TOKENS."""
     return pb.ModelConfig(
         name=name,
         backend="tokenizer",
@@ -141,6 +144,7 @@ def tokenizer(name: str, spec: ModelSpec) -> pb.ModelConfig:
         input=_text_inputs(spec),
         output=[
             *(_output(tokens, pb.TYPE_INT64, -1) for tokens in token_inputs(spec)),
+            *([_output(KEPT, pb.TYPE_INT64, -1)] if spec.late else []),
             _output("TOKENS", pb.TYPE_INT32, 1),
         ],
         instance_group=[_on_cpu()],
@@ -196,6 +200,8 @@ def onnx(
         for rows in WARM_ROWS
     )
     written.parameters["max_tokens"].string_value = str(spec.max_tokens)
+    if spec.late and spec.late.has_unattended:
+        written.parameters["unattended_tokens"].string_value = "true"
     return written
 
 
@@ -269,18 +275,21 @@ def warm_lengths(spec: ModelSpec) -> list[int]:
 
 def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
     """The pooled vector, DIMENSIONS → EMBEDDING, scores → SCORE or SCORES, or the weights of a
-    vocabulary → SPARSE_IDS, SPARSE_WEIGHTS; heads with ids and mask → their outputs.
+    vocabulary → SPARSE_IDS, SPARSE_WEIGHTS; heads with ids and mask → their outputs; vectors of
+    tokens with kept tokens → MULTI_VECTORS.
     """
+    pooled = [] if spec.late else [_input(POOLED, pb.TYPE_FP32, spec.dims)]
     heads = [_input(head, pb.TYPE_FP32, -1, width) for head, width in spec.heads.items()]
-    tokens = [_input(name, pb.TYPE_INT64, -1) for name in ("input_ids", "attention_mask")]
+    tokens = [_input(name, pb.TYPE_INT64, -1) for name in _pooled_tokens(spec)]
     return pb.ModelConfig(
         name=name,
         backend="pooler",
         max_batch_size=MAX_BATCH_SIZE,
         input=[
-            _input(POOLED, pb.TYPE_FP32, spec.dims),
+            *pooled,
             *([_dimensions()] if spec.kind == DENSE else []),
-            *(heads + tokens if heads else []),
+            *heads,
+            *tokens,
         ],
         output=[*_vector_outputs(spec), *_head_outputs(spec)],
         instance_group=[_on_cpu()],
@@ -290,7 +299,6 @@ def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
                 name="one vector",
                 batch_size=1,
                 inputs={
-                    POOLED: _warm(pb.TYPE_FP32, spec.dims, zero_data=True),
                     **_warm_dimensions(spec),
                     **{
                         entry.name: pb.ModelWarmup.Input(
@@ -298,7 +306,7 @@ def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
                             dims=[max(1, size) for size in entry.dims],
                             zero_data=True,
                         )
-                        for entry in (heads + tokens if heads else [])
+                        for entry in (*pooled, *heads, *tokens)
                     },
                 },
             )
@@ -306,15 +314,24 @@ def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
     )
 
 
+def _pooled_tokens(spec: ModelSpec) -> list[str]:
+    """Names of the tokenizer's tensors that the pooler takes: all of a token, for heads."""
+    if spec.late:
+        return [KEPT]
+    return ["input_ids", "attention_mask"] if spec.heads else []
+
+
 def ensemble(described: Ensemble) -> pb.ModelConfig:
-    """A text, or a pair of texts → EMBEDDING, SCORE, SCORES or sparse weights, TOKENS and the
-    heads' outputs.
+    """A text, or a pair of texts → EMBEDDING, SCORE, SCORES, sparse weights or multi-vectors,
+    TOKENS, and the heads' outputs.
     """
     spec, steps = described.spec, described.steps
     outputs = [entry.name for entry in (*_vector_outputs(spec), *_head_outputs(spec))]
     heads = {head: head for head in spec.heads}
-    names = {"input_ids": "ids", "attention_mask": "mask", TOKEN_TYPES: "types"}
+    names = {"input_ids": "ids", "attention_mask": "mask", TOKEN_TYPES: "types", KEPT: KEPT}
     tokens = {name: names[name] for name in token_inputs(spec)}
+    to_pooler = {name: names[name] for name in _pooled_tokens(spec)}
+    pooled = {} if spec.late else {POOLED: "pooled"}
     texts = {entry.name: entry.name for entry in _text_inputs(spec)}
     dimensions = {"DIMENSIONS": "DIMENSIONS"} if spec.kind == DENSE else {}
     return pb.ModelConfig(
@@ -325,11 +342,11 @@ def ensemble(described: Ensemble) -> pb.ModelConfig:
         output=_embedded(spec),
         ensemble_scheduling=pb.ModelEnsembling(
             step=[
-                _step(steps["tokenizer"], texts, {**tokens, "TOKENS": "TOKENS"}),
-                _step(steps["onnx"], tokens, {POOLED: "pooled", **heads}),
+                _step(steps["tokenizer"], texts, {**tokens, **to_pooler, "TOKENS": "TOKENS"}),
+                _step(steps["onnx"], tokens, {**pooled, **heads}),
                 _step(
                     steps["pooler"],
-                    {POOLED: "pooled", **dimensions, **(heads | tokens if heads else {})},
+                    {**pooled, **dimensions, **heads, **to_pooler},
                     {name: name for name in outputs},
                 ),
             ]
@@ -461,6 +478,44 @@ def fusion(
     )
 
 
+def maxsim(name: str, described: Ensemble, version: int) -> pb.ModelConfig:
+    """QUERY, TEXT → SCORE, TOKENS, by the multi-vectors of an ensemble in this version."""
+    facts = scored(described.spec)
+    return pb.ModelConfig(
+        name=name,
+        backend="maxsim",
+        max_batch_size=MAX_BATCH_SIZE,
+        input=_text_inputs(facts),
+        output=_embedded(facts),
+        instance_group=[_on_cpu()],
+        dynamic_batching=_batching(),
+        parameters=_facts(
+            facts,
+            described.precision,
+            described.missed,
+            max_tokens=str(facts.max_tokens),
+            kind=RERANKER,
+            model=described.name,
+            model_version=str(version),
+        ),
+    )
+
+
+def scored(spec: ModelSpec) -> ModelSpec:
+    """The facts of a model that scores pairs by the multi-vectors of another."""
+    return dataclasses.replace(
+        spec,
+        kind=RERANKER,
+        space=key_of("maxsim", spec.space),
+        dims=1,
+        max_tokens=spec.late.document_tokens if spec.late else spec.max_tokens,
+        heads={},
+        late=None,
+        special_ids=(),
+        matryoshka=(),
+    )
+
+
 def check_device(device: str) -> None:
     """Raise unless `device` is one of DEVICES.
 
@@ -555,6 +610,8 @@ def _vector_outputs(spec: ModelSpec) -> list[pb.ModelOutput]:
         return [_embedding()]
     if spec.kind == SPARSE_KIND:
         return _sparse_outputs()
+    if spec.late:
+        return []
     return [_output(VECTOR_OUTPUTS[spec.kind], pb.TYPE_FP32, spec.dims)]
 
 
@@ -595,6 +652,7 @@ def _text_facts(described: Ensemble) -> Parameters:
         image_model=described.counterpart,
         kind="" if described.spec.kind == DENSE else described.spec.kind,
         labels=json.dumps(described.spec.labels) if described.spec.labels else "",
+        query_tokens=str(described.spec.late.query_tokens) if described.spec.late else "",
     )
 
 

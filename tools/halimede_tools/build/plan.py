@@ -19,7 +19,7 @@ from halimede.models import catalogue, store
 from halimede_engine import session
 from halimede_ops import spec, text
 from halimede_ops.errors import BuildError, InvalidInput, LicenceNotAccepted, QualityError
-from halimede_ops.spec import CLASSIFIER, RERANKER, SPARSE_KIND, ModelSpec
+from halimede_ops.spec import CLASSIFIER, LATE_INTERACTION, RERANKER, SPARSE_KIND, ModelSpec
 from halimede_repository import configs, names
 from halimede_tools.build import (
     candidates,
@@ -51,6 +51,7 @@ BY_KIND = {
     RERANKER: towers.PAIRS,
     CLASSIFIER: towers.LABELLED,
     SPARSE_KIND: towers.WEIGHTED,
+    LATE_INTERACTION: towers.LATE,
 }
 """The tower that texts enter, by the kind of model; TEXTS for others."""
 SHARE_FOR_LONG_TEXTS = 2
@@ -372,6 +373,8 @@ def _calibration(request: BuildRequest, tower: towers.Tower) -> tuple[list[Any],
         elif tower is towers.LABELLED:
             pairs = corpus.calibration_pairs(request.calibration)
             texts = corpus.texts_and_pairs(texts, pairs)
+        elif tower is towers.LATE:
+            texts = corpus.as_queries_and_documents(texts)
         return texts, texts if tower is towers.TEXTS else list(map(repr, texts))
     files = pictures.calibration(request.calibration_images)
     return files, [hashlib.sha256(file).hexdigest() for file in files]

@@ -31,7 +31,7 @@ from halimede_engine import session
 from halimede_ops import fusion, spec, text
 from halimede_ops.errors import InvalidModel
 from halimede_ops.fusion import Fusion
-from halimede_ops.spec import ImageSpec, ModelSpec
+from halimede_ops.spec import ImageSpec, LateSpec, ModelSpec
 from halimede_repository import checksums, configs
 from halimede_tools.build import model_config
 from halimede_tools.build.model_config import Pin
@@ -153,13 +153,17 @@ def _facts(spec: ModelSpec) -> str:
         for field in dataclasses.fields(spec)
         if getattr(spec, field.name) != getattr(plain, field.name)
     }
-    return json.dumps(fields, sort_keys=True, default=_image_facts)
+    return json.dumps(fields, sort_keys=True, default=_inner_facts)
 
 
-def _image_facts(image: ImageSpec) -> dict[str, Any]:
-    """All its limits, and the fields that decide vectors."""
-    limits = {name: getattr(image, name) for name in spec.IMAGE_LIMITS}
-    return limits | image.decides()
+def _inner_facts(facts: ImageSpec | LateSpec) -> dict[str, Any]:
+    """All fields of a late-interaction model; of images the limits, and the fields that decide
+    vectors.
+    """
+    if isinstance(facts, LateSpec):
+        return dataclasses.asdict(facts)
+    limits = {name: getattr(facts, name) for name in spec.IMAGE_LIMITS}
+    return limits | facts.decides()
 
 
 def served_name(model: str, precision: str) -> str:
@@ -219,7 +223,7 @@ def switch(versions: Mapping[str, int], repository: Path, share: float | None = 
     renames leaves each ensemble whole, but some in the old version and some in the new one.
     """
     changed = {}
-    for name, version in versions.items():
+    for name, version in with_maxsim(versions, repository).items():
         folder = repository / name
         for kept, path in (
             (configs.CONFIG, folder / configs.CONFIG),
@@ -358,7 +362,10 @@ def prune(versions: Mapping[str, int], repository: Path) -> None:
             pins = {name: version, **_pinned_by(path.parent / str(version))}
             for model, number in pins.items():
                 kept.setdefault(model.removesuffix(configs.CANDIDATE), set()).add(number)
-    for model in {*versions, *(pin.model for pin in steps(versions, repository))}:
+    scoring = {f"{name}{configs.MAXSIM}" for name in versions}
+    for name in scoring:  # has the versions of its ensemble
+        kept[name] = kept.get(name.removesuffix(configs.MAXSIM), set())
+    for model in {*versions, *scoring, *(pin.model for pin in steps(versions, repository))}:
         for version in set(configs.stored_versions(repository / model)) - kept.get(model, set()):
             shutil.rmtree(repository / model / str(version), ignore_errors=True)
 
@@ -386,7 +393,8 @@ def _unpublish_stale(built: Built, repository: Path) -> None:
         if precision in built.models or not (ensemble / configs.CONFIG).exists():
             continue
         if model_config.space(ensemble / configs.CONFIG) != built.spec.space:
-            for folder in (ensemble, ensemble.with_name(f"{ensemble.name}-onnx")):
+            further = [f"{ensemble.name}{suffix}" for suffix in ("-onnx", configs.MAXSIM)]
+            for folder in (ensemble, *map(ensemble.with_name, further)):
                 (folder / configs.CONFIG).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -475,6 +483,8 @@ def _place_ensemble(built: Built, precision: str, repository: Path) -> None:
         _keep(model_config.image_ensemble(described), pin, repository)
         return
     _keep(model_config.ensemble(described), pin, repository)
+    if spec.MULTI_VECTOR in built.spec.heads and not built.suffix:
+        _place_maxsim(described, pin.version, repository)
     _write_text_warmup(built.spec, repository / pin.model)
     onnx = repository / steps["onnx"].model / str(steps["onnx"].version)
     one_process = _tuned(model_config.one_process(described, built.device), onnx)
@@ -482,6 +492,27 @@ def _place_ensemble(built: Built, precision: str, repository: Path) -> None:
         model_config.to_text(model_config.serving(one_process, [pin.version])),
         folder / ONE_PROCESS,
     )
+
+
+def _place_maxsim(described: model_config.Ensemble, version: int, repository: Path) -> None:
+    """Write the version folder of the model that scores pairs by an ensemble's multi-vectors."""
+    pin = Pin(described.name + configs.MAXSIM, version)
+    folder = repository / pin.model / str(version)
+    _write_text(model_config.scored(described.spec).to_json(), folder / spec.FILE_NAME)
+    _keep(model_config.maxsim(pin.model, described, version), pin, repository)
+
+
+def with_maxsim(versions: Mapping[str, int], repository: Path) -> dict[str, int]:
+    """These versions of ensembles, and of the models that score pairs by them. Such a model has the
+    version of its ensemble.
+    """
+    scoring = {f"{name}{configs.MAXSIM}": version for name, version in versions.items()}
+    placed = {
+        name: version
+        for name, version in scoring.items()
+        if (repository / name / str(version) / configs.CONFIG).exists()
+    }
+    return {**versions, **placed}
 
 
 def _write_text_warmup(spec: ModelSpec, folder: Path) -> None:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from halimede_engine import arithmetic, cores, engine, session
-from halimede_ops import image, text
-from halimede_ops.spec import PIXELS, TOKEN_TYPES, ModelSpec
+from halimede_ops import image, text, vectors
+from halimede_ops.spec import MULTI_VECTOR, PIXELS, QUERY, TOKEN_TYPES, ModelSpec
 from halimede_tools.build.kinds.scores import SCORE_BARS
 from halimede_tools.build.samples import corpus, pictures
 
@@ -64,6 +64,29 @@ SPARSE_BARS = {
 }
 """The bars of a sparse model. FP32 leaves room for the ids that `max_active_dims` cuts off, where
 two weights are equal but for the last bits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LateBar(Bar):
+    """What a precision of a late-interaction model must reach to be published: the cosines are
+    those of its vectors, and MaxSim must rank documents alike.
+    """
+
+    kendall_tau: float
+    """Kendall's tau of the rankings of documents, the mean over all queries."""
+    ndcg_10: float
+    """NDCG@10 of the same, where the reference's first ten documents have the gains 10, 9, …, 1."""
+
+
+LATE_BARS = {
+    precision: LateBar(
+        **dataclasses.asdict(bar),
+        kendall_tau=SCORE_BARS[precision].kendall_tau,
+        ndcg_10=SCORE_BARS[precision].ndcg_10,
+    )
+    for precision, bar in BARS.items()
+}
+"""The bars of a late-interaction model."""
 
 LENGTH_CLASSES = (20, 64)
 """Tokens at which the second and the third length class begin."""
@@ -118,6 +141,19 @@ def pair_rows(tokenizer_folder: Path, spec: ModelSpec) -> Rows:
     )
 
 
+def late_rows(tokenizer_folder: Path, spec: ModelSpec) -> Rows:
+    """The function that turns queries (`Query`) and documents (strings) into token rows."""
+    tokenizer = text.load(tokenizer_folder, spec)
+    make_rows = engine.text_rows(tokenizer)
+    query, document = spec.prompt(QUERY), spec.prompt("document")
+    return lambda items: make_rows(
+        [
+            text.Query(query + item.text) if isinstance(item, text.Query) else document + item
+            for item in items
+        ]
+    )
+
+
 def image_rows(_: Path, spec: ModelSpec) -> Rows:
     """The function that turns encoded pictures into rows of pixels."""
     accepted = spec.images()
@@ -145,7 +181,8 @@ class Tower:
     """One way into a model: its texts, pairs of texts, or a CLIP's images."""
 
     inputs: str
-    """What goes in: `texts`, `pairs`, `labelled texts`, `weighted texts` or `images`."""
+    """What goes in: `texts`, `pairs`, `labelled texts`, `weighted texts`, `queries and documents`
+    or `images`."""
     bars: Mapping[str, Any]
     """Precision → what it must reach."""
     rows: Callable[[Path, ModelSpec], Rows]
@@ -173,7 +210,14 @@ WEIGHTED = Tower(
     lambda: corpus.check_texts(CHECK_SPARSE_TEXTS),
     len(corpus.ODD_TEXTS),
 )
-TOWERS = {tower.inputs: tower for tower in (TEXTS, IMAGES, PAIRS, LABELLED, WEIGHTED)}
+LATE = Tower(
+    "queries and documents",
+    LATE_BARS,
+    late_rows,
+    corpus.check_queries_and_documents,
+    2 * len(corpus.ODD_TEXTS),
+)
+TOWERS = {tower.inputs: tower for tower in (TEXTS, IMAGES, PAIRS, LABELLED, WEIGHTED, LATE)}
 """Each tower by its `inputs`."""
 
 
@@ -191,9 +235,46 @@ class Engine(engine.Engine):
         )
         super().__init__(opened, rows, spec)
 
-    def run_each(self, batches: Sequence[Sequence[session.Row | session.Pixels]]) -> np.ndarray:
-        """Pooled vectors `[rows, dims]` float32 of batches that run apart from each other, a
-        stream each at a time.
+    def embed(self, inputs: Sequence[Any]) -> np.ndarray:
+        """As the engine's own; of a late-interaction model the vectors of all inputs, as `run`."""
+        return vectors.embed(self.run(self.rows(inputs)), self.spec)
+
+    def run(self, rows: Sequence[session.Row | session.Pixels]) -> np.ndarray:
+        """Pooled vectors `[rows, dims]` float32, in order. Of a late-interaction model the vectors
+        of all rows, one row after another, `[vectors, dims]`.
         """
+        if self.spec.late is None:
+            return self.session.run(rows)
+        parts = self.session.plan([row.length for row in rows], self.cores)
+        found = self.run_each([[rows[row] for row in part] for part in parts])
+        order = [row for part in parts for row in part]
+        return found[np.argsort(self.places(rows, order), kind="stable")]
+
+    def run_each(self, batches: Sequence[Sequence[session.Row | session.Pixels]]) -> np.ndarray:
+        """As `run`, of batches that run apart from each other, a stream each at a time."""
+        run = self.session.run_together if self.spec.late is None else self._run_late
         with ThreadPoolExecutor(self.cores) as streams:
-            return np.concatenate(list(streams.map(self.session.run_together, batches)))
+            return np.concatenate(list(streams.map(run, batches)))
+
+    def counts(self, rows: Sequence[session.Row | session.Pixels]) -> list[int]:
+        """Vectors of each row: 1, or of a late-interaction model one for each token it keeps."""
+        kept = [getattr(row, "kept", None) for row in rows]
+        return [1 if tokens is None else int(tokens.sum()) for tokens in kept]
+
+    def places(
+        self, rows: Sequence[session.Row | session.Pixels], order: Sequence[int]
+    ) -> np.ndarray:
+        """Index in `run` of each vector of the rows in another order."""
+        counts = self.counts(rows)
+        ends = np.cumsum(counts)
+        return np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in order])
+
+    def lengths(self, rows: Sequence[session.Row | session.Pixels]) -> list[int]:
+        """Tokens of the row that each vector is of."""
+        return np.repeat([row.length for row in rows], self.counts(rows)).tolist()
+
+    def _run_late(self, rows: Sequence[session.Row]) -> np.ndarray:
+        found = self.session.run_with_heads(rows)
+        return np.concatenate(
+            [values[MULTI_VECTOR][row.kept == 1] for row, values in zip(rows, found, strict=True)]
+        )

@@ -240,7 +240,8 @@ class Deployment:
         repository.add(versions, self.folder)
         self._load(steps=steps)
         repository.switch(versions, self.folder)
-        self._load(versions)
+        scoring = repository.with_maxsim(versions, self.folder).keys() - versions.keys()
+        self._load(versions, steps=scoring)
         repository.release(versions, self.folder)
         self._load(steps=steps)
 

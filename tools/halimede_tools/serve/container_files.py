@@ -17,6 +17,7 @@ BACKENDS = (
     "pooler",
     "image",
     "fusion",
+    "maxsim",
     "adapter",
     "halimede_engine",
     "halimede_ops",

@@ -45,15 +45,23 @@ def padding_id(transformer: Any) -> int | None:
 
 
 def places(
-    ids: torch.Tensor, texts: torch.Tensor, padding_id: int | None
+    ids: torch.Tensor,
+    texts: torch.Tensor,
+    padding_id: int | None,
+    numbers: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens attend to which, `[rows, tokens, tokens]` bool, and the position of each in its
     own text, `[rows, tokens]` int64. `ids` and `texts`, the mask, are `[rows, tokens]` int64.
+
+    `numbers` has the number of each token's text if `texts` is not above 0 for tokens that no token
+    attends to.
     """
-    same = (texts[:, :, None] == texts[:, None, :]) & (texts[:, None, :] > 0)
+    own = texts if numbers is None else numbers
+    same = (own[:, :, None] == own[:, None, :]) & (own[:, None, :] > 0)
+    attended = same if numbers is None else same & (texts[:, None, :] > 0)
     if padding_id is None:
-        return same, positions_in_text(texts)
-    return same, positions_of_roberta(ids, same, padding_id)
+        return attended, positions_in_text(own)
+    return attended, positions_of_roberta(ids, same, padding_id)
 
 
 def pooling_mode(pooling: Any) -> str:

@@ -16,7 +16,7 @@ from halimede_engine.session import PACKED, SPARSE_ROWS
 from halimede_ops import spec
 from halimede_ops.spec import PIXELS, POOLED, TOKEN_TYPES, ImageSpec, ModelSpec
 from halimede_tools.build import describe
-from halimede_tools.build.graph import imaging, packing, padding, rewrite, scoring, splade
+from halimede_tools.build.graph import imaging, late, packing, padding, rewrite, scoring, splade
 from halimede_tools.build.vision import two_towers
 
 TOKEN_INPUTS = ("input_ids", "attention_mask")
@@ -56,6 +56,16 @@ def trace_sparse(model: Any, path: Path) -> None:
     _export(module, model[0].auto_model.config, list(TOKEN_INPUTS), [POOLED], path)
     is_packed = isinstance(module, packing.Packed)
     rewrite.mark(path, SPARSE_ROWS, *([PACKED] if is_packed else []))
+
+
+@torch.no_grad()
+def trace_late(model: Any, path: Path) -> None:
+    """Trace a late-interaction model, from tokens to a vector for each."""
+    module = late.LateVectors(model)
+    outputs = [spec.MULTI_VECTOR, POOLED]
+    _export(module, model[0].auto_model.config, list(TOKEN_INPUTS), outputs, path)
+    if module.is_packed:
+        rewrite.mark(path, PACKED)
 
 
 def _export(
@@ -170,6 +180,8 @@ def _axes(output: str) -> dict[int, str]:
 
 def add_heads(model: Any, source: Path, facts: ModelSpec) -> None:
     """Append the model's further heads, so that they come from the same pass."""
+    if facts.late is not None:
+        return
     if spec.SPARSE in facts.heads:
         model.append(_Head(source / describe.SPARSE_FILE, spec.SPARSE, torch.nn.ReLU()))
     if spec.MULTI_VECTOR in facts.heads:

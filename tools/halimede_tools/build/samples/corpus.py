@@ -13,6 +13,7 @@ from pathlib import Path
 
 from halimede_ops.errors import InvalidInput
 from halimede_ops.lines import read_lines
+from halimede_ops.text import Query
 
 DATA = Path(__file__).parent / "data"
 SENTENCES = (DATA / "sentences.txt").read_text("utf-8").splitlines()
@@ -136,6 +137,19 @@ def check_pairs() -> list[tuple[str, str]]:
     """
     odd = [(text, "a document") for text in ODD_TEXTS] + [("a query", text) for text in ODD_TEXTS]
     return [*odd, *pairs(check_texts(), 2)]
+
+
+def as_queries_and_documents(texts: Sequence[str]) -> list[str | Query]:
+    """Every fourth text as a query, and all texts as documents."""
+    return [*map(Query, texts[::4]), *texts]
+
+
+def check_queries_and_documents() -> list[str | Query]:
+    """Queries and documents to compare vectors on: each odd text as both, then texts of
+    `check_texts`.
+    """
+    odd, texts = ODD_TEXTS, check_texts(400)[len(ODD_TEXTS) :]
+    return [*map(Query, odd), *odd, *as_queries_and_documents(texts)]
 
 
 def mixed_texts(count: int = 1000, seed: int = 3) -> list[str]:
