@@ -58,8 +58,17 @@ class ServedModel:
     labels: tuple[str, ...] = ()
     """Names of a classifier's labels, in the order of its scores."""
 
+    query_tokens: int = 0
+    """Token limit of a query, of a late-interaction model whose queries have one of their own. 0:
+    it is `max_tokens`."""
+
     candidate: ServedModel | None = None
     """The candidate that may answer a share of this model's requests. None if there is none."""
+
+    def token_limit(self, input_type: str | None) -> int:
+        """Token limit of a text of this input type."""
+        is_query = input_type == "query"
+        return self.query_tokens if is_query and self.query_tokens else self.max_tokens
 
     def is_alike(self, other: ServedModel) -> bool:
         """Whether vectors of both can be in one result: they have one space and precision."""

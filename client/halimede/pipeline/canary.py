@@ -79,7 +79,7 @@ def split(request: Request, served: ServedModel, ask: Ask) -> Flow[Answer]:
 
 def _facts(model: ServedModel) -> tuple[object, ...]:
     """What a result says of its rows, beside space and precision."""
-    return model.kind, model.dims, model.max_tokens, model.labels
+    return model.kind, model.dims, model.max_tokens, model.query_tokens, model.labels
 
 
 def _point(key: bytes, version: str) -> float:

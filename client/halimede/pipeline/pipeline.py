@@ -320,7 +320,7 @@ class _Attempt(NamedTuple, Generic[R]):
             "model": model.name,
             "space": model.space,
             "precision": model.precision,
-            "max_tokens": model.max_tokens,
+            "max_tokens": model.token_limit(call.options.input_type),
             "provider": model.provider,
         }
         return call.task.result(Answered(answer, model, self.dims, call.options, facts))

@@ -351,6 +351,7 @@ class Onnx:
             image_model=configs.parameter(version.config, "image_model"),
             max_image_bytes=MAX_IMAGE_BYTES if image is None else image.max_image_bytes,
             kind=facts.kind,
+            query_tokens=facts.late.query_tokens if facts.late else 0,
             outputs=tuple(dict.fromkeys([OUTPUT_OF[facts.kind], *further])),
             labels=facts.labels,
         )

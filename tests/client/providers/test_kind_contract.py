@@ -42,6 +42,7 @@ MODELS = {
     "topics": small_models.topic_classifier,
     "m3": small_models.like_bge_m3,
     "splade": small_models.like_splade,
+    "colbert": small_models.like_pylate,
 }
 LABELS = ("arts", "sports", "science", 'the "rest"')
 PAIRS = corpus.check_pairs()[::8][:50]
@@ -251,6 +252,28 @@ def test_sparse_embeddings_are_those_of_a_sparse_encoder(
         np.testing.assert_allclose(found, dense, atol=1e-4)
 
 
+def test_multi_vectors_of_late_interaction_rank_documents(
+    config: dict[str, Any], server: wheel.Server
+) -> None:
+    """Queries and documents have limits of their own. In process they are those of Triton, whose
+    model NAME-maxsim is a reranker with the scores of `maxsim`.
+    """
+    query = "a city by the sea " * 20
+    with Embedder(model="colbert", config=config) as embedder:
+        model = embedder.model
+        assert (model.kind, model.outputs) == ("late_interaction", ("multi",))
+        assert 0 < model.query_tokens < model.max_tokens
+        documents = embedder.embed_multi(TEXTS, input_type="document")
+        asked = embedder.embed_multi(query, input_type="query")
+    assert documents.max_tokens == model.max_tokens
+    assert (asked.max_tokens, asked.truncated.all()) == (model.query_tokens, True)
+    assert asked.vectors[0].shape[1] == model.dims
+    scores = maxsim.score(asked.vectors[0], documents.vectors)
+    with Reranker("colbert-maxsim", url=server.grpc_address, timeout_s=180) as reranker:
+        served = reranker.score([(query, text) for text in TEXTS])
+    np.testing.assert_allclose(served.scores, scores, rtol=1e-4, atol=1e-4)
+
+
 def test_what_a_model_does_not_give_is_refused(
     reranker: Reranker, classifier: Classifier, config: dict[str, Any]
 ) -> None:
@@ -333,6 +356,9 @@ def test_the_command_says_what_models_are(server: wheel.Server) -> None:
         "topics": ("classifier", "text"),
         "m3": ("dense", "text"),
         "splade": ("sparse", "text"),
+        "colbert": ("late_interaction", "text"),
+        "colbert-maxsim": ("reranker", "text pair"),
+        "m3-maxsim": ("reranker", "text pair"),
     }
     done = halimede("embed", "a", "--model", "reranker", server=server)
     assert done.returncode == 1

@@ -46,6 +46,7 @@ def from_config(config: Any) -> ServedModel | None:
         max_image_bytes=int(parameters.get("max_image_bytes", MAX_IMAGE_BYTES)),
         share=float(parameters.get(configs.SHARE, 0)),
         kind=kind,
+        query_tokens=int(parameters.get("query_tokens", 0)),
         outputs=tuple(output for name, output in OUTPUTS.items() if name in names),
         labels=tuple(json.loads(parameters.get("labels", "[]"))),
     )
