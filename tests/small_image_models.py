@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +204,8 @@ def sentence_vit(folder: Path) -> Path:
     return folder
 
 
-IMAGES_ALONE: tuple[Callable[[Path], Path], ...] = (
-    vit, vit_classifier, dinov2, dinov2_with_registers, beit, deit, swin, swinv2, convnext,
-    convnextv2, resnet, mobilevit, efficientnet, ijepa, clip_vision, siglip_vision, sentence_vit,
-)  # fmt: skip
+def plain_clip(folder: Path) -> Path:
+    """CLIP without a file that says how its images are prepared."""
+    small_models.clip(folder)
+    (folder / "preprocessor_config.json").unlink()
+    return folder

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forms
 import numpy as np
 import pytest
 import small_image_models as small
-import small_models
 import torch
 import transformers as hf
 from conftest import free_options, version_folder
@@ -40,10 +40,7 @@ from halimede_tools.settings import Settings
 
 SAME = 0.99999
 """Lowest cosine of FP32 to transformers."""
-SERVED = {
-    "siglip": small.siglip, "vit": small.vit, "dinov2": small.dinov2, "swin": small.swin,
-    "plain-clip": small_models.clip,
-}  # fmt: skip
+SERVED = {name: form.make for name, form in forms.IMAGES.items()}
 IN_ALL_PRECISIONS = ("siglip", "vit")
 POOLED = {
     small.vit_classifier: spec.CLS, small.deit: spec.CLS, small.ijepa: spec.MEAN,
@@ -102,9 +99,7 @@ def text_features(folder: Path, given: list[str]) -> np.ndarray:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     parent = tmp_path_factory.mktemp("folders")
-    made = {name: make(parent / name) for name, make in SERVED.items()}
-    (made["plain-clip"] / PREPROCESSING).unlink()
-    return made
+    return {name: make(parent / name) for name, make in SERVED.items()}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +127,7 @@ def embedder_of(request: pytest.FixtureRequest, home: Settings) -> Callable[[str
     if request.param == "onnx":
         where = {"provider": "onnx", "path": str(home.repository)}
     else:
-        where = {"url": request.getfixturevalue("server").grpc_address}
+        where = {"provider": "triton", "url": request.getfixturevalue("server").grpc_address}
     return lambda name: Embedder(config={"models": {"m": {"model_id": name, **where}}})
 
 
@@ -221,6 +216,7 @@ def test_what_is_written(home: Settings) -> None:
     assert "text_model" not in parameters and "kind" not in parameters
     facts = spec.load(version_folder(home.repository / "vit"))
     assert (facts.kind, facts.takes_texts) == (spec.DENSE, False)
+    assert facts.images().pooling == spec.POOLER_OUTPUT
     quality = json.loads((version_folder(home.repository / "vit") / "quality.json").read_text())
     assert quality["images"] == towers.CHECK_PICTURES and quality["space"] == facts.space
 
@@ -241,7 +237,9 @@ def test_a_clip_without_preprocessing_has_that_of_its_kin(
     assert f"has no {PREPROCESSING}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("make", small.IMAGES_ALONE, ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [form.make for form in forms.IMAGE_GRAPHS.values()], ids=list(forms.IMAGE_GRAPHS)
+)
 def test_every_architecture(make: Callable[[Path], Path], tmp_path: Path) -> None:
     """Its graph gives transformers' vectors for every form of pictures, by OpenVINO's engine."""
     folder, out = make(tmp_path / "model"), tmp_path / "out"
