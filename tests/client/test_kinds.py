@@ -18,6 +18,7 @@ from halimede import (
     AsyncEmbedder,
     AsyncReranker,
     Classifier,
+    DeadlineExceeded,
     Embedder,
     Future,
     InvalidInput,
@@ -376,3 +377,15 @@ def test_statistics_count_text_pairs() -> None:
         assert reranker.health()[0]["healthy"]
     assert (stats["texts"], stats["text_pairs"]) == (0, len(DOCUMENTS))
     assert stats["providers"]["fake"]["text_pairs"] == len(DOCUMENTS)
+
+
+def test_a_deadline_says_what_was_not_done() -> None:
+    """Text pairs are scored, texts are embedded."""
+    for name, words in (
+        ("rank", "5 text pairs were not scored within 0.05 s"),
+        ("embed_multi", "5 texts were not embedded within 0.05 s"),
+    ):
+        cls, kind, call = CALLS[name]
+        with cls(providers=[FakeProvider(kind=kind, latency_s=5)], deadline_s=0.05) as client:
+            with pytest.raises(DeadlineExceeded, match=words):
+                call(client)

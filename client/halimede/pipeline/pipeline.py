@@ -21,7 +21,6 @@ from halimede.inputs.content import (
     TEXT_KINDS,
     Content,
     Input,
-    InputKind,
     OutputKind,
     ReadOptions,
     plural,
@@ -94,11 +93,6 @@ class Call(Generic[R]):
     may_block: bool = False
     """Whether the caller's thread waits for this call."""
 
-    @property
-    def kind(self) -> InputKind:
-        """Kind of every input."""
-        return self.task.kind
-
 
 class Pipeline:
     """Answers calls through a fallback of providers. Safe to use from several threads."""
@@ -144,16 +138,17 @@ class Pipeline:
         deadline_s = call.options.deadline_s
         until_s = math.inf if deadline_s is None else time.monotonic() + deadline_s
         began_s = time.perf_counter()
-        with tracing.span("halimede.embed", call.kind, len(call.inputs)) as facts:
+        with tracing.span("halimede.embed", call.task.kind, len(call.inputs)) as facts:
             try:
                 flow = self._on_any(call, until_s)
                 provider, result = yield from self._lifetime.run(flow, until_s)
             except (TimeoutError, HalimedeError) as error:
                 if isinstance(error, TimeoutError) or time.monotonic() >= until_s - CLOCK_S:
+                    inputs = plural(call.task.kind)
                     done = "scored" if call.task.output == "scores" else "embedded"
                     error = DeadlineExceeded(
-                        f"{len(call.inputs)} {plural(call.kind)} were not {done} within "
-                        f"{deadline_s:g} s. Raise deadline_s, or give fewer {plural(call.kind)}."
+                        f"{len(call.inputs)} {inputs} were not {done} within {deadline_s:g} s. "
+                        f"Raise deadline_s, or give fewer {inputs}."
                     )
                 self.statistics.gave_up(type(error).__name__)
                 raise error from None
@@ -167,7 +162,7 @@ class Pipeline:
             }
         self.statistics.answered(
             provider.name,
-            call.kind,
+            call.task.kind,
             len(result),
             cached,
             time.perf_counter() - began_s,
@@ -236,7 +231,7 @@ class Pipeline:
         cache = self._cache if provider.options.cache_enabled else None
         max_age_s = math.inf if cache is None else self._model_check_s
         for _ in range(MODEL_CHANGES):
-            model = yield from provider.model(call.kind, until_s, max_age_s)
+            model = yield from provider.model(call.task.kind, until_s, max_age_s)
             try:
                 call.task.check(provider.name, model)
                 self._fallback.admit(provider, model)
@@ -291,10 +286,10 @@ class _Attempt(NamedTuple, Generic[R]):
             ModelChanged: the provider has another model now.
         """
         call, model = self.call, self.model
-        step, in_flight = batching.WINDOWING[call.kind]
+        step, in_flight = batching.WINDOWING[call.task.kind]
         count = len(call.inputs)
         errors: dict[int, HalimedeError] = {}
-        if call.kind in TEXT_KINDS and 0 < count <= step:
+        if call.task.kind in TEXT_KINDS and 0 < count <= step:
             answer, cached = yield from self._window(range(count), call.inputs, call.may_block)
             indices = np.arange(call.first, call.first + count)
         else:
@@ -346,7 +341,7 @@ class _Attempt(NamedTuple, Generic[R]):
         if self.failed:
             return None
         values = self.call.inputs[rows.start : rows.stop]
-        if self.call.kind in TEXT_KINDS:
+        if self.call.task.kind in TEXT_KINDS:
             return (yield from self._window(rows, values, False))
         index = rows.start + self.call.first
         read_options = ReadOptions(self.model.max_image_bytes, self.pipeline.fetch)
@@ -357,7 +352,7 @@ class _Attempt(NamedTuple, Generic[R]):
             return (yield from self._window(rows, [content], False))
         except ABOUT_ONE_INPUT as error:
             if error.index is None:  # while the input was read, its index was not known
-                error = type(error)(f"{self.call.kind} {index}: {error}", index=index)
+                error = type(error)(f"{self.call.task.kind} {index}: {error}", index=index)
             if self.call.options.errors == "raise":
                 self.failed.append(index)  # those under way may be before it
             self.call.progress.advance(1)
@@ -389,7 +384,7 @@ class _Attempt(NamedTuple, Generic[R]):
 
         keys = cache_keys(
             contents,
-            kind=self.call.kind,
+            kind=self.call.task.kind,
             space=self.model.space,
             precision=self.model.precision,
             input_type=self.call.options.input_type,
@@ -429,7 +424,7 @@ class _Attempt(NamedTuple, Generic[R]):
         call = self.call
         request = Request(
             contents,
-            call.kind,
+            call.task.kind,
             call.options.input_type,
             self.dimensions,
             call.options.sticky_key,

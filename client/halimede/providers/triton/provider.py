@@ -226,7 +226,7 @@ def _infer_request(model: ServedModel, request: Request) -> Any:
     if request.dimensions is not None:
         message.inputs.add(name="DIMENSIONS", datatype="INT32", shape=[rows, 1])
         message.raw_input_contents.append(np.full(rows, request.dimensions, "<i4").tobytes())
-    for name in _output_names(request, model):
+    for name in _output_names(request.kind, request.output, model):
         message.outputs.add(name=name)
     # `len` gives the size of a text faster than `size_bytes`.
     size = len if request.kind == "text" else size_bytes
@@ -245,13 +245,13 @@ def _input_names(kind: InputKind, model: ServedModel) -> tuple[str, ...]:
     return (kind.upper(),)
 
 
-def _output_names(request: Request, model: ServedModel) -> tuple[str, ...]:
+def _output_names(kind: InputKind, output: OutputKind, model: ServedModel) -> tuple[str, ...]:
     """Names of the tensors to ask for."""
-    if request.output == "vector":
-        return VECTOR_OUTPUTS[request.kind]
-    if request.output == "scores":
+    if output == "vector":
+        return VECTOR_OUTPUTS[kind]
+    if output == "scores":
         return ("SCORE" if model.kind == "reranker" else "SCORES", "TOKENS")
-    return TEXT_OUTPUTS[request.output]
+    return TEXT_OUTPUTS[output]
 
 
 def _vectors(outputs: Outputs, output: OutputKind) -> np.ndarray:
