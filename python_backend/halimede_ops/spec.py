@@ -169,6 +169,8 @@ class ModelSpec:
     """One of KINDS."""
     labels: tuple[str, ...] = ()
     """Names of a classifier's labels, in the order of its scores."""
+    splits_special_tokens: bool = False
+    """Whether the name of a special token in a text is tokenized as any other word."""
     static: bool = False
     """Whether the model has no transformer: a text's vector is the mean of its tokens' vectors."""
     token_types: bool = False

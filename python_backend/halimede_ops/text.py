@@ -66,6 +66,7 @@ class TextTokenizer:
         self._keeps_end = (tokenizer.truncation or {}).get("direction") == "left"
         self._cut = cuts.cut_front if self._keeps_end else cuts.cut
         tokenizer.no_padding()
+        tokenizer.encode_special_tokens = spec.splits_special_tokens
         tokenizer.enable_truncation(
             spec.max_tokens, direction="left" if self._keeps_end else "right"
         )

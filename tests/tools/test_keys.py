@@ -39,6 +39,8 @@ USERS = {
     "tools/halimede_tools/build/check.py": {"check"},
     "tools/halimede_tools/build/towers.py": {"fp16", "int8", "check"},
     "tools/halimede_tools/build/describe.py": {"export", "check"},
+    "tools/halimede_tools/build/kinds/contents.py": {"export", "check"},
+    "tools/halimede_tools/build/kinds/loaded.py": {"export", "check"},
     "tools/halimede_tools/build/kinds/recognise.py": {"export", "check"},
     "tools/halimede_tools/build/kinds/files.py": {"export", "int8", "check"},
     "tools/halimede_tools/build/kinds/activation.py": {"export", "check"},

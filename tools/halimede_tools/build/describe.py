@@ -34,7 +34,7 @@ from halimede_ops.spec import (
 from halimede_repository.checksums import sha256
 from halimede_tools.build.checks import space
 from halimede_tools.build.keys import key_of
-from halimede_tools.build.kinds import activation, late, sparse, static
+from halimede_tools.build.kinds import activation, contents, late, loaded, sparse, static
 from halimede_tools.build.kinds.files import read_json
 from halimede_tools.build.kinds.recognise import module_names, recognise
 from halimede_tools.build.vision import processor, two_towers
@@ -44,7 +44,6 @@ KNOWN_MODULES = (
     "Dropout", "MLMTransformer", "SpladePooling", "SparseAutoEncoder",
 )  # fmt: skip
 OWN_MODULES = "sentence_transformers."
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 IGNORED_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 """Keys of a config that decide nothing of the vectors."""
 SPARSE_FILE, MULTI_VECTOR_FILE = "sparse_linear.pt", "colbert_linear.pt"
@@ -91,7 +90,8 @@ def load(folder: Path, options: ModelOptions) -> Any:
     two_towers.prepare(folder, options.name)
     model = open_model(folder, options)
     _check_tokenizer(model.tokenizer, options.name)
-    model.max_seq_length = _max_tokens(model, options)
+    loaded.prepare(model, options.name)
+    model.max_seq_length = _max_tokens(model, folder, options)
     if two_towers.pads_texts(model):
         two_towers.pad_to_limit(model, options.name)
     return model
@@ -105,22 +105,22 @@ def open_model(folder: Path, options: ModelOptions) -> Any:
     """
     kind = recognise(folder, options.name, options.kind)
     sparse.check_folder(folder, module_names(folder), options.name, kind)
-    backend = "torch" if weights(folder) else "onnx"
+    backend = "torch" if contents.has_torch_weights(folder) else "onnx"
     try:
-        with quiet(), two_towers.completed(folder) as complete:
+        with (
+            quiet(),
+            contents.without_links(folder) as linked,
+            two_towers.completed(linked) as complete,
+        ):
             return _opened(complete, kind, backend, options)
     except InvalidModel:
         raise
     except Exception as error:  # transformers, safetensors and torch each raise their own
-        raise InvalidModel(
-            f"{options.name} cannot be read ({type(error).__name__}): its files are damaged, "
-            f"incomplete, or of an architecture that transformers does not know. "
-            "Fetch the folder again."
-        ) from error
+        raise contents.explain(error, folder, options.name) from error
 
 
 def _opened(folder: Path, kind: str, backend: str, options: ModelOptions) -> Any:
-    trust, model_options = options.trust_remote_code, _model_options(folder, backend)
+    trust, model_options = options.trust_remote_code, _model_options(folder, options.name, backend)
     if kind == LATE_INTERACTION:
         late.check_weights(folder, options.name)
         return late.load(folder, options.name, trust_remote_code=trust, model_options=model_options)
@@ -169,6 +169,8 @@ def describe(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
         "layer_norm_before_cut": options.layer_norm_before_cut,
     } | weighted
     image = None if scores else image_spec(model, folder, options.name)
+    if (getattr(model.tokenizer, "init_kwargs", None) or {}).get("split_special_tokens"):
+        fields["splits_special_tokens"] = True
     decides = fields | scores
     if scores:
         decides["activation"] = str(activation.activation(model, folder, kind))
@@ -247,10 +249,7 @@ def check_modules(folder: Path, name: str) -> None:
     Raises:
         InvalidModel: the folder is not there, or one of its modules is not supported.
     """
-    if not folder.is_dir():
-        raise InvalidModel(f"{name}: there is no such folder; give a model's folder.")
-    if not (folder / "config.json").exists() and not (folder / "modules.json").exists():
-        raise InvalidModel(f"{name}: the folder has neither config.json nor modules.json.")
+    contents.check(folder, name)
     for module in _modules(folder):
         kind = module["type"].rsplit(".", 1)[-1]
         # check_trusted judges modules of the folder's own code.
@@ -281,23 +280,6 @@ def check_trusted(folder: Path, options: ModelOptions) -> None:
             f"{options.name} carries Python code of its own. Building runs it with your rights: "
             "read it, then pass --trust-remote-code. What is served runs none of it."
         )
-
-
-def weights(folder: Path) -> list[Path]:
-    """The files of PyTorch weights in a folder, in order of name; none for an ONNX-only one."""
-    return sorted(path for pattern in WEIGHTS for path in folder.rglob(pattern))
-
-
-def onnx_file(folder: Path) -> Path:
-    """The FP32 ONNX file of a folder that has one.
-
-    Raises:
-        InvalidModel: it has none.
-    """
-    for name in ("model.onnx", "onnx/model.onnx"):
-        if (folder / name).exists():
-            return folder / name
-    raise InvalidModel("the folder has neither PyTorch weights nor a model.onnx.")
 
 
 def heads(model: Any, folder: Path, options: ModelOptions) -> dict[str, int]:
@@ -357,6 +339,7 @@ def input_types(prompts: Mapping[str, str], default: str | None) -> dict[str, st
     plain = prompts.get(default, "") if default else ""
     documents = (prompts.get(name) for name in ("document", "passage", "corpus"))
     return {
+        **({} if default is None else {default: plain}),
         **prompts,
         "query": prompts.get("query") or plain,
         "document": next((prompt for prompt in documents if prompt), plain),
@@ -373,7 +356,8 @@ def length_buckets(max_tokens: int) -> tuple[int, ...]:
 
 def needed_bytes(folder: Path) -> int:
     """Memory that a build of the folder's model needs: about three times its float32 weights."""
-    sizes = [path.stat().st_size for path in weights(folder) or folder.rglob("*.onnx*")]
+    files = contents.loaded_weights(folder) or folder.rglob("*.onnx*")
+    sizes = [path.stat().st_size for path in files]
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     halved = "16" in str(config.get("dtype") or config.get("torch_dtype") or "")
     return 3 * sum(sizes) * (2 if halved else 1)
@@ -409,20 +393,21 @@ def _check_tokenizer(tokenizer: Any, name: str) -> None:
         )
 
 
-def _model_options(folder: Path, backend: str) -> dict[str, Any]:
+def _model_options(folder: Path, name: str, backend: str) -> dict[str, Any]:
     if backend == "torch":
         import torch
 
         return {"dtype": torch.float32, "attn_implementation": "eager"}
     return {
-        "file_name": str(onnx_file(folder).relative_to(folder)),
+        "file_name": str(contents.onnx_file(folder, name).relative_to(folder)),
         "provider": "CPUExecutionProvider",
     }
 
 
-def _max_tokens(model: Any, options: ModelOptions) -> int:
+def _max_tokens(model: Any, folder: Path, options: ModelOptions) -> int:
     most = position_limit(model)
-    own = min(int(model.max_seq_length or MAX_TOKENS), most)
+    named = contents.text_limit(folder, options.name) or model.max_seq_length or MAX_TOKENS
+    own = min(int(named) if named > 0 else MAX_TOKENS, most)
     # The length of documents is a choice of whoever saved a late-interaction model.
     _check_limit(options, most if hasattr(model, "late") else own)
     return options.max_tokens or min(own, MAX_TOKENS)
@@ -472,7 +457,11 @@ def _space(model: Any, folder: Path, fields: dict[str, Any], image: ImageSpec | 
 
     It is taken from the folder's own files, so another version of a tool does not change it.
     """
-    files = [*(weights(folder) or [onnx_file(folder)]), *sorted(folder.glob("*_linear.pt"))]
+    graph = None
+    if not contents.has_torch_weights(folder):
+        graph = contents.onnx_file(folder, "the model")
+    files = [*contents.weights(folder), *([graph] if graph else [])]
+    files += sorted(folder.glob("*_linear.pt"))
     configs = {
         str(path.relative_to(folder)): {
             key: value for key, value in read_json(path).items() if key not in IGNORED_KEYS
@@ -488,7 +477,7 @@ def _space(model: Any, folder: Path, fields: dict[str, Any], image: ImageSpec | 
     }
     if image is not None:
         decides["image"] = image.decides()
-    decides |= space.further(model, folder, None if weights(folder) else onnx_file(folder))
+    decides |= space.further(model, folder, graph)
     return key_of(json.dumps(decides, sort_keys=True))
 
 

@@ -20,7 +20,7 @@ from halimede_tools.build import describe
 from halimede_tools.build.checks import weights
 from halimede_tools.build.describe import ModelOptions
 from halimede_tools.build.graph import rewrite, shapes
-from halimede_tools.build.kinds import activation
+from halimede_tools.build.kinds import activation, contents
 from halimede_tools.build.vision import encoder
 
 
@@ -50,10 +50,12 @@ def export(source: Path, options: ModelOptions, folder: Path) -> None:
             tracing.trace_sparse(model, path)
         elif facts.late is not None:
             tracing.trace_late(model, path)
-        elif describe.weights(source):
+        elif contents.has_torch_weights(source):
             tracing.trace(model, list(outputs), path)
         else:
-            _from_onnx(model, facts.name, describe.onnx_file(source), list(outputs), path)
+            with contents.without_links(source) as linked:
+                graph = contents.onnx_file(linked, facts.name)
+                _from_onnx(model, facts.name, graph, list(outputs), path)
     (folder / text.FILE_NAME).write_text(describe.tokenizer_json(model), "utf-8")
     (folder / spec.FILE_NAME).write_text(facts.to_json(), "utf-8")
 

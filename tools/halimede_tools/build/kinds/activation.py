@@ -46,13 +46,17 @@ def named(folder: Path) -> str:
 
 
 def check_trusted(folder: Path, name: str, trust_remote_code: bool) -> None:
-    """Raise unless the named activation may be used.
+    """Raise unless the activations that the folder names may be used: that of the scores, and those
+    of Dense layers.
 
     Raises:
         UntrustedCode: it is a class of another package, and the user does not trust it.
     """
-    if not trust_remote_code and not (named(folder) or OWN).startswith(OWN):
+    dense = [read_json(path) for path in sorted(folder.rglob("*/config.json"))]
+    layers = [config for config in dense if "in_features" in config]
+    names = [named(folder), *(layer.get("activation_function") for layer in layers)]
+    if not trust_remote_code and not all(str(one or OWN).startswith(OWN) for one in names):
         raise UntrustedCode(
-            f"{name} names an activation that is not of torch; with another one its scores would "
-            "differ. Read it, then pass --trust-remote-code."
+            f"{name} names an activation that is not of torch. With another one, what it gives "
+            "would differ. Read it, then pass --trust-remote-code."
         )

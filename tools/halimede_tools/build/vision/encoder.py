@@ -30,6 +30,7 @@ from halimede_repository.checksums import sha256
 from halimede_tools.build import describe
 from halimede_tools.build.describe import IGNORED_KEYS, ModelOptions
 from halimede_tools.build.keys import key_of
+from halimede_tools.build.kinds import contents
 from halimede_tools.build.kinds.files import read_json
 from halimede_tools.build.kinds.recognise import PREPROCESSING, takes_images_alone
 from halimede_tools.build.vision import processor, two_towers
@@ -216,7 +217,7 @@ def _space(folder: Path, image: ImageSpec, fields: dict[str, Any]) -> str:
     }
     modules = folder / "modules.json"
     decides = {
-        "weights": [sha256(path) for path in describe.weights(folder)],
+        "weights": [sha256(path) for path in contents.weights(folder)],
         "modules": read_json(modules) if modules.exists() else [],
         "configs": configs,
         "image": image.decides(),
