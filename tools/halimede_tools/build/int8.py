@@ -20,7 +20,7 @@ from halimede_engine import session
 from halimede_ops import vectors
 from halimede_ops.spec import ModelSpec
 from halimede_tools.build import towers
-from halimede_tools.build.graph import activations, outliers, rewrite, smoothing
+from halimede_tools.build.graph import activations, outliers, rewrite, smoothing, tables
 from halimede_tools.build.kinds import scores
 from halimede_tools.build.towers import TOWERS, Bar, Engine, Tower, feed
 from halimede_tools.console import console
@@ -40,9 +40,7 @@ def quantise(
     tower = TOWERS[inputs]
     fp32, int8 = exported / session.FILE_NAME, folder / session.FILE_NAME
     if spec.static:
-        from halimede_tools.build.graph import lookup
-
-        lookup.to_int8(fp32, int8)
+        tables.to_int8(fp32, int8)
         return
     judged = tower.check_inputs()[tower.odd_inputs :: 3]
     attempts = to_int8(fp32, tower, spec, calibration, judged, int8)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from onnx import numpy_helper
 
 from halimede_engine import session
 from halimede_ops.spec import POOLED
@@ -57,21 +55,3 @@ def trace(model: Any, path: Path) -> None:
         dynamo=False,
     )
     rewrite.mark(path, session.PACKED, session.STATIC)
-
-
-def to_int8(fp32: Path, target: Path) -> None:
-    """Write `target`: the table in int8, with a scale for each token's vector."""
-    model = rewrite.load(fp32)
-    constants = {entry.name: entry for entry in model.graph.initializer}
-    tables = {
-        node.input[0]: node
-        for node in model.graph.node
-        if node.op_type == "Gather" and len(constants[node.input[0]].dims) == 2
-    }
-    for name, lookup in tables.items():
-        values = numpy_helper.to_array(constants[name])
-        scales = np.maximum(np.abs(values).max(axis=1), np.float32(1e-12)) / np.float32(127)
-        rows = np.round(values / scales[:, None]).astype(np.int8)
-        constants[name].CopyFrom(numpy_helper.from_array(rows, name))
-        rewrite.look_up_quantised(model.graph, lookup, name, scales)
-    rewrite.save(model, target)
