@@ -78,6 +78,14 @@ DENSE = {
         small_models.roberta, "RoBERTa, plain folder whose tokenizer names no limit; mean",
         ("codebert-base",), "512 tokens of 514 positions",
     ),
+    "gte-modernbert": Form(
+        small_models.like_gte_modernbert, "ModernBERT, local and global attention; cls",
+        ("gte-modernbert-base",),
+    ),
+    "modernbert-embed": Form(
+        small_models.like_modernbert_embed, "ModernBERT; mean, normalised, prompts",
+        ("modernbert-embed-base",),
+    ),
     "qwen3": Form(
         small_models.like_qwen3,
         "Qwen3 decoder, byte-level BPE; last token, left padding, instruction prompt",
@@ -292,7 +300,7 @@ NOT_VERIFIED: dict[str, str] = {
     "Its architecture is not tested",
     **dict.fromkeys(
         (
-            "gte-modernbert-base", "modernbert-embed-base", "mxbai-rerank-xsmall-v1",
+            "mxbai-rerank-xsmall-v1",
             "Qwen3-Reranker-0.6B",
         ),
         "not built yet",

@@ -438,13 +438,33 @@ def xlm_reranker(folder: Path) -> Path:
     return save(folder, model, unigram(), 512, **ROBERTA_TOKENS, **TEXT_INPUTS)
 
 
+MODERNBERT = dict(
+    vocab_size=VOCABULARY, max_position_embeddings=1024, pad_token_id=0, cls_token_id=2,
+    sep_token_id=3, bos_token_id=2, eos_token_id=3, global_attn_every_n_layers=2,
+    local_attention=32, reference_compile=False, **SIZES,
+)  # fmt: skip
+
+
+def modernbert(folder: Path) -> Path:
+    """ModernBERT: rotary positions, local attention in every other layer, no token types."""
+    model = build(hf.ModernBertModel, hf.ModernBertConfig(**MODERNBERT))
+    return save(folder, model, wordpiece(), 1024, **BERT_TOKENS, **TEXT_INPUTS)
+
+
+def like_gte_modernbert(folder: Path) -> Path:
+    return sentence_transformer(modernbert, folder, st.Pooling(64, "cls"), max_tokens=1024)
+
+
+def like_modernbert_embed(folder: Path) -> Path:
+    return sentence_transformer(
+        modernbert, folder, st.Pooling(64, "mean"), st.Normalize(), max_tokens=1024,
+        prompts={"query": "search_query: ", "document": "search_document: "},
+    )  # fmt: skip
+
+
 def modernbert_reranker(folder: Path) -> Path:
     """ModernBERT for sequence classification, as gte-reranker-modernbert."""
-    config = hf.ModernBertConfig(
-        vocab_size=VOCABULARY, max_position_embeddings=1024, num_labels=1,
-        pad_token_id=0, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3,
-        global_attn_every_n_layers=2, local_attention=32, reference_compile=False, **SIZES,
-    )  # fmt: skip
+    config = hf.ModernBertConfig(num_labels=1, **MODERNBERT)
     model = build(hf.ModernBertForSequenceClassification, config)
     return save(folder, model, wordpiece(), 512, **BERT_TOKENS, **TEXT_INPUTS)
 
