@@ -818,3 +818,59 @@ def like_pylate_without_expansion(folder: Path) -> Path:
         folder, _pylate_bert, (64, 32), do_query_expansion=False, skiplist_words=["a", ",", "zzz9"],
         prompts={"query": "what: ", "document": ""}, document_length=64,
     )  # fmt: skip
+
+
+def like_router(folder: Path) -> Path:
+    """A table of vectors for queries and BERT for documents, in one space, normalised after."""
+    plain = bert(folder.with_name(folder.name + "-plain"))
+    tokenizer = Tokenizer.from_str(wordpiece().to_str())
+    router = st.Router.for_query_document(
+        [st.StaticEmbedding(tokenizer, embedding_weights=_static_table(64))],
+        [st.Transformer(str(plain), max_seq_length=128), st.Pooling(64, "mean")],
+    )
+    prompts = {"query": "find: ", "document": "text: ", "passage": "passage: "}
+    model = SentenceTransformer(modules=[router, st.Normalize()], prompts=prompts, device="cpu")
+    model.save(str(folder), create_model_card=False)
+    return folder
+
+
+def like_asym(folder: Path) -> Path:
+    """Asym, as Router was called, behind BERT: a Dense for `query` and another one for `doc`."""
+    routes = {
+        "query": [dense(64, 48, torch.nn.Tanh())],
+        "doc": [st.Dense(64, 48, activation_function=torch.nn.Identity())],
+    }
+    sentence_transformer(bert, folder, st.Pooling(64, "mean"), st.Router(routes), max_tokens=128)
+    router = folder / "2_Router"
+    (router / "router_config.json").rename(router / "config.json")
+    modules = (folder / "modules.json").read_text()
+    (folder / "modules.json").write_text(
+        modules.replace(
+            "sentence_transformers.base.modules.router.Router", "sentence_transformers.models.Asym"
+        )
+    )
+    return folder
+
+
+def like_mapped_router(folder: Path) -> Path:
+    """A Router with mappings of task and modality, and no route for a text without a task."""
+    table = _static_table(64)
+    parts = {
+        name: [
+            st.StaticEmbedding(Tokenizer.from_str(wordpiece().to_str()), embedding_weights=weights)
+        ]
+        for name, weights in (("one", table), ("two", table.flip(0)))
+    }
+    mappings: Any = {("query", "text"): "one", ("document", None): "two"}
+    router = st.Router(parts, allow_empty_key=False, route_mappings=mappings)
+    SentenceTransformer(modules=[router], device="cpu").save(str(folder), create_model_card=False)
+    return folder
+
+
+def like_router_of_one_route(folder: Path) -> Path:
+    """A Router with one route for all texts."""
+    plain = bert(folder.with_name(folder.name + "-plain"))
+    router = st.Router({"text": [st.Transformer(str(plain), max_seq_length=128)]})
+    model = SentenceTransformer(modules=[router, st.Pooling(64, "mean")], device="cpu")
+    model.save(str(folder), create_model_card=False)
+    return folder

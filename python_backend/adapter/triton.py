@@ -106,30 +106,23 @@ async def answer_each(
     return list(await asyncio.gather(*[respond(request) for request in requests]))
 
 
-async def infer(model: str, version: int, inputs: list[Any], output: str) -> np.ndarray:
-    """As `infer_outputs`, for one output."""
-    return (await infer_outputs(model, version, inputs, (output,)))[output]
-
-
-async def infer_outputs(
-    model: str, version: int, inputs: list[Any], names: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Call this version of another model on this server, and return these outputs, by name.
+async def infer(model: str, version: int, inputs: list[Any], *outputs: str) -> list[np.ndarray]:
+    """Call this version of another model on this server, and return these of its outputs.
 
     Raises:
         HalimedeError: the model answered with an error.
         ModelChanged: the server no longer serves this version.
     """
     request = pb_utils.InferenceRequest(
-        model_name=model, model_version=version, requested_output_names=list(names), inputs=inputs
+        model_name=model, model_version=version, requested_output_names=list(outputs), inputs=inputs
     )
     response = await request.async_exec()
     if response.has_error():
         raise _translate(response.error().message(), model)
-    return {
-        name: np.asarray(pb_utils.get_output_tensor_by_name(response, name).as_numpy())
-        for name in names
-    }
+    return [
+        np.asarray(pb_utils.get_output_tensor_by_name(response, output).as_numpy())
+        for output in outputs
+    ]
 
 
 def _translate(message: str, model: str) -> HalimedeError:

@@ -70,7 +70,7 @@ class TritonPythonModel:
 
 
 async def _embed(model: str, version: int, inputs: list[Any]) -> np.ndarray | None:
-    return await triton.infer(model, version, inputs, "EMBEDDING") if inputs else None
+    return (await triton.infer(model, version, inputs, "EMBEDDING"))[0] if inputs else None
 
 
 def _write(embeddings: np.ndarray) -> list[Any]:

@@ -177,6 +177,9 @@ class ModelSpec:
     """Whether the model's graph takes TOKEN_TYPES."""
     late: LateSpec | None = None
     """How a late-interaction model reads its texts; None for every other kind."""
+    routes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Input type → the tower that embeds texts of it, of a model with a tower for queries and one
+    for documents. Other input types, and texts without one, go where the empty name goes."""
 
     @property
     def takes_texts(self) -> bool:
@@ -211,6 +214,21 @@ class ModelSpec:
         other as a document.
         """
         return (input_type or self.default_input_type) == QUERY
+
+    def tower(self, input_type: str | None) -> str:
+        """The tower that embeds texts of this type, of a model with `routes`.
+
+        Raises:
+            UnknownInputType: the model has no such input type, or needs one.
+        """
+        self.prompt(input_type)
+        tower = self.routes.get(input_type or "") or self.routes.get("")
+        if tower is None:
+            known = ", ".join(sorted(self.routes))
+            raise UnknownInputType(
+                f"{self.name} embeds a text by its input type; give one of {known}."
+            )
+        return tower
 
     def images(self) -> ImageSpec:
         """The preprocessing of the model's images.

@@ -24,6 +24,8 @@ MAXSIM = "-maxsim"
 SHARE = "share"
 """Parameter of a candidate's config: its canary share, the fraction of the model's requests that it
 answers."""
+TOWERS = ("query_model", "document_model")
+"""Parameters of a router's config: the models that it calls."""
 _POLICY = re.compile(r"\bversion_policy\s*:?\s*\{\s*specific\s*:?\s*\{([^}]*)\}")
 _STEP = re.compile(r'\bmodel_name:\s*"([^"]+)"\s*model_version:\s*(-?\d+)')
 
@@ -85,13 +87,16 @@ def models_to_load(repository: Path, models: tuple[str, ...] = ()) -> tuple[str,
     """Names of the models that Triton must load, in order.
 
     These are `models`, or, if it is empty, every model that is no step of another and no candidate:
-    an ensemble loads its steps itself. Their candidates are added if they have a canary share; a
-    candidate that was only published might not load.
+    an ensemble loads its steps itself. The models that a router calls are added, and the candidates
+    of all if they have a canary share; a candidate that was only published might not load.
     """
     configs = {path.parent.name: path.read_text() for path in repository.glob(f"*/{CONFIG}")}
     all_steps = {step for config in configs.values() for step in steps(config)}
     candidates = {name for name in configs if name.endswith(CANDIDATE)}
     requested = set(models) or configs.keys() - all_steps - candidates
+    requested |= {parameter(configs.get(name, ""), key) for name in requested for key in TOWERS} - {
+        ""
+    }
     own_candidates = {f"{name}{CANDIDATE}" for name in requested} & candidates
     canaries = {name for name in own_candidates if float(parameter(configs[name], SHARE) or 0)}
     return tuple(sorted(requested | canaries))

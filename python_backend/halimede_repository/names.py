@@ -13,7 +13,7 @@ from pathlib import Path
 
 from halimede_ops.errors import InvalidInput
 from halimede_ops.spec import FILE_NAME
-from halimede_repository.configs import CONFIG
+from halimede_repository.configs import CONFIG, TOWERS, parameter
 
 MAX_LETTERS = 100
 """Longest name of a model. Folders add suffixes to it, and file systems allow 255 bytes."""
@@ -54,19 +54,29 @@ def check_unshared(name: str, repository: Path, *, fusion: bool = False) -> None
             has the name of a model, or the reverse.
     """
     written = repository / name / CONFIG
-    if written.exists() and (_FUSION in written.read_text("utf-8")) is not fusion:
+    config = written.read_text("utf-8") if written.exists() else ""
+    if config and (_FUSION in config) is not fusion:
         kind = "model" if fusion else "fusion"
         raise InvalidInput(
             f"name is {name!r}, and the repository has a {kind} of this name. Pass another one "
             "with --name."
         )
-    for other in sorted(models(repository) - {name}):
+    for other in sorted(models(repository) - {name, *towers(name, repository)}):
         for whole, part in ((name, other), (other, name)):
             if whole.startswith(part) and _OF_FOLDER.fullmatch(whole, len(part)):
                 raise InvalidInput(
                     f"name is {name!r}, and the repository has a model {other!r}: {whole} is the "
                     f"name of a folder of {part}. Pass another one with --name."
                 )
+
+
+def towers(name: str, repository: Path) -> set[str]:
+    """Names of the models for queries and for documents that a router of this name calls."""
+    config = repository / name / CONFIG
+    if not config.exists():
+        return set()
+    text = config.read_text("utf-8")
+    return {found for found in (parameter(text, key) for key in TOWERS) if found}
 
 
 def models(repository: Path) -> set[str]:

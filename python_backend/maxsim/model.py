@@ -64,9 +64,9 @@ class TritonPythonModel:
             triton.output(name, np.array([[value.encode()] for value in values[rows]], np.object_))
             for name, values in (("TEXT", distinct.texts), ("INPUT_TYPE", distinct.input_types))
         ]
-        return await triton.infer_outputs(
-            self.model, self.version, inputs, ("MULTI_VECTORS", "TOKENS")
-        )
+        names = ("MULTI_VECTORS", "TOKENS")
+        outputs = await triton.infer(self.model, self.version, inputs, *names)
+        return dict(zip(names, outputs, strict=True))
 
 
 def _write(outputs: dict[str, np.ndarray]) -> list[Any]:

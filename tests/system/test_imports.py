@@ -20,7 +20,7 @@ PACKAGES = {
     "adapter": {"halimede_ops", "halimede_engine", "halimede_repository"},
 }
 """Package of python_backend/ → those of ours that it may import besides itself."""
-BACKENDS = ("tokenizer", "onnxruntime", "pooler", "image", "fusion", "maxsim", "embedder")
+BACKENDS = ("tokenizer", "onnxruntime", "pooler", "image", "fusion", "maxsim", "router", "embedder")
 SERVER_SIDE = {"numpy", "tokenizers", "PIL", "onnxruntime"}
 OWN = {"halimede", "halimede_tools", *PACKAGES}
 STANDARD = {"__future__", "collections", "concurrent", "dataclasses", "json", "os", "pathlib"}

@@ -109,9 +109,11 @@ class _OpenModel(NamedTuple):
     served: ServedModel
     spec: Any
     reader: Any
-    """A TextTokenizer for texts, an ImageReader for images, the _FusedModels for pairs."""
+    """A TextTokenizer for texts, an ImageReader for images, the _FusedModels for pairs, a dict of
+    tower → _OpenModel for a router."""
     engine: Any
-    """The SharedEngine that runs the model. It ends with the last reference. None for pairs."""
+    """The SharedEngine that runs the model. It ends with the last reference. None for pairs and
+    for a router."""
     stamp: _Stamp
     decode: Callable[[Any, int, Any], str]
     """`halimede_ops.text.decode`, which needs the package tokenizers."""
@@ -120,6 +122,9 @@ class _OpenModel(NamedTuple):
         """Stop the engine's threads. Its memory is released with the last reference."""
         if self.engine is not None:
             self.engine.close()
+        elif isinstance(self.reader, dict):
+            for tower in self.reader.values():
+                tower.close()
         else:
             self.reader.text.close()
             self.reader.image.close()
@@ -252,6 +257,8 @@ class Onnx:
         served = self._served(kind, name, stamp.version, facts)
         if kind == "pair":
             return _OpenModel(served, facts, self._fused_models(stamp.version), None, stamp, decode)
+        if facts.routes:
+            return _OpenModel(served, facts, self._towers(stamp.version), None, stamp, decode)
         reader, make_rows = self._reader(kind, facts, steps)
         model = steps[f"{name}-onnx"] / session.FILE_NAME
         names = self._accelerators()
@@ -309,6 +316,21 @@ class Onnx:
                     "the fusion again."
                 )
         return _FusedModels(loaded, text, image)
+
+    def _towers(self, version: configs.Ensemble) -> dict[str, _OpenModel]:
+        """Open the models that a router calls, in the versions that it was built with."""
+        towers = {}
+        for key in configs.TOWERS:
+            tower = key.removesuffix("_model")
+            opened = self._open("text", configs.parameter(version.config, key))
+            expected = configs.parameter(version.config, f"{tower}_version")
+            if opened.stamp.version.folder.name != expected:
+                raise errors.InvalidModel(
+                    f"{opened.served.name} is not the version that the router was built with. "
+                    "Build the model again."
+                )
+            towers[tower] = opened
+        return towers
 
     def _reader(
         self, kind: InputKind, facts: Any, steps: Mapping[str, Path]
@@ -400,6 +422,9 @@ def _slot(kind: InputKind) -> InputKind:
 
 def _start_texts(opened: _OpenModel, request: Request) -> Future[Answer]:
     """Tokenize, run, truncate, normalise, as the three steps on Triton."""
+    served = opened.served
+    if opened.spec.routes:
+        opened = opened.reader[opened.spec.tower(request.input_type or None)]
     parts = [request.inputs] if request.kind == "text" else zip(*request.inputs, strict=True)
     firsts, *seconds = (
         [opened.decode(value, row, opened.spec) for row, value in enumerate(values)]
@@ -411,7 +436,7 @@ def _start_texts(opened: _OpenModel, request: Request) -> Future[Answer]:
         opened,
         prompted,
         request,
-        lambda done: Answer(_vectors(done, request.output), done.tokens, opened.served),
+        lambda done: Answer(_vectors(done, request.output), done.tokens, served),
     )
 
 

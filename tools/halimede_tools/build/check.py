@@ -68,6 +68,8 @@ def write_long_reference(
     prompt = model.prompts.get(model.default_prompt_name or "", "")
     count = describe.token_counter(model)
     sizes = long_texts.lengths(facts.max_tokens, sorted(named), limit)
+    if facts.static:  # no attention, and one branch for all lengths
+        sizes = [facts.max_tokens]
     texts = long_texts.texts(sizes, lambda text: count(prompt + text))
     with describe.quiet():
         expected = REFERENCES[inputs](source, texts, options, 1)

@@ -66,6 +66,8 @@ class ModelOptions(NamedTuple):
     layer_norm_before_cut: bool = False
     token_embeddings: bool = False
     """Whether the last hidden state becomes an output."""
+    space: str | None = None
+    """Space of a model that shares it with another. None: the fingerprint of its folder."""
     kind: str | None = None
     """Kind of the model, one of `halimede_ops.spec.KINDS`. None: as its folder says."""
 
@@ -178,7 +180,7 @@ def describe(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
         decides[sparse.MAX_ACTIVE_DIMS] = model.max_active_dims
     return ModelSpec(
         name=options.name,
-        space=_space(model, folder, decides, image),
+        space=options.space or _space(model, folder, decides, image),
         image=image,
         special_ids=_special_ids(model.tokenizer) if fields["heads"] else (),
         matryoshka=options.matryoshka,
@@ -201,7 +203,7 @@ def _describe_static(model: Any, folder: Path, options: ModelOptions) -> ModelSp
     }
     return ModelSpec(
         name=options.name,
-        space=_space(model, folder, fields, None),
+        space=options.space or _space(model, folder, fields, None),
         matryoshka=options.matryoshka,
         length_buckets=length_buckets(fields["max_tokens"]),
         **fields,
@@ -228,6 +230,11 @@ def _describe_late(model: Any, folder: Path, options: ModelOptions) -> ModelSpec
         late=late_spec,
         **fields,
     )
+
+
+def space_of(folder: Path, options: ModelOptions) -> str:
+    """The space that the model in a folder has alone."""
+    return describe(load(folder, options), folder, options).space
 
 
 def score_facts(model: Any, folder: Path, kind: str) -> dict[str, Any]:

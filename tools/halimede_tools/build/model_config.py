@@ -45,6 +45,8 @@ PRIORITIES = 2
 """Priority levels: 1 overtakes 2 (bulk)."""
 ONNX_INSTANCES = 1
 """Instances of the ONNX step. One queue gives the best batches."""
+ROUTER_INSTANCES = 2
+"""Instances of a router: one reads requests while the towers answer those of the other."""
 TUNED = ("intra_op_thread_count", "streams", "micro_batch_tokens")
 """Parameters that `tune` finds for a machine; without them the backend uses its defaults."""
 CPU, CUDA, TENSORRT = "cpu", "cuda", "tensorrt"
@@ -516,6 +518,29 @@ def scored(spec: ModelSpec) -> ModelSpec:
     )
 
 
+def router(
+    name: str, spec: ModelSpec, precision: str, towers: Mapping[str, Pin], missed: Sequence[str]
+) -> pb.ModelConfig:
+    """TEXT, INPUT_TYPE, DIMENSIONS → EMBEDDING, TOKENS, by one of the towers, each in the version
+    that the build made.
+    """
+    served = {
+        key: value
+        for tower, pin in towers.items()
+        for key, value in ((f"{tower}_model", pin.model), (f"{tower}_version", str(pin.version)))
+    }
+    return pb.ModelConfig(
+        name=name,
+        backend="router",
+        max_batch_size=MAX_BATCH_SIZE,
+        input=_inputs(spec),
+        output=_embedded(spec),
+        instance_group=[_on_cpu(ROUTER_INSTANCES)],
+        dynamic_batching=_batching(),
+        parameters=_facts(spec, precision, missed, max_tokens=str(spec.max_tokens), **served),
+    )
+
+
 def check_device(device: str) -> None:
     """Raise unless `device` is one of DEVICES.
 
@@ -545,11 +570,10 @@ def is_shaped_alike(one: pb.ModelConfig, other: pb.ModelConfig) -> bool:
     return shapes[0] == shapes[1]
 
 
-def fused(config: pb.ModelConfig) -> list[str]:
-    """The models that a fusion was made for; empty for any other config."""
-    if config.backend != "fusion":
-        return []
-    return [config.parameters[f"{kind}_model"].string_value for kind in ("text", "image")]
+def called(config: pb.ModelConfig) -> list[str]:
+    """The models that a fusion or a router calls; empty for any other config."""
+    parts = {"fusion": ("text", "image"), "router": ("query", "document")}.get(config.backend, ())
+    return [config.parameters[f"{part}_model"].string_value for part in parts]
 
 
 def _copy(config: pb.ModelConfig) -> pb.ModelConfig:
@@ -729,8 +753,8 @@ def tensorrt_parameters(
     }
 
 
-def _on_cpu() -> pb.ModelInstanceGroup:
-    return pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
+def _on_cpu(instances: int = 1) -> pb.ModelInstanceGroup:
+    return pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_CPU, count=instances)
 
 
 def _batching(max_queue_size: int = MAX_QUEUE_SIZE) -> pb.ModelDynamicBatching:

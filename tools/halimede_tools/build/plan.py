@@ -18,7 +18,14 @@ from halimede.config.folders import REPOSITORY, writing
 from halimede.models import catalogue, store
 from halimede_engine import session
 from halimede_ops import spec, text
-from halimede_ops.errors import BuildError, InvalidInput, LicenceNotAccepted, QualityError
+from halimede_ops.errors import (
+    BuildError,
+    DeployError,
+    InvalidInput,
+    InvalidModel,
+    LicenceNotAccepted,
+    QualityError,
+)
 from halimede_ops.spec import CLASSIFIER, LATE_INTERACTION, RERANKER, SPARSE_KIND, ModelSpec
 from halimede_repository import configs, names
 from halimede_tools.build import (
@@ -36,6 +43,7 @@ from halimede_tools.build.checks import arguments
 from halimede_tools.build.describe import ModelOptions
 from halimede_tools.build.download import HUB_FILES, download
 from halimede_tools.build.keys import key_of
+from halimede_tools.build.kinds import routes
 from halimede_tools.build.kinds.recognise import PREPROCESSING, takes_images_alone
 from halimede_tools.build.repository import Built
 from halimede_tools.build.samples import corpus, pictures
@@ -177,6 +185,8 @@ def build(
         DeployError: it can be no candidate.
     """
     check_request(request, settings, candidate)
+    if _has_router(request):
+        return _build_router(request, settings, candidate, published)
     write = candidates.write if candidate else repository.write
     written: list[str] = []
 
@@ -202,6 +212,97 @@ def build(
             publish(built)
     _evict(request.name, settings)
     return written
+
+
+def _has_router(request: BuildRequest) -> bool:
+    """Whether the folder's texts have a tower for queries and one for documents.
+
+    Raises:
+        InvalidModel: it has a Router that is not supported.
+    """
+    source = request.source
+    if not isinstance(source, Path) or not routes.is_router(source):
+        return False
+    chosen = routes.towers(routes.read(source, request.name), request.name)
+    return chosen[routes.QUERY] != chosen[routes.DOCUMENT]
+
+
+def _build_router(
+    request: BuildRequest, settings: Settings, candidate: bool, published: Published | None
+) -> list[str]:
+    """As `build`, of a model with a Router: each tower is built as a model of its own, and the
+    model itself calls the tower of a text's input type.
+    """
+    if candidate:
+        raise DeployError(
+            f"{request.name} has a Router, and no candidate of it can be served beside it. Build "
+            "it under another name."
+        )
+    with exclusive(request.name, settings) as folder:
+        (folder / store.USED).touch()
+        console.print(f"[bold]{request.name}[/]")
+        parts, by_type = _towers_of_router(request, _source(request, folder))
+        built = {
+            tower: make(part, folder / f"tower-{tower}", settings)[0]
+            for tower, part in parts.items()
+        }
+        facts = _router_facts(request, [one.spec for one in built.values()], by_type)
+        with writing(settings.repository, REPOSITORY, BuildError):
+            names = repository.write_router(facts, built, settings.repository)
+        if not names:
+            raise QualityError(f"no precision of {request.name} reaches its bar in both towers.")
+        console.print(f"  [green]✓[/] write: {', '.join(names)}")
+    if published is not None:
+        published(names)
+    _evict(request.name, settings)
+    return names
+
+
+def _towers_of_router(
+    request: BuildRequest, apart: Path
+) -> tuple[dict[str, BuildRequest], dict[str, str]]:
+    """The request for each tower of a model with a Router, all of one space, and input type →
+    tower.
+    """
+    by_type = routes.load(apart)
+    alone = {
+        tower: describe.space_of(apart / tower, request.options)
+        for tower in sorted(set(by_type.values()))
+    }
+    requests = {}
+    for tower in alone:
+        options = request.options._replace(
+            name=f"{request.name}-{tower}", space=routes.space(alone)
+        )
+        requests[tower] = dataclasses.replace(request, options=options, source=apart / tower)
+    return requests, by_type
+
+
+def _router_facts(
+    request: BuildRequest, towers_facts: list[ModelSpec], by_type: Mapping[str, str]
+) -> ModelSpec:
+    """The ModelSpec of a router.
+
+    Raises:
+        InvalidModel: its towers' vectors differ in length.
+    """
+    dims = {facts.dims for facts in towers_facts}
+    if len(dims) > 1:
+        raise InvalidModel(
+            f"{request.name} has a Router whose routes give vectors of {sorted(dims)} dimensions; "
+            "they must be equal, or queries and documents cannot be compared."
+        )
+    return dataclasses.replace(
+        towers_facts[0],
+        name=request.name,
+        max_tokens=max(facts.max_tokens for facts in towers_facts),
+        normalised=all(facts.normalised for facts in towers_facts),
+        heads={},
+        special_ids=(),
+        static=False,
+        length_buckets=(),
+        routes=by_type,
+    )
 
 
 def _evict(built: str, settings: Settings) -> None:
@@ -449,6 +550,13 @@ def _sibling(exported: Path, step: str) -> Path:
 def _source(request: BuildRequest, folder: Path) -> Path:
     row = request.source
     if isinstance(row, Path):
+        if routes.is_router(row):
+            apart = run_step(
+                folder / "routes",
+                "take the routes apart",
+                partial(routes.take_apart, row, request.name),
+            )
+            return apart if _has_router(request) else apart / routes.DOCUMENT
         describe.check_modules(row, request.name)
         return row
     sources = json.dumps(row.sources, default=dataclasses.asdict)

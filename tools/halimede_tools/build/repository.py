@@ -332,6 +332,61 @@ def write_fusion(
     prune({facts.name: version}, repository)
 
 
+def write_router(facts: ModelSpec, towers: Mapping[str, Built], repository: Path) -> list[str]:
+    """Write all folders of a router's towers, and a router for each precision that all of them
+    have; the names of the routers.
+
+    Nothing that is served changes before all are written.
+    """
+    both = list(towers.values())
+    precisions = [precision for precision in SUFFIXES if all(precision in b.models for b in both)]
+    routers = {}
+    for precision in precisions:
+        pins = {tower: built.ensemble(precision) for tower, built in towers.items()}
+        versions = [str(pin.version) for pin in pins.values()]
+        pin = Pin(served_name(facts.name, precision), number(_facts(facts), *versions))
+        records = {tower: built.quality[precision] for tower, built in towers.items()}
+        missed = [f"{t}: {what}" for t, record in records.items() for what in record["missed"]]
+        record = {
+            "model": facts.name,
+            "space": facts.space,
+            "precision": precision,
+            "mean_cosine": min(record["mean_cosine"] for record in records.values()),
+            "missed": missed,
+            "towers": records,
+        }
+        target = repository / pin.model / str(pin.version)
+        _write_text(facts.to_json(), target / spec.FILE_NAME)
+        _write_text(json.dumps(record, indent=2) + "\n", target / "quality.json")
+        _keep(model_config.router(pin.model, facts, precision, pins, missed), pin, repository)
+        routers[pin.model] = pin.version
+    for built in both:
+        place(built, repository)
+    ensembles = routers | {name: version for b in both for name, version in b.versions.items()}
+    # No note of a router's version before: it pins versions of its towers that are not served.
+    for built in both:
+        remember(built.versions, repository)
+    add(ensembles, repository)
+    switch(ensembles, repository)
+    _remove_routers(facts, routers, repository)
+    for built in both:
+        _unpublish_stale(built, repository)
+    release(ensembles, repository)
+    prune(ensembles, repository)
+    return list(routers)
+
+
+def _remove_routers(facts: ModelSpec, kept: Mapping[str, int], repository: Path) -> None:
+    """Remove routers of precisions that this build does not contain, if their space is another."""
+    for precision in SUFFIXES:
+        folder = repository / served_name(facts.name, precision)
+        config = folder / configs.CONFIG
+        is_left_out = folder.name not in kept and config.exists()
+        if is_left_out and model_config.space(config) != facts.space:
+            config.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def pinned(repository: Path, step: str) -> set[int]:
     """Versions of a step that ensembles of the repository pin and that are on disk."""
     texts = [path.read_text() for path in repository.glob(f"*/{configs.CONFIG}")]

@@ -64,7 +64,7 @@ class Deployment:
             HalimedeError: a server does not answer or refuses; run it again.
         """
         pending = self.pending()
-        self._check_fusions(pending)
+        self._check_called(pending)
         try:
             self._load([candidates.candidate_name(name) for name in pending])
         except DeployError:
@@ -103,7 +103,7 @@ class Deployment:
             HalimedeError: as `publish`.
         """
         pending = self.pending()
-        self._check_fusions(pending)
+        self._check_called(pending)
         self._check_fit(pending)
         self._check_space(pending, change_space)
         before = self._served(pending)
@@ -221,12 +221,12 @@ class Deployment:
                     "Build it under another name."
                 )
 
-    def _check_fusions(self, pending: Collection[str]) -> None:
+    def _check_called(self, pending: Collection[str]) -> None:
         for path in self.folder.glob(f"*/{configs.CONFIG}"):
-            for name in set(model_config.fused(model_config.read(path))) & set(pending):
+            for name in set(model_config.called(model_config.read(path))) & set(pending):
                 raise DeployError(
                     f"{path.parent.name} is fitted to the served version of {name} and would fail. "
-                    "Build the model under another name, and fit a fusion to it."
+                    "Build the model under another name; a fusion must be fitted to that."
                 )
 
     def _configs(self, name: str) -> tuple[Path, Path]:

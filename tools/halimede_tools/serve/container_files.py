@@ -18,6 +18,7 @@ BACKENDS = (
     "image",
     "fusion",
     "maxsim",
+    "router",
     "adapter",
     "halimede_engine",
     "halimede_ops",
