@@ -874,3 +874,52 @@ def like_router_of_one_route(folder: Path) -> Path:
     model = SentenceTransformer(modules=[router, st.Pooling(64, "mean")], device="cpu")
     model.save(str(folder), create_model_card=False)
     return folder
+
+
+RERANKER_TEMPLATE = (
+    "<|im_start|>system\nJudge the document by the query. Answer yes or no.<|im_end|>\n"
+    "<|im_start|>user\n<Instruct>: "
+    "{{ messages | selectattr('role', 'eq', 'system') | map(attribute='content') | first "
+    "| default('Find passages that answer the query') }}\n"
+    "<Query>: {{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}"
+    "\n<Document>: "
+    "{{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}"
+    "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+)
+"""The chat of Qwen3-Reranker, an instruction as its system message."""
+
+
+def qwen3_reranker(folder: Path, template: str | None = RERANKER_TEMPLATE) -> Path:
+    """Qwen3 for causal language modelling that answers yes or no, as Qwen3-Reranker."""
+    tokenizer = Tokenizer.from_str(byte_level("qwen").to_str())
+    tokenizer.add_tokens(["yes", "no"])
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    config = hf.Qwen3Config(
+        vocab_size=tokenizer.get_vocab_size(), num_key_value_heads=2, head_dim=16,
+        max_position_embeddings=256, eos_token_id=0, bos_token_id=0, tie_word_embeddings=True,
+        **SIZES,
+    )  # fmt: skip
+    save(
+        folder, build(hf.Qwen3ForCausalLM, config), tokenizer, 256,
+        pad_token="<|endoftext|>", eos_token="<|im_end|>", padding_side="left",
+    )  # fmt: skip
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def like_decoder_reranker(folder: Path) -> Path:
+    """A decoder that CrossEncoder saved, with an instruction as its prompt and yes alone."""
+    plain = qwen3_reranker(folder.with_name(folder.name + "-plain"))
+    model = CrossEncoder(
+        str(plain), device="cpu", prompts={"search": "Find what answers"},
+        default_prompt_name="search", activation_fn=torch.nn.Identity(),
+    )  # fmt: skip
+    model[1].false_token_id = None
+    model.save_pretrained(str(folder), create_model_card=False)
+    return folder
+
+
+def decoder_reranker_without_a_template(folder: Path) -> Path:
+    """A decoder whose tokenizer joins the two texts of a pair."""
+    return qwen3_reranker(folder, template=None)

@@ -177,6 +177,11 @@ class ModelSpec:
     """Whether the model's graph takes TOKEN_TYPES."""
     late: LateSpec | None = None
     """How a late-interaction model reads its texts; None for every other kind."""
+    template: tuple[str, ...] = ()
+    """Texts before, between and behind the two texts of a pair that are tokenized as one text, of a
+    decoder that answers a chat. Empty: the tokenizer joins a pair."""
+    last_ids: tuple[int, ...] = ()
+    """The tokens that end every text with a `template`, also one that is truncated."""
     routes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Input type → the tower that embeds texts of it, of a model with a tower for queries and one
     for documents. Other input types, and texts without one, go where the empty name goes."""
@@ -257,7 +262,14 @@ def load(folder: Path) -> ModelSpec:
     """
     try:
         fields: dict[str, Any] = dict(json.loads((folder / FILE_NAME).read_text("utf-8")))
-        for name in ("length_buckets", "special_ids", "matryoshka", "labels"):
+        for name in (
+            "length_buckets",
+            "special_ids",
+            "matryoshka",
+            "labels",
+            "template",
+            "last_ids",
+        ):
             fields[name] = tuple(fields.get(name, ()))
         if "image" in fields:
             fields["image"] = _image(fields["image"])

@@ -116,6 +116,8 @@ class TextTokenizer:
         """Tokenize texts, or pairs of texts, that have their prompts already; in order."""
         if not self.spec.takes_pairs:
             return self._encode_texts(cast("Sequence[str]", prompted))
+        if self.spec.template:
+            return self._encode_chats(cast("Sequence[TextPair]", prompted))
         pairs = cast("list[TextPair]", [item for item in prompted if isinstance(item, tuple)])
         encoded_pairs = iter(self._encode_pairs(pairs))
         encoded_texts = iter(
@@ -123,6 +125,20 @@ class TextTokenizer:
         )
         return [
             next(encoded_pairs if isinstance(item, tuple) else encoded_texts) for item in prompted
+        ]
+
+    def _encode_chats(self, pairs: Sequence[TextPair]) -> list[Tokens]:
+        """Tokenize pairs as texts of the spec's template, which end with its last tokens."""
+        before, between, behind = self.spec.template
+        last = self.spec.last_ids[-self.spec.max_tokens :]
+        encoded = self._encode_texts(
+            [f"{before}{first}{between}{second}{behind}" for first, second in pairs]
+        )
+        return [
+            tokens._replace(ids=[*tokens.ids[: len(tokens.ids) - len(last)], *last])
+            if tokens.total > self.spec.max_tokens
+            else tokens
+            for tokens in encoded
         ]
 
     def _encode_pairs(self, pairs: Sequence[TextPair]) -> list[Tokens]:

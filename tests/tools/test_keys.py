@@ -47,6 +47,8 @@ USERS = {
     "tools/halimede_tools/build/kinds/static.py": {"export", "check"},
     "tools/halimede_tools/build/graph/lookup.py": {"export"},
     "tools/halimede_tools/build/graph/tables.py": {"int8"},
+    "tools/halimede_tools/build/kinds/chat.py": {"export", "check"},
+    "tools/halimede_tools/build/kinds/routes.py": set(),
     "tools/halimede_tools/build/kinds/scores.py": {"fp16", "int8", "check"},
     "tools/halimede_tools/build/kinds/late.py": {"export", "check"},
     "tools/halimede_tools/build/kinds/ranks.py": {"check"},

@@ -23,7 +23,7 @@ from halimede_tools.build import describe, towers
 from halimede_tools.build.checks import long_texts
 from halimede_tools.build.checks.long_texts import LongText
 from halimede_tools.build.describe import ModelOptions
-from halimede_tools.build.kinds import activation, late, overlap, ranks, scores, static
+from halimede_tools.build.kinds import activation, chat, late, overlap, ranks, scores, static
 from halimede_tools.build.kinds.recognise import recognise
 from halimede_tools.build.samples.sts import spearman
 from halimede_tools.build.towers import TEXTS, TOWERS, Bar, Engine, Tower
@@ -65,16 +65,17 @@ def write_long_reference(
     limit = facts.max_tokens if facts.static else long_texts.longest(config, memory_bytes)
     if TOWERS[inputs] is towers.WEIGHTED:
         limit = min(limit, memory_bytes // _logits_bytes(model, source, options))
-    prompt = model.prompts.get(model.default_prompt_name or "", "")
-    count = describe.token_counter(model)
+    prompt = "" if facts.template else model.prompts.get(model.default_prompt_name or "", "")
+    count = chat.counter(model, facts) if facts.template else describe.token_counter(model)
     sizes = long_texts.lengths(facts.max_tokens, sorted(named), limit)
     if facts.static:  # no attention, and one branch for all lengths
         sizes = [facts.max_tokens]
     texts = long_texts.texts(sizes, lambda text: count(prompt + text))
     with describe.quiet():
-        expected = REFERENCES[inputs](source, texts, options, 1)
+        long = [("", text) for text in texts] if facts.template else texts
+        expected = REFERENCES[inputs](source, long, options, 1)
     np.save(folder / REFERENCE_FILE, expected)
-    written = {"texts": texts, "thresholds": {key: number for number, key in named.items()}}
+    written = {"texts": long, "thresholds": {key: number for number, key in named.items()}}
     (folder / LONG_FILE).write_text(json.dumps(written, indent=2))
 
 
@@ -308,7 +309,8 @@ def add_long_texts(
     """
     written = json.loads((reference / LONG_FILE).read_text())
     named = {number: key for key, number in written["thresholds"].items()}
-    rows, expected = engine.rows(written["texts"]), np.load(reference / REFERENCE_FILE)
+    inputs = [text if isinstance(text, str) else tuple(text) for text in written["texts"]]
+    rows, expected = engine.rows(inputs), np.load(reference / REFERENCE_FILE)
     pooled = np.concatenate([engine.run([row]) for row in rows])
     if isinstance(bar, scores.ScoreBar):
         agreements, least = 1 - np.abs(pooled - expected).max(axis=1), 1 - bar.max_difference

@@ -34,14 +34,14 @@ from halimede_ops.spec import (
 from halimede_repository.checksums import sha256
 from halimede_tools.build.checks import space
 from halimede_tools.build.keys import key_of
-from halimede_tools.build.kinds import activation, contents, late, loaded, sparse, static
+from halimede_tools.build.kinds import activation, chat, contents, late, loaded, sparse, static
 from halimede_tools.build.kinds.files import read_json
 from halimede_tools.build.kinds.recognise import module_names, recognise
 from halimede_tools.build.vision import processor, two_towers
 
 KNOWN_MODULES = (
     "Transformer", "StaticEmbedding", "CLIPModel", "Pooling", "Dense", "LayerNorm", "Normalize",
-    "Dropout", "MLMTransformer", "SpladePooling", "SparseAutoEncoder",
+    "Dropout", "MLMTransformer", "SpladePooling", "SparseAutoEncoder", "LogitScore",
 )  # fmt: skip
 OWN_MODULES = "sentence_transformers."
 IGNORED_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
@@ -158,7 +158,7 @@ def describe(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
     prompts = input_types(own or options.prompts, model.default_prompt_name)
     modules = list(model)
     kind = recognise(folder, options.name, options.kind)
-    scores = score_facts(model, folder, kind)
+    scores = score_facts(model, options.name, kind)
     weighted = sparse.facts(model, options.name, kind)
     fields: dict[str, Any] = {
         "dims": len(scores["labels"]) or 1 if scores else int(model.get_embedding_dimension()),
@@ -185,8 +185,7 @@ def describe(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
         special_ids=_special_ids(model.tokenizer) if fields["heads"] else (),
         matryoshka=options.matryoshka,
         length_buckets=length_buckets(fields["max_tokens"]),
-        **fields,
-        **scores,
+        **fields | scores,
     )
 
 
@@ -237,13 +236,14 @@ def space_of(folder: Path, options: ModelOptions) -> str:
     return describe(load(folder, options), folder, options).space
 
 
-def score_facts(model: Any, folder: Path, kind: str) -> dict[str, Any]:
+def score_facts(model: Any, name: str, kind: str) -> dict[str, Any]:
     """The fields of a ModelSpec that a reranker or a classifier has besides; none for others."""
     if kind not in (RERANKER, CLASSIFIER):
         return {}
     config = model[0].auto_model.config
     names = getattr(model.tokenizer, "model_input_names", ())
-    return {
+    facts = chat.facts(model, name)
+    return facts | {
         "kind": kind,
         "labels": tuple(config.id2label.values()) if kind == CLASSIFIER else (),
         "token_types": TOKEN_TYPES in names and getattr(config, "type_vocab_size", 0) > 1,
@@ -501,7 +501,10 @@ def tokenizer_json(model: Any) -> str:
 
     if isinstance(model.tokenizer, Tokenizer):  # a static model's
         return static.tokenizer_json(model)
-    tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
+    fields = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    if chat.has_template(model):  # its template has the special tokens
+        fields["post_processor"] = None
+    tokenizer = Tokenizer.from_str(json.dumps(fields))
     tokenizer.no_padding()
     tokenizer.enable_truncation(model.max_seq_length, direction=model.tokenizer.truncation_side)
     return str(tokenizer.to_str(pretty=True))

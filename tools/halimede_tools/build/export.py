@@ -20,7 +20,7 @@ from halimede_tools.build import describe
 from halimede_tools.build.checks import weights
 from halimede_tools.build.describe import ModelOptions
 from halimede_tools.build.graph import rewrite, shapes
-from halimede_tools.build.kinds import activation, contents
+from halimede_tools.build.kinds import activation, chat, contents
 from halimede_tools.build.vision import encoder
 
 
@@ -37,6 +37,9 @@ def export(source: Path, options: ModelOptions, folder: Path) -> None:
 
     model = describe.load(source, options)
     facts = describe.describe(model, source, options)
+    tokenizer = describe.tokenizer_json(model)
+    if facts.template:
+        chat.check_tokens(model, facts, tokenizer)
     tracing.add_heads(model, source, facts)
     weights.check_model(model, options.name)
     outputs = output_widths(facts)
@@ -56,7 +59,7 @@ def export(source: Path, options: ModelOptions, folder: Path) -> None:
             with contents.without_links(source) as linked:
                 graph = contents.onnx_file(linked, facts.name)
                 _from_onnx(model, facts.name, graph, list(outputs), path)
-    (folder / text.FILE_NAME).write_text(describe.tokenizer_json(model), "utf-8")
+    (folder / text.FILE_NAME).write_text(tokenizer, "utf-8")
     (folder / spec.FILE_NAME).write_text(facts.to_json(), "utf-8")
 
 
