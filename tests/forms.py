@@ -228,6 +228,30 @@ IMAGE_GRAPHS = {
         small_image_models.sentence_vit, "ViT that sentence-transformers saved; what its modules say"
     ),
 }  # fmt: skip
+DECODERS = {
+    "qwen3": Form(
+        small_models.qwen3_reranker,
+        "Qwen3 decoder, plain folder with a chat template: the logits of yes and no",
+        ("Qwen3-Reranker-0.6B",), "`--kind reranker` where the folder does not say it",
+    ),
+    "saved": Form(
+        small_models.like_decoder_reranker, "the same, as CrossEncoder saved it with LogitScore"
+    ),
+    "joined": Form(
+        small_models.decoder_reranker_without_a_template, "a decoder without a chat template"
+    ),
+}  # fmt: skip
+ROUTERS = {
+    "router": Form(
+        small_models.like_router,
+        "Router of a table of vectors for queries and BERT for documents, then Normalize",
+    ),
+    "asym": Form(small_models.like_asym, "BERT and Asym, with a Dense for each route"),
+    "mapped": Form(
+        small_models.like_mapped_router, "Router with route mappings and no route by default"
+    ),
+    "single": Form(small_models.like_router_of_one_route, "Router with one route for all texts"),
+}  # fmt: skip
 COSINE = "cosine ≥ 0.99999"
 SCORE = "each score within 1e-4"
 LATE = {
@@ -263,7 +287,15 @@ SUITES = (
         "tests/tools/kinds/test_static_models.py", STATIC,
     ),
     Suite(
+        "Towers for queries and documents", "dense", "encode_query and encode_document", COSINE,
+        "tests/tools/kinds/test_router_models.py", ROUTERS,
+    ),
+    Suite(
         "Rerankers", "reranker", "CrossEncoder", SCORE, "tests/tools/kinds/test_rerankers.py", RERANKERS
+    ),
+    Suite(
+        "Decoders as rerankers", "reranker", "CrossEncoder", SCORE,
+        "tests/tools/kinds/test_decoder_rerankers.py", DECODERS,
     ),
     Suite(
         "Classifiers", "classifier", "CrossEncoder, transformers' pipeline", SCORE,
@@ -301,7 +333,6 @@ NOT_VERIFIED: dict[str, str] = {
     **dict.fromkeys(
         (
             "mxbai-rerank-xsmall-v1",
-            "Qwen3-Reranker-0.6B",
         ),
         "not built yet",
     ),

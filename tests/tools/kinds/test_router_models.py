@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forms
 import numpy as np
 import pytest
-import small_models
 from conftest import free_options, version_folder
 from sentence_transformers import SentenceTransformer
 from tritonclient import grpc as triton_grpc
@@ -26,12 +26,7 @@ from halimede_tools.build.samples import corpus
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
-FORMS: dict[str, Callable[[Path], Path]] = {
-    "router": small_models.like_router,
-    "asym": small_models.like_asym,
-    "mapped": small_models.like_mapped_router,
-    "single": small_models.like_router_of_one_route,
-}
+FORMS = {name: form.make for name, form in forms.ROUTERS.items()}
 TEXTS = [text for text in corpus.check_texts()[:140] if text.strip()][:100]
 """100 mixed texts: odd, short and long ones."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+import forms
 import numpy as np
 import pytest
 import small_models
@@ -19,11 +20,7 @@ from halimede_tools.build.samples import corpus
 from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
-FORMS: dict[str, Callable[[Path], Path]] = {
-    "qwen3": small_models.qwen3_reranker,
-    "saved": small_models.like_decoder_reranker,
-    "joined": small_models.decoder_reranker_without_a_template,
-}
+FORMS = {name: form.make for name, form in forms.DECODERS.items()}
 PAIRS = [pair for pair in corpus.check_pairs() if any(pair)][::4][:100]
 """100 mixed pairs: odd texts as query and as document, short ones, and long ones that are cut."""
 
