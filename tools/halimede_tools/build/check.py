@@ -243,13 +243,9 @@ def check(
     bar = tower.bars[precision]
     kept = _with_tokens(engine, inputs)
     odd_inputs = sum(index < tower.odd_inputs for index in kept)
-    inputs, expected = [inputs[index] for index in kept], expected[kept]
+    expected = _of_inputs(engine, inputs, expected, kept)
+    inputs = [inputs[index] for index in kept]
     together = embedded(engine, inputs)
-    if together.shape != expected.shape:
-        raise BuildError(
-            f"{engine.spec.name} gives vectors {list(together.shape)} for the texts of the check, "
-            f"and its reference {list(expected.shape)}: the texts are not read alike."
-        )
     if isinstance(bar, scores.ScoreBar):
         figures = scores.agreement(together, expected, inputs)
     else:
@@ -283,6 +279,24 @@ def _with_tokens(engine: Engine, inputs: Sequence[Any]) -> list[int]:
     """
     lengths = [row.length for row in engine.rows(inputs)]
     return [index for index, length in enumerate(lengths) if length or engine.spec.static]
+
+
+def _of_inputs(
+    engine: Engine, inputs: Sequence[Any], expected: np.ndarray, kept: Sequence[int]
+) -> np.ndarray:
+    """The vectors of the reference for some inputs, which may have several each.
+
+    Raises:
+        BuildError: the reference has another number of vectors for all inputs.
+    """
+    rows = engine.rows(inputs)
+    ours = sum(engine.counts(rows))
+    if len(expected) != ours:
+        raise BuildError(
+            f"{engine.spec.name} gives {ours:,} vectors for the texts of the check, and its "
+            f"reference {len(expected):,}: they do not read the texts alike."
+        )
+    return np.asarray(expected[engine.places(rows, kept)])
 
 
 def _cosines(
