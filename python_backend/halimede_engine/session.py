@@ -63,6 +63,8 @@ STATIC_TIMES = 32
 """A micro-batch of a static model has so many times more tokens: a token costs a fraction of what
 it costs in a transformer, and a run costs as much."""
 
+LOG_ERRORS, LOG_FATAL = 3, 4
+"""onnxruntime's levels of severity: it writes messages of a level and above to the log."""
 OPENVINO = "OpenVINOExecutionProvider"
 OPENVINO_PROPERTIES = {
     # OpenVINO pins the threads of every process to the same first cores: two instances of one
@@ -405,6 +407,7 @@ def open_session(
     *,
     tight_padding: bool = False,
     on_run: OnRun = lambda tokens: None,
+    log_severity: int = LOG_ERRORS,
 ) -> tuple[Session, list[str]]:
     """Open a model.onnx; return its session and the accelerators that this onnxruntime lacks.
 
@@ -420,6 +423,7 @@ def open_session(
         micro_batch_tokens: maximum tokens of a run of more than one row.
         tight_padding: whether a row that runs alone is padded to `batching.tight_length`.
         on_run: called before each run with its number of tokens, padding included.
+        log_severity: what onnxruntime writes to the log, LOG_ERRORS or LOG_FATAL.
 
     Raises:
         InvalidModel: the file is missing, onnxruntime cannot read it, or an accelerator's name is
@@ -427,6 +431,7 @@ def open_session(
     """
     providers, missing = execution_providers(accelerators, threads, streams)
     options = session_options(providers)
+    options.log_severity_level = log_severity
     options.intra_op_num_threads = max(1, threads // streams)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
@@ -449,7 +454,7 @@ def session_options(
 ) -> onnxruntime.SessionOptions:
     """The options to open a model with these execution providers; the threads are not set."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = LOG_ERRORS
     # Threads that spin between operators starve the other instances on the same cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if providers[0][0] == OPENVINO:

@@ -133,7 +133,7 @@ def _quality(repository: Path, model: ServedModel) -> dict[str, Any]:
     if record["space"] != model.space:
         return {}
     names = (
-        "arithmetic", "texts", "mean_cosine", "p1_cosine", "min_cosine", "kendall_tau", "ndcg_10",
-        "invariance", "size_ratio",
+        "engine", "arithmetic", "texts", "mean_cosine", "p1_cosine", "min_cosine", "kendall_tau",
+        "ndcg_10", "invariance", "size_ratio",
     )  # fmt: skip
     return {name: record[name] for name in names if name in record}

@@ -402,10 +402,16 @@ class Onnx:
 
 
 def _accelerators(names: Sequence[str], version: configs.Ensemble) -> list[Any]:
-    """Return accelerators that compute in the arithmetic that the build measured."""
+    """Return accelerators that compute in the arithmetic that the build measured.
+
+    OpenVINO is left out for a model that the build found it cannot run.
+    """
     from halimede_engine import arithmetic, session
 
-    asked = arithmetic.properties(_quality(version).get("arithmetic", arithmetic.F32))
+    quality = _quality(version)
+    if quality.get("engine") == "cpu":
+        names = [name for name in names if name != "openvino"]
+    asked = arithmetic.properties(quality.get("arithmetic", arithmetic.F32))
     return [session.Accelerator(name, asked if name == "openvino" else {}) for name in names]
 
 

@@ -74,9 +74,11 @@ def _engine(settings: Settings, model: str, precision: str) -> tuple[towers.Engi
     served = configs.read(settings.repository, name)
     tokenizer, onnx = served.steps[f"{model}-tokenizer"], served.steps[f"{name}-onnx"]
     facts = spec.load(tokenizer)
-    computed_in = str(json.loads((served.folder / "quality.json").read_text())["arithmetic"])
+    record = json.loads((served.folder / "quality.json").read_text())
+    computed_in, engine = str(record["arithmetic"]), record.get("engine", towers.OPENVINO)
     rows = towers.text_rows(tokenizer, facts)
-    return towers.Engine(onnx / session.FILE_NAME, rows, facts, computed_in), computed_in
+    path = onnx / session.FILE_NAME
+    return towers.Engine(path, rows, facts, computed_in, name=engine), computed_in
 
 
 def _cells(found: towers.LengthClass) -> tuple[object, ...]:

@@ -128,7 +128,9 @@ def measure(
     rows = towers.text_rows(tokenizer, facts)(texts)
     stage = _Stage(onnx, facts.max_tokens, rows, seconds / len(STAGES))
     record = json.loads((served.folder / "quality.json").read_text())
-    ways = candidates(cores.available(), record["arithmetic"])
+    ways = candidates(
+        cores.available(), record["arithmetic"], record.get("engine", towers.OPENVINO)
+    )
     fitting = settings.memory_limit_bytes // (RESERVED * session.file_bytes(onnx))
     with progress.step(f"{precision}, {STAGES[0]}"):
         first = stage.measure(ways[: max(2, fitting)])
@@ -175,15 +177,20 @@ def choose(measured: Sequence[Measurement], bar: towers.Bar) -> Measurement:
     return min(fast, key=lambda measurement: measurement.single_ms)
 
 
-def candidates(most_threads: int, checked: str = arithmetic.F32) -> list[Way]:
+def candidates(
+    most_threads: int, checked: str = arithmetic.F32, engine: str = towers.OPENVINO
+) -> list[Way]:
     """The way that the build checked, then the others, of all providers that are installed.
 
     Args:
         most_threads: cores of this machine.
         checked: the arithmetic that the build checked. Instead of bf16, f32 may be chosen.
+        engine: the engine that the build checked, one of `towers.ACCELERATORS`. Where it is not
+            OpenVINO, OpenVINO cannot run the model.
     """
     available = onnxruntime.get_available_providers()
-    providers = [*towers.CPU_ACCELERATORS] if "OpenVINOExecutionProvider" in available else []
+    is_installed = session.OPENVINO in available
+    providers = [*towers.ACCELERATORS[engine]] if is_installed else []
     plain = arithmetic.F32 if checked == arithmetic.BF16 else checked
     computed = [(name, each) for name in providers for each in dict.fromkeys((checked, plain))]
     # Half: one thread for each core that runs two.

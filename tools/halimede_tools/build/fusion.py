@@ -349,4 +349,6 @@ def _engine(model: str, tower: towers.Tower, folder: Path) -> towers.Engine:
     facts = spec.load(found.folder)
     tokenizer = found.steps.get(f"{facts.name}-tokenizer", found.folder)
     graph = found.steps[f"{model}-onnx"] / session.FILE_NAME
-    return towers.Engine(graph, tower.rows(tokenizer, facts), facts)
+    record = json.loads((found.folder / "quality.json").read_text())
+    rows, name = tower.rows(tokenizer, facts), record.get("engine", towers.OPENVINO)
+    return towers.Engine(graph, rows, facts, name=name)

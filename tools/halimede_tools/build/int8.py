@@ -22,7 +22,7 @@ from halimede_ops.spec import ModelSpec
 from halimede_tools.build import towers
 from halimede_tools.build.graph import activations, outliers, rewrite, smoothing, tables
 from halimede_tools.build.kinds import scores
-from halimede_tools.build.towers import TOWERS, Bar, Engine, Tower, feed
+from halimede_tools.build.towers import TOWERS, Bar, Tower, feed, with_engine
 from halimede_tools.console import console
 
 KEEP_COUNTS = (0, 1, 2, 4, 8)
@@ -66,7 +66,7 @@ def to_int8(
         the lowest mean cosine of a length class, or how far the scores rank alike.
     """
     rows = tower.rows(fp32.parent, spec)
-    expected = Engine(fp32, rows, spec).embed(inputs)
+    expected = with_engine(lambda engine: engine.embed(inputs), fp32, rows, spec)
     feeds = [feed(row) for row in rows(calibration)]
     model = rewrite.load(fp32)
     apart, ranked = _prepare(model, feeds)
@@ -74,9 +74,10 @@ def to_int8(
     attempts: list[dict[str, Any]] = []
     for kept in _kept(ranked, rewrite.convolutions(model)):
         _quantise(copy.deepcopy(model), feeds, kept, target)
-        engine = Engine(target, rows, spec)
-        embeddings = engine.embed(inputs)
-        attempt = _judged(embeddings, expected, inputs, engine.lengths(rows(inputs)), bar)
+        embeddings, lengths = with_engine(
+            lambda engine: (engine.embed(inputs), engine.lengths(rows(inputs))), target, rows, spec
+        )
+        attempt = _judged(embeddings, expected, inputs, lengths, bar)
         attempts.append({"kept_fp32": kept, attempt.name: round(attempt.figure, 6)})
         console.print(
             f"    outliers of {len(apart)} MatMuls apart, {len(kept)} nodes in FP32: "

@@ -31,7 +31,7 @@ from halimede_ops.spec import (
 )
 from halimede_repository import configs
 from halimede_tools.build.keys import key_of
-from halimede_tools.build.towers import CPU_ACCELERATORS
+from halimede_tools.build.towers import ACCELERATORS, OPENVINO
 
 MAX_BATCH_SIZE = 128
 """Largest number of rows in one request, and in one batch."""
@@ -82,6 +82,18 @@ class Pin(NamedTuple):
     version: int
 
 
+class Computed(NamedTuple):
+    """How the build measured a precision on a CPU, and how a CPU shall run it."""
+
+    arithmetic: str = ""
+    """Empty: it was not measured."""
+    engine: str = OPENVINO
+    """One of `towers.ACCELERATORS`."""
+
+
+IN_F32 = Computed(arithmetic.F32)
+
+
 class Ensemble(NamedTuple):
     """What the configs of one ensemble say."""
 
@@ -94,8 +106,7 @@ class Ensemble(NamedTuple):
     """What an accepted precision misses of its bar."""
     counterpart: str = ""
     """The ensemble of the model's other tower."""
-    arithmetic: str = ""
-    """The arithmetic that the build measured it in, on a CPU."""
+    computed: Computed = Computed()
 
 
 def to_text(config: pb.ModelConfig) -> str:
@@ -174,11 +185,15 @@ def token_inputs(spec: ModelSpec) -> list[str]:
 
 
 def onnx(
-    name: str, spec: ModelSpec, precision: str, device: str, computed_in: str = arithmetic.F32
+    name: str,
+    spec: ModelSpec,
+    precision: str,
+    device: str,
+    computed: Computed = IN_F32,
 ) -> pb.ModelConfig:
     """Tokens → the pooled vector or the scores, and one row a token for each further head."""
     tensorrt = tensorrt_parameters(spec, precision, text_shapes(spec))
-    written = _onnx(name, spec, _accelerators(device, tensorrt, computed_in), device)
+    written = _onnx(name, spec, _accelerators(device, tensorrt, computed), device)
     written.max_batch_size = MAX_BATCH_SIZE
     written.input.extend(_input(tokens, pb.TYPE_INT64, -1) for tokens in token_inputs(spec))
     written.output.extend(
@@ -208,13 +223,17 @@ def onnx(
 
 
 def vision(
-    name: str, spec: ModelSpec, precision: str, device: str, computed_in: str = arithmetic.F32
+    name: str,
+    spec: ModelSpec,
+    precision: str,
+    device: str,
+    computed: Computed = IN_F32,
 ) -> pb.ModelConfig:
     """Pixels → the projected vector."""
     image = spec.images()
     size = (3, image.height, image.width)
     tensorrt = tensorrt_parameters(spec, precision, image_shapes(image))
-    written = _onnx(name, spec, _accelerators(device, tensorrt, computed_in), device)
+    written = _onnx(name, spec, _accelerators(device, tensorrt, computed), device)
     written.max_batch_size = MAX_IMAGES
     written.input.append(_input(PIXELS, pb.TYPE_UINT8, *size))
     written.model_warmup.extend(
@@ -377,7 +396,7 @@ def one_process(described: Ensemble, device: str) -> pb.ModelConfig:
             execution_accelerators=_accelerators(
                 device,
                 tensorrt_parameters(spec, precision, text_shapes(spec)),
-                described.arithmetic,
+                described.computed,
             )
         ),
         model_warmup=[
@@ -406,7 +425,7 @@ def image_ensemble(described: Ensemble) -> pb.ModelConfig:
         described.spec,
         described.precision,
         described.missed,
-        arithmetic=described.arithmetic,
+        arithmetic=described.computed.arithmetic,
         input="image",
         text_model=described.counterpart,
         max_image_bytes=str(image.max_image_bytes),
@@ -671,7 +690,7 @@ def _text_facts(described: Ensemble) -> Parameters:
         described.spec,
         described.precision,
         described.missed,
-        arithmetic=described.arithmetic,
+        arithmetic=described.computed.arithmetic,
         max_tokens=str(described.spec.max_tokens),
         image_model=described.counterpart,
         kind="" if described.spec.kind == DENSE else described.spec.kind,
@@ -699,7 +718,7 @@ def _instances(device: str) -> pb.ModelInstanceGroup:
 
 
 def _accelerators(
-    device: str, tensorrt: Mapping[str, str], computed_in: str
+    device: str, tensorrt: Mapping[str, str], computed: Computed
 ) -> pb.ModelOptimizationPolicy.ExecutionAccelerators:
     policy = pb.ModelOptimizationPolicy.ExecutionAccelerators
     if device == CUDA:
@@ -709,8 +728,8 @@ def _accelerators(
         return policy(gpu_execution_accelerator=[accelerator])
     return policy(
         cpu_execution_accelerator=[
-            policy.Accelerator(name=name, parameters=arithmetic.properties(computed_in))
-            for name in CPU_ACCELERATORS
+            policy.Accelerator(name=name, parameters=arithmetic.properties(computed.arithmetic))
+            for name in ACCELERATORS[computed.engine]
         ]
     )
 

@@ -532,6 +532,8 @@ def _checked(
     )
     record: dict[str, Any] = json.loads((checked / check.RECORD_FILE).read_text())
     console.print(f"    {_summary(record)}")
+    if record["engine"] == towers.CPU_ENGINE:
+        console.print(f"  [yellow]! {_why_cpu_engine(record)}[/]")
     checked_tokens, max_tokens = record.get("checked_tokens"), part.built.spec.max_tokens
     if checked_tokens and checked_tokens < max_tokens and precision == request.precisions[0]:
         console.print(
@@ -540,6 +542,15 @@ def _checked(
             "[/]"
         )
     return record
+
+
+def _why_cpu_engine(record: Mapping[str, Any]) -> str:
+    """Why OpenVINO does not run a precision."""
+    reasons = record.get("not_run_by", {}).get(towers.OPENVINO, ["it cannot be run by OpenVINO"])
+    return (
+        f"{record['precision']} is served by {towers.ENGINE_NAMES[towers.CPU_ENGINE]} on CPUs, not "
+        f"by OpenVINO: {reasons[0]}."
+    )
 
 
 def _sibling(exported: Path, step: str) -> Path:

@@ -33,7 +33,7 @@ from halimede_ops.errors import InvalidModel
 from halimede_ops.fusion import Fusion
 from halimede_ops.spec import ImageSpec, LateSpec, ModelSpec
 from halimede_repository import checksums, configs
-from halimede_tools.build import model_config
+from halimede_tools.build import model_config, towers
 from halimede_tools.build.model_config import Pin
 from halimede_tools.build.samples import pictures
 
@@ -108,9 +108,12 @@ class Built:
         other = precision if precision in self.counterparts else self.counterparts[0]
         return served_name(name, other) + self.suffix
 
-    def arithmetic(self, precision: str) -> str:
-        """The arithmetic that the build measured a precision in, on a CPU."""
-        return str(self.quality[precision].get("arithmetic", ""))
+    def computed(self, precision: str) -> model_config.Computed:
+        """How the build measured a precision, on a CPU."""
+        record = self.quality[precision]
+        return model_config.Computed(
+            str(record.get("arithmetic", "")), str(record.get("engine", towers.OPENVINO))
+        )
 
     def ensemble(self, precision: str) -> Pin:
         """The ensemble of a precision, with its version."""
@@ -295,14 +298,17 @@ def tune(name: str, found: Mapping[str, Any], repository: Path) -> None:
         _write_text(model_config.to_text(_tuned(model_config.read(path), onnx)), path)
 
 
-def _tuned(written: Any, onnx: Path) -> Any:
-    """The config with the tuning result of the ONNX step's version folder, if it has one."""
+def _tuned(written: Any, onnx: Path, computed: model_config.Computed = model_config.IN_F32) -> Any:
+    """The config with the tuning result of the ONNX step's version folder, if it has one. A result
+    from before the build found that OpenVINO cannot run the model puts it into no config.
+    """
     path = onnx / TUNED
-    return (
-        model_config.tuned(written, json.loads(path.read_text())["choice"])
-        if path.exists()
-        else written
-    )
+    if not path.exists():
+        return written
+    choice = json.loads(path.read_text())["choice"]
+    if not towers.ACCELERATORS[computed.engine]:
+        choice |= {"provider": ""}
+    return model_config.tuned(written, choice)
 
 
 def write_fusion(
@@ -473,9 +479,9 @@ def _place_onnx(built: Built, precision: str, model: Path, pin: Pin, repository:
     _write_bytes((np.arange(longest) % 100).astype("<i8").tobytes(), folder / "warmup/input_ids")
     _write_bytes(np.ones(longest, "<i8").tobytes(), folder / "warmup/attention_mask")
     written = model_config.onnx(
-        pin.model, built.spec, precision, built.device, built.arithmetic(precision)
+        pin.model, built.spec, precision, built.device, built.computed(precision)
     )
-    _keep(_tuned(written, folder / str(pin.version)), pin, repository)
+    _keep(_tuned(written, folder / str(pin.version), built.computed(precision)), pin, repository)
 
 
 def _place_pixels(built: Built, pin: Pin, repository: Path) -> None:
@@ -488,7 +494,7 @@ def _place_pixels(built: Built, pin: Pin, repository: Path) -> None:
 def _place_vision(built: Built, precision: str, model: Path, pin: Pin, repository: Path) -> None:
     _copy_model(model, repository / pin.model / str(pin.version))
     written = model_config.vision(
-        pin.model, built.spec, precision, built.device, built.arithmetic(precision)
+        pin.model, built.spec, precision, built.device, built.computed(precision)
     )
     _keep(written, pin, repository)
 
@@ -532,7 +538,7 @@ def _place_ensemble(built: Built, precision: str, repository: Path) -> None:
         steps,
         quality.get("missed", ()),
         built.counterpart(precision),
-        built.arithmetic(precision),
+        built.computed(precision),
     )
     if built.tokenizer is None:
         _keep(model_config.image_ensemble(described), pin, repository)
@@ -542,7 +548,9 @@ def _place_ensemble(built: Built, precision: str, repository: Path) -> None:
         _place_maxsim(described, pin.version, repository)
     _write_text_warmup(built.spec, repository / pin.model)
     onnx = repository / steps["onnx"].model / str(steps["onnx"].version)
-    one_process = _tuned(model_config.one_process(described, built.device), onnx)
+    one_process = _tuned(
+        model_config.one_process(described, built.device), onnx, described.computed
+    )
     _write_text(
         model_config.to_text(model_config.serving(one_process, [pin.version])),
         folder / ONE_PROCESS,

@@ -5,22 +5,31 @@ Both towers are built and checked alike. `Engine` runs a built one in this proce
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import onnxruntime
 
 from halimede_engine import arithmetic, cores, engine, session
 from halimede_ops import image, text, vectors
+from halimede_ops.errors import BuildError, InvalidModel
 from halimede_ops.spec import MULTI_VECTOR, PIXELS, QUERY, TOKEN_TYPES, ModelSpec
 from halimede_tools.build.kinds.scores import SCORE_BARS
 from halimede_tools.build.samples import corpus, pictures
 
-CPU_ACCELERATORS = ("openvino",)
-"""Execution accelerators of the ONNX step on CPU: in the configs, and in Engine."""
+OPENVINO, CPU_ENGINE = "openvino", "cpu"
+"""Engines that run a model on a CPU, as quality records name them: OpenVINO, and onnxruntime's own
+kernels."""
+ACCELERATORS: Mapping[str, tuple[str, ...]] = {OPENVINO: (OPENVINO,), CPU_ENGINE: ()}
+"""Engine → execution accelerators of the ONNX step on CPU: in the configs, and in Engine. The build
+takes the first engine that gives the model's own results."""
+ENGINE_NAMES = {OPENVINO: "OpenVINO", CPU_ENGINE: "onnxruntime's own CPU engine"}
 CHECK_SPARSE_TEXTS = 300
 """Texts that a sparse model is checked on: of a vocabulary of 250,002 their vectors take 300 MB."""
 CHECK_PICTURES = 132
@@ -221,18 +230,39 @@ TOWERS = {tower.inputs: tower for tower in (TEXTS, IMAGES, PAIRS, LABELLED, WEIG
 """Each tower by its `inputs`."""
 
 
+class EngineError(BuildError):
+    """An engine cannot open a built model, or cannot run it."""
+
+
 class Engine(engine.Engine):
-    """A built model in this process, with the accelerators of the served configs."""
+    """A built model in this process, with the accelerators of the served configs.
+
+    Raises:
+        EngineError: the engine cannot open the model. Its runs raise it too.
+    """
 
     def __init__(
-        self, model: Path, rows: Rows, spec: ModelSpec, computed_in: str = arithmetic.F32
+        self,
+        model: Path,
+        rows: Rows,
+        spec: ModelSpec,
+        computed_in: str = arithmetic.F32,
+        name: str = OPENVINO,
     ) -> None:
         asked = arithmetic.properties(computed_in)
-        accelerators = [session.Accelerator(name, asked) for name in CPU_ACCELERATORS]
+        accelerators = [session.Accelerator(each, asked) for each in ACCELERATORS[name]]
+        self.name = name
+        onnxruntime.set_default_logger_severity(session.LOG_ERRORS)
         self.cores = cores.available()
-        opened, _ = session.open_session(
-            model, accelerators, self.cores, streams=self.cores, max_tokens=spec.max_tokens
-        )
+        with _engine_errors(name, "opened"):
+            opened, _ = session.open_session(
+                model,
+                accelerators,
+                self.cores,
+                streams=self.cores,
+                max_tokens=spec.max_tokens,
+                log_severity=session.LOG_FATAL,  # the build says what failed
+            )
         super().__init__(opened, rows, spec)
 
     def embed(self, inputs: Sequence[Any]) -> np.ndarray:
@@ -242,9 +272,13 @@ class Engine(engine.Engine):
     def run(self, rows: Sequence[session.Row | session.Pixels]) -> np.ndarray:
         """Pooled vectors `[rows, dims]` float32, in order. Of a late-interaction model the vectors
         of all rows, one row after another, `[vectors, dims]`.
+
+        Raises:
+            EngineError: the engine cannot run the model.
         """
         if self.spec.late is None:
-            return self.session.run(rows)
+            with _engine_errors(self.name, "run"):
+                return self.session.run(rows)
         parts = self.session.plan([row.length for row in rows], self.cores)
         found = self.run_each([[rows[row] for row in part] for part in parts])
         order = [row for part in parts for row in part]
@@ -253,7 +287,7 @@ class Engine(engine.Engine):
     def run_each(self, batches: Sequence[Sequence[session.Row | session.Pixels]]) -> np.ndarray:
         """As `run`, of batches that run apart from each other, a stream each at a time."""
         run = self.session.run_together if self.spec.late is None else self._run_late
-        with ThreadPoolExecutor(self.cores) as streams:
+        with _engine_errors(self.name, "run"), ThreadPoolExecutor(self.cores) as streams:
             return np.concatenate(list(streams.map(run, batches)))
 
     def counts(self, rows: Sequence[session.Row | session.Pixels]) -> list[int]:
@@ -278,3 +312,56 @@ class Engine(engine.Engine):
         return np.concatenate(
             [values[MULTI_VECTOR][row.kept == 1] for row, values in zip(rows, found, strict=True)]
         )
+
+
+Found = TypeVar("Found")
+
+
+def with_engine(
+    measure: Callable[[Engine], Found], model: Path, rows: Rows, spec: ModelSpec
+) -> Found:
+    """What `measure` gives with the first engine that can open and run a model.
+
+    Raises:
+        EngineError: no engine can.
+    """
+    failed: list[EngineError] = []
+    for name in ACCELERATORS:
+        try:
+            return measure(Engine(model, rows, spec, name=name))
+        except EngineError as error:
+            failed.append(error)
+    raise no_engine(spec.name, failed)
+
+
+def no_engine(model: str, failed: Sequence[EngineError]) -> EngineError:
+    """The error of a model that no engine can run, of the errors of each engine."""
+    return EngineError(
+        f"{model} was exported to ONNX, but no engine can run the graph: "
+        f"{'; '.join(map(str, failed))}. A graph has the operations that one text took; a model "
+        "that decides by the text's values what it computes has no such graph."
+    )
+
+
+@contextlib.contextmanager
+def _engine_errors(name: str, doing: str) -> Iterator[None]:
+    """Turn what onnxruntime raises into an EngineError."""
+    try:
+        yield
+    except (MemoryError, BuildError):
+        raise
+    except Exception as error:  # onnxruntime raises undocumented classes of its own
+        cause = error.__cause__ if isinstance(error, InvalidModel) and error.__cause__ else error
+        raise EngineError(
+            f"it cannot be {doing} by {ENGINE_NAMES[name]} ({type(cause).__name__}, "
+            f"{_words_of(str(cause))})"
+        ) from error
+
+
+def _words_of(message: str) -> str:
+    """The last sentence of an error of onnxruntime or OpenVINO, without signatures and paths."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    # OpenVINO's own message is below the places that passed it on.
+    told = [line for line in lines if not re.match(r"Exception from |While validating ", line)]
+    words = re.split(r"\[OpenVINO-EP\] | Status Message: |\] : ", told[-1] if told else message)[-1]
+    return re.sub(r"\S*/\S*", "…", words).rstrip(".")[:200]
