@@ -17,6 +17,7 @@ from halimede_ops import spec
 from halimede_ops.spec import PIXELS, POOLED, TOKEN_TYPES, ImageSpec, ModelSpec
 from halimede_tools.build import describe
 from halimede_tools.build.graph import imaging, late, packing, padding, rewrite, scoring, splade
+from halimede_tools.build.kinds import windows
 from halimede_tools.build.vision import two_towers
 
 TOKEN_INPUTS = ("input_ids", "attention_mask")
@@ -73,7 +74,8 @@ def _export(
 ) -> None:
     # optimum asks the module for its config, as every transformers model has one.
     module.config = config
-    optimum_export(module, _Config(config, "feature-extraction", inputs, outputs), path)
+    with windows.traceable():
+        optimum_export(module, _Config(config, "feature-extraction", inputs, outputs), path)
 
 
 @torch.no_grad()
