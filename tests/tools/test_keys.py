@@ -50,7 +50,6 @@ USERS = {
     "tools/halimede_tools/build/kinds/chat.py": {"export", "check"},
     "tools/halimede_tools/build/kinds/routes.py": set(),
     "tools/halimede_tools/build/kinds/windows.py": {"export"},
-    "tools/halimede_tools/build/kinds/untraceable.py": {"export"},
     "tools/halimede_tools/build/kinds/scores.py": {"fp16", "int8", "check"},
     "tools/halimede_tools/build/kinds/late.py": {"export", "check"},
     "tools/halimede_tools/build/kinds/ranks.py": {"check"},
