@@ -32,7 +32,7 @@ from halimede.providers.base import Answer, Request, reindexed
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
 from halimede_engine import cores
-from halimede_ops import errors, vectors
+from halimede_ops import errors, maxsim, vectors
 from halimede_ops.spec import MULTI_VECTOR, SPARSE
 from halimede_repository import configs
 
@@ -110,10 +110,10 @@ class _OpenModel(NamedTuple):
     spec: Any
     reader: Any
     """A TextTokenizer for texts, an ImageReader for images, the _FusedModels for pairs, a dict of
-    tower → _OpenModel for a router."""
+    tower → _OpenModel for a router, the _ScoringModel of a reranker by multi-vectors."""
     engine: Any
-    """The SharedEngine that runs the model. It ends with the last reference. None for pairs and
-    for a router."""
+    """The SharedEngine that runs the model. It ends with the last reference. None for a model that
+    asks others."""
     stamp: _Stamp
     decode: Callable[[Any, int, Any], str]
     """`halimede_ops.text.decode`, which needs the package tokenizers."""
@@ -126,8 +126,8 @@ class _OpenModel(NamedTuple):
             for tower in self.reader.values():
                 tower.close()
         else:
-            self.reader.text.close()
-            self.reader.image.close()
+            for model in self.reader.models:
+                model.close()
 
 
 class _FusedModels(NamedTuple):
@@ -136,6 +136,22 @@ class _FusedModels(NamedTuple):
     fusion: Any
     text: _OpenModel
     image: _OpenModel
+
+    @property
+    def models(self) -> tuple[_OpenModel, ...]:
+        """The models that it asks."""
+        return self.text, self.image
+
+
+class _ScoringModel(NamedTuple):
+    """The model whose multi-vectors score pairs of a query and a document."""
+
+    model: _OpenModel
+
+    @property
+    def models(self) -> tuple[_OpenModel, ...]:
+        """The models that it asks."""
+        return (self.model,)
 
 
 class Onnx:
@@ -199,9 +215,12 @@ class Onnx:
             and not expected.is_alike(opened.served)
         ):
             raise errors.ModelChanged(f"{self.name} changed its model. Send again.")
-        if request.kind in TEXT_KINDS:
+        if isinstance(opened.reader, _ScoringModel):
+            embed = _score_pairs
+        elif request.kind in TEXT_KINDS:
             return _start_texts(opened, request)
-        embed = _embed_images if request.kind == "image" else _embed_pairs
+        else:
+            embed = _embed_images if request.kind == "image" else _embed_pairs
         if request.may_block:
             return completed(embed(opened, request))
         return self._workers.submit(embed, opened, request)
@@ -259,6 +278,9 @@ class Onnx:
             return _OpenModel(served, facts, self._fused_models(stamp.version), None, stamp, decode)
         if facts.routes:
             return _OpenModel(served, facts, self._towers(stamp.version), None, stamp, decode)
+        if configs.parameter(stamp.version.config, "model"):
+            scoring = self._scoring_model(stamp.version)
+            return _OpenModel(served, facts, scoring, None, stamp, decode)
         reader, make_rows = self._reader(kind, facts, steps)
         model = steps[f"{name}-onnx"] / session.FILE_NAME
         names = self._accelerators()
@@ -331,6 +353,16 @@ class Onnx:
                 )
             towers[tower] = opened
         return towers
+
+    def _scoring_model(self, version: configs.Ensemble) -> _ScoringModel:
+        """Open the model by whose multi-vectors a reranker scores pairs."""
+        opened = self._open("text", configs.parameter(version.config, "model"))
+        if opened.stamp.version.folder.name != configs.parameter(version.config, "model_version"):
+            raise errors.ModelChanged(
+                f"{opened.served.name} is not served in the version that {self.name} was made for. "
+                "Send again."
+            )
+        return _ScoringModel(opened)
 
     def _reader(
         self, kind: InputKind, facts: Any, steps: Mapping[str, Path]
@@ -444,6 +476,24 @@ def _start_texts(opened: _OpenModel, request: Request) -> Future[Answer]:
         request,
         lambda done: Answer(_vectors(done, request.output), done.tokens, served),
     )
+
+
+def _score_pairs(opened: _OpenModel, request: Request) -> Answer:
+    """Embed each query and each document once, and compare their vectors, as `maxsim` on Triton."""
+    model: _OpenModel = opened.reader.model
+    queries, documents = (
+        [opened.decode(value, row, opened.spec) for row, value in enumerate(values)]
+        for values in zip(*request.inputs, strict=True)
+    )
+    pairs = maxsim.distinct(queries, documents)
+    prompted = model.reader.prompted(pairs.texts, pairs.input_types)
+
+    def scored(done: Any) -> Answer:
+        matrices = maxsim.without_padding(done.heads["MULTI_VECTORS"])
+        scores = maxsim.score_pairs(matrices, pairs)
+        return Answer(scores[:, None], done.tokens[pairs.documents], opened.served)
+
+    return _run(model, prompted, request, scored).result()
 
 
 def _vectors(done: Any, output: OutputKind) -> np.ndarray:

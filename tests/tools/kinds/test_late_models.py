@@ -22,11 +22,13 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 from tritonclient import grpc as triton_grpc
 
+from halimede import Reranker
 from halimede_engine import session
 from halimede_engine.engine import SharedEngine, text_rows
 from halimede_engine.scheduler import Scheduler
 from halimede_ops import maxsim, spec, text, vectors
 from halimede_ops.errors import InvalidModel, UntrustedCode
+from halimede_repository import configs
 from halimede_tools.build.plan import build, build_request
 from halimede_tools.build.samples import corpus
 from halimede_tools.serve import wheel
@@ -367,7 +369,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "no linear": (InvalidModel, "no tensor linear.weight.*--kind dense"),
     "dim": (InvalidModel, "vectors of 96 dimensions; linear.weight gives 32"),
     "marker": (InvalidModel, r"'\[X\] ', which is no token of its tokenizer"),
-    "activation": (InvalidModel, "activation Own, which is not one of torch.nn"),
+    "activation": (UntrustedCode, "activation that is not of torch"),
     "no dense": (InvalidModel, "no Dense module"),
     "code": (UntrustedCode, "Python code of its own"),
 }
@@ -413,3 +415,41 @@ def test_maxsim_on_the_server_gives_scores_as_a_reranker(
         assert answer["TOKENS"][:, 0].tolist() == [
             reference.tokens(document, is_query=False) for document in documents
         ]
+
+
+def test_in_process_maxsim_gives_the_scores_of_triton(
+    served: str, home: Settings, references: dict[str, Reference]
+) -> None:
+    """The same reranker in both hosts, from the same folders."""
+    provider = {"provider": "onnx", "model_id": "colbert-maxsim", "path": str(home.repository)}
+    query, documents = "where is the harbour?", TEXTS[::5]
+    with Reranker("local", config={"models": {"local": provider}}) as reranker:
+        found = reranker.score([(query, document) for document in documents])
+    with Reranker("colbert-maxsim", url=served, timeout_s=180) as reranker:
+        on_triton = reranker.score([(query, document) for document in documents])
+        ranking = reranker.rank(query, documents, top_k=3)
+    expected = maxsim.score(
+        references["colbert"](query, is_query=True),
+        [references["colbert"](document, is_query=False) for document in documents],
+    )
+    assert np.abs(found.scores - expected).max() <= 1e-4
+    assert np.abs(on_triton.scores - expected).max() <= 1e-4
+    assert found.tokens.tolist() == on_triton.tokens.tolist()
+    np.testing.assert_allclose(ranking.scores, np.sort(expected)[:-4:-1], atol=1e-4)
+
+
+def test_maxsim_is_switched_with_its_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A rebuild with another limit serves the new version of both, and keeps the one before."""
+    home = Settings(home=tmp_path / "home", repository=tmp_path / "repository")
+    for max_tokens in (100, 140):
+        request = build_request(
+            str(folders["without-expansion"]), "m", precisions=("fp32",), max_tokens=max_tokens
+        )
+        build(request, home)
+    model, scoring = (home.repository / name for name in ("m", "m-maxsim"))
+    assert configs.stored_versions(model) == configs.stored_versions(scoring)
+    assert len(configs.stored_versions(scoring)) == 2
+    written = (scoring / "config.pbtxt").read_text()
+    assert configs.versions(written) == configs.versions((model / "config.pbtxt").read_text())
+    assert configs.parameter(written, "model_version") == str(configs.versions(written)[0])
+    assert configs.parameter(written, "max_tokens") == "140"

@@ -545,7 +545,7 @@ def _place_ensemble(built: Built, precision: str, repository: Path) -> None:
         return
     _keep(model_config.ensemble(described), pin, repository)
     if spec.MULTI_VECTOR in built.spec.heads and not built.suffix:
-        _place_maxsim(described, pin.version, repository)
+        _place_maxsim(described, pin.version, quality, repository)
     _write_text_warmup(built.spec, repository / pin.model)
     onnx = repository / steps["onnx"].model / str(steps["onnx"].version)
     one_process = _tuned(
@@ -557,11 +557,16 @@ def _place_ensemble(built: Built, precision: str, repository: Path) -> None:
     )
 
 
-def _place_maxsim(described: model_config.Ensemble, version: int, repository: Path) -> None:
+def _place_maxsim(
+    described: model_config.Ensemble, version: int, quality: Mapping[str, Any], repository: Path
+) -> None:
     """Write the version folder of the model that scores pairs by an ensemble's multi-vectors."""
     pin = Pin(described.name + configs.MAXSIM, version)
     folder = repository / pin.model / str(version)
-    _write_text(model_config.scored(described.spec).to_json(), folder / spec.FILE_NAME)
+    facts = model_config.scored(described.spec)
+    _write_text(facts.to_json(), folder / spec.FILE_NAME)
+    record = {**quality, "space": facts.space}
+    _write_text(json.dumps(record, indent=2) + "\n", folder / "quality.json")
     _keep(model_config.maxsim(pin.model, described, version), pin, repository)
 
 
