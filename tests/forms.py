@@ -228,6 +228,18 @@ IMAGE_GRAPHS = {
         small_image_models.sentence_vit, "ViT that sentence-transformers saved; what its modules say"
     ),
 }  # fmt: skip
+ENGINES = {
+    "deberta": Form(
+        small_models.deberta_v2, "DeBERTa-v2; mean", (),
+        "OpenVINO does not open it: it runs on onnxruntime's CPU engine",
+    ),
+    "deberta-reranker": Form(
+        small_models.deberta_reranker, "DeBERTa-v2 reranker", ("mxbai-rerank-xsmall-v1",),
+        "OpenVINO does not open it: it runs on onnxruntime's CPU engine",
+    ),
+    "longformer": Form(small_models.longformer, "Longformer; mean"),
+    "xlnet": Form(small_models.xlnet, "XLNet, with token types of its own; mean"),
+}  # fmt: skip
 DECODERS = {
     "qwen3": Form(
         small_models.qwen3_reranker,
@@ -287,6 +299,10 @@ SUITES = (
         "tests/tools/kinds/test_static_models.py", STATIC,
     ),
     Suite(
+        "Other engines, token types", "dense", "sentence-transformers, CrossEncoder",
+        f"{COSINE}, or {SCORE}", "tests/tools/kinds/test_engines.py", ENGINES,
+    ),
+    Suite(
         "Towers for queries and documents", "dense", "encode_query and encode_document", COSINE,
         "tests/tools/kinds/test_router_models.py", ROUTERS,
     ),
@@ -330,11 +346,5 @@ NOT_VERIFIED: dict[str, str] = {
     "tested",
     "jina-reranker-v2-base-multilingual": "code of its own, and a licence that must be accepted. "
     "Its architecture is not tested",
-    **dict.fromkeys(
-        (
-            "mxbai-rerank-xsmall-v1",
-        ),
-        "not built yet",
-    ),
 }  # fmt: skip
 """Models of the catalogue whose architecture no test builds, and why."""

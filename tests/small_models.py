@@ -923,3 +923,67 @@ def like_decoder_reranker(folder: Path) -> Path:
 def decoder_reranker_without_a_template(folder: Path) -> Path:
     """A decoder whose tokenizer joins the two texts of a pair."""
     return qwen3_reranker(folder, template=None)
+
+
+def xlnet_tokens() -> Tokenizer:
+    """XLNet's form: the special tokens are at the end, the last of them of a type of its own."""
+    tokenizer = Tokenizer.from_str(wordpiece().to_str())
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A:0 [SEP]:0 [CLS]:2",
+        pair="$A:0 [SEP]:0 $B:1 [SEP]:1 [CLS]:2",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return tokenizer
+
+
+def xlnet(folder: Path) -> Path:
+    """XLNet: relative positions, no token limit, padded on the left."""
+    config = hf.XLNetConfig(
+        vocab_size=VOCABULARY, d_model=64, n_layer=2, n_head=4, d_inner=128, initializer_range=0.2
+    )
+    model = build(hf.XLNetModel, config)
+    return save(folder, model, xlnet_tokens(), 10**30, padding_side="left", **BERT_TOKENS)
+
+
+def mixtral(folder: Path) -> Path:
+    """A mixture of experts."""
+    config = hf.MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+        max_position_embeddings=256, pad_token_id=0,
+    )  # fmt: skip
+    return save(folder, build(hf.MixtralModel, config), wordpiece(), 256, **BERT_TOKENS)
+
+
+def mamba(folder: Path) -> Path:
+    """A state-space model."""
+    config = hf.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8, pad_token_id=0
+    )
+    return save(folder, build(hf.MambaModel, config), wordpiece(), 512, **BERT_TOKENS)
+
+
+def deberta_v2(folder: Path, model_class: Callable = hf.DebertaV2Model, **fields: Any) -> Path:
+    """DeBERTa-v2: relative positions of two kinds."""
+    config = hf.DebertaV2Config(
+        vocab_size=VOCABULARY, max_position_embeddings=512, relative_attention=True,
+        pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0,
+        position_buckets=32, norm_rel_ebd="layer_norm", share_att_key=True, **SIZES, **fields,
+    )  # fmt: skip
+    return save(folder, build(model_class, config), wordpiece(), 512, **BERT_TOKENS)
+
+
+def deberta_reranker(folder: Path) -> Path:
+    """DeBERTa-v2 for sequence classification, as mxbai-rerank."""
+    return deberta_v2(folder, hf.DebertaV2ForSequenceClassification, num_labels=1)
+
+
+def longformer(folder: Path) -> Path:
+    """Longformer: attention within windows."""
+    config = hf.LongformerConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=514, attention_window=32, hidden_size=64,
+        num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, initializer_range=0.2,
+        pad_token_id=1,
+    )  # fmt: skip
+    model = build(hf.LongformerModel, config)
+    return save(folder, model, byte_level("roberta"), 512, **ROBERTA_TOKENS)

@@ -70,7 +70,7 @@ USERS = {
     "tools/halimede_tools/build/vision/processor.py": {"export", "check"},
     "tools/halimede_tools/build/vision/two_towers.py": {"export", "check"},
     "tools/halimede_tools/build/graph/rewrite.py": {"export", "fp16", "int8"},
-    "tools/halimede_tools/build/graph/overflow.py": {"fp16"},
+    "tools/halimede_tools/build/checks/overflow.py": {"fp16"},
     "tools/halimede_tools/build/graph/packing.py": {"export", "check"},
     "tools/halimede_tools/build/graph/tracing.py": {"export"},
     "tools/halimede_tools/build/graph/activations.py": {"int8"},

@@ -17,9 +17,10 @@ from halimede_engine import session
 from halimede_ops import spec, vectors
 from halimede_ops.spec import POOLED
 from halimede_tools.build import fp16, towers
+from halimede_tools.build.checks import overflow
 from halimede_tools.build.describe import ModelOptions
 from halimede_tools.build.export import export
-from halimede_tools.build.graph import overflow, rewrite
+from halimede_tools.build.graph import rewrite
 from halimede_tools.build.plan import build, build_request
 from halimede_tools.settings import Settings
 

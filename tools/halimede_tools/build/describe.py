@@ -171,6 +171,8 @@ def describe(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
         "layer_norm_before_cut": options.layer_norm_before_cut,
     } | weighted
     image = None if scores else image_spec(model, folder, options.name)
+    if not scores and loaded.needs_token_types(model):
+        fields["token_types"] = True
     if (getattr(model.tokenizer, "init_kwargs", None) or {}).get("split_special_tokens"):
         fields["splits_special_tokens"] = True
     decides = fields | scores
@@ -450,7 +452,9 @@ def position_limit(model: Any) -> int:
     """
     config = getattr(model[0].auto_model, "config", None)
     config = getattr(config, "text_config", config)
-    table = int(getattr(config, "max_position_embeddings", 0) or 10**9)
+    table = int(getattr(config, "max_position_embeddings", 0) or 0)
+    if table <= 0:  # XLNet says -1: it has no limit
+        return 10**9
     children = model[0].auto_model.modules() if hasattr(model[0].auto_model, "modules") else ()
     for module in children:
         padding = getattr(module, "padding_idx", None)

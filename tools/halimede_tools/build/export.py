@@ -54,7 +54,7 @@ def export(source: Path, options: ModelOptions, folder: Path) -> None:
         elif facts.late is not None:
             tracing.trace_late(model, path)
         elif contents.has_torch_weights(source):
-            tracing.trace(model, list(outputs), path)
+            tracing.trace(model, list(outputs), path, facts.token_types)
         else:
             with contents.without_links(source) as linked:
                 graph = contents.onnx_file(linked, facts.name)

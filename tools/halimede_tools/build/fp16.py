@@ -10,7 +10,8 @@ from onnx import TensorProto
 
 from halimede_engine import session
 from halimede_ops.spec import ModelSpec
-from halimede_tools.build.graph import overflow, rewrite
+from halimede_tools.build.checks import overflow
+from halimede_tools.build.graph import rewrite
 from halimede_tools.build.towers import TOWERS, feed
 from halimede_tools.console import console
 

@@ -24,7 +24,7 @@ TOKEN_INPUTS = ("input_ids", "attention_mask")
 
 
 @torch.no_grad()
-def trace(model: Any, outputs: list[str], path: Path) -> None:
+def trace(model: Any, outputs: list[str], path: Path, token_types: bool = False) -> None:
     """Trace a whole model with optimum, whose patches make every architecture's masks traceable.
 
     optimum's own command exports sentence-transformers' models too, but not CLIP's text tower
@@ -35,7 +35,8 @@ def trace(model: Any, outputs: list[str], path: Path) -> None:
         _export(padding.PaddedTexts(model), config, list(TOKEN_INPUTS), outputs, path)
         return
     packed = packing.packed(model)
-    _export(model if packed is None else packed, config, list(TOKEN_INPUTS), outputs, path)
+    inputs = [*TOKEN_INPUTS, *([TOKEN_TYPES] if token_types else [])]
+    _export(model if packed is None else packed, config, inputs, outputs, path)
     if packed is not None:
         rewrite.mark(path, PACKED)
 

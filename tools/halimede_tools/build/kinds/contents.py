@@ -33,6 +33,19 @@ TOKENIZERS = (
     "tokenizer.model", "spm.model",
 )  # fmt: skip
 SENTENCEPIECE = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "spm.model")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of configs with the number of experts of a mixture."""
+STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "jamba", "zamba", "zamba2", "bamba", "rwkv")
+UNTRACEABLE = {
+    **dict.fromkeys(
+        (*STATE_SPACE, "recurrent_gemma"),
+        "it is a state-space model: it reads a text token by token, in a loop as long as the text",
+    ),
+    "xmod": "it has an adapter for each language, which it chooses by the text's language",
+    "funnel": "it shortens a text in steps, and what it gives depends on the text's padding",
+    "reformer": "it sorts tokens by hashes that are random for each run",
+}
+"""Architectures of which no graph can be made → why."""
 HONOURED = {"max_length", "padding", "pad_to_multiple_of", "truncation"}
 """Options of sentence-transformers' `processing_kwargs` for texts that a build honours."""
 
@@ -193,6 +206,14 @@ def _check_architecture(folder: Path, name: str) -> None:
             raise InvalidModel(
                 f"{name} is of the architecture {kind!r}, which transformers {__version__} does "
                 "not know, and the folder has no code of its own for it."
+            )
+        reason = UNTRACEABLE.get(str(kind))
+        if any(int(config.get(key) or 0) > 1 for key in EXPERTS) and "auto_map" not in config:
+            reason = "it is a mixture of experts: what it computes for a token depends on the text"
+        if reason:
+            raise InvalidModel(
+                f"{name} ({kind}) cannot be traced to a graph, because {reason}. "
+                "Build another model."
             )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from halimede_ops.errors import InvalidModel
-from halimede_ops.spec import POOLED
+from halimede_ops.spec import POOLED, TOKEN_EMBEDDINGS, TOKEN_TYPES
 
 
 class Cut(torch.nn.Module):
@@ -43,6 +43,21 @@ def prepare(model: Any, name: str) -> None:
         dims, model.truncate_dim = model.truncate_dim, None
         model.append(Cut(dims))
     _check_modules(model, name)
+
+
+def needs_token_types(model: Any) -> bool:
+    """Whether the token types that the tokenizer gives for a text change the hidden states. BERT's
+    are zeros, which it also takes without being told; XLNet's and GPT-2's are not.
+    """
+    if not _takes_texts(model):
+        return False
+    features = dict(model[0].preprocess(["a text"]))
+    if TOKEN_TYPES not in features:
+        return False
+    without = {key: value for key, value in features.items() if key != TOKEN_TYPES}
+    with torch.no_grad():
+        one, other = (model[0](dict(given))[TOKEN_EMBEDDINGS] for given in (features, without))
+    return not torch.equal(one, other)
 
 
 def _takes_texts(model: Any) -> bool:
