@@ -274,13 +274,9 @@ class Onnx:
         steps = stamp.version.steps
         facts = spec.load(stamp.version.folder)
         served = self._served(kind, name, stamp.version, facts)
-        if kind == "pair":
-            return _OpenModel(served, facts, self._fused_models(stamp.version), None, stamp, decode)
-        if facts.routes:
-            return _OpenModel(served, facts, self._towers(stamp.version), None, stamp, decode)
-        if configs.parameter(stamp.version.config, "model"):
-            scoring = self._scoring_model(stamp.version)
-            return _OpenModel(served, facts, scoring, None, stamp, decode)
+        others = self._others(kind, facts, stamp.version)
+        if others is not None:
+            return _OpenModel(served, facts, others, None, stamp, decode)
         reader, make_rows = self._reader(kind, facts, steps)
         model = steps[f"{name}-onnx"] / session.FILE_NAME
         names = self._accelerators()
@@ -323,6 +319,16 @@ class Onnx:
     def _opens_twice(self, size_bytes: int) -> bool:
         shared = self._options.streams is None and self._streams > 1
         return shared and size_bytes <= MAX_TWO_SESSIONS_BYTES
+
+    def _others(self, kind: InputKind, facts: Any, version: configs.Ensemble) -> Any:
+        """Open the models that a model asks; None for a model that runs itself."""
+        if kind == "pair":
+            return self._fused_models(version)
+        if facts.routes:
+            return self._towers(version)
+        if configs.parameter(version.config, "model"):
+            return self._scoring_model(version)
+        return None
 
     def _fused_models(self, version: configs.Ensemble) -> _FusedModels:
         """Open a fusion with the two models that it was made for."""
