@@ -532,7 +532,7 @@ def _checked(
     )
     record: dict[str, Any] = json.loads((checked / check.RECORD_FILE).read_text())
     console.print(f"    {_summary(record)}")
-    if record["engine"] == towers.CPU_ENGINE:
+    if record.get("engine") == towers.CPU_ENGINE:
         console.print(f"  [yellow]! {_why_cpu_engine(record)}[/]")
     checked_tokens, max_tokens = record.get("checked_tokens"), part.built.spec.max_tokens
     if checked_tokens and checked_tokens < max_tokens and precision == request.precisions[0]:
