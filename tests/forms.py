@@ -238,7 +238,6 @@ ENGINES = {
         "OpenVINO does not open it: it runs on onnxruntime's CPU engine",
     ),
     "longformer": Form(small_models.longformer, "Longformer; mean"),
-    "xlnet": Form(small_models.xlnet, "XLNet, with token types of its own; mean"),
 }  # fmt: skip
 DECODERS = {
     "qwen3": Form(

@@ -1,4 +1,4 @@
-"""Architectures that one engine cannot run, that need their token types, or that are refused."""
+"""Architectures that one engine cannot run, or of which no graph can be made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from conftest import free_options, version_folder
 from sentence_transformers import CrossEncoder
 
 from halimede import Embedder, Reranker
-from halimede_ops import spec, vectors
+from halimede_ops import vectors
 from halimede_ops.errors import InvalidModel
 from halimede_tools.build import describe
 from halimede_tools.build.describe import ModelOptions
@@ -79,12 +79,6 @@ def test_a_reranker_that_openvino_cannot_open_is_served(
     assert json.loads((folder / "quality.json").read_text())["engine"] == "cpu"
     for path in (folder.parent / "configs").glob("*.pbtxt"):
         assert "openvino" not in path.read_text()
-
-
-def test_token_types_are_an_input_where_they_count(home: Settings) -> None:
-    """XLNet's last token has a type of its own; BERT's zeros need no input."""
-    types = {name: spec.load(version_folder(home.repository / name)).token_types for name in FORMS}
-    assert types == dict.fromkeys(FORMS, False) | {"xlnet": True}
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
