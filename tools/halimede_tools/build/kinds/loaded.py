@@ -8,6 +8,7 @@ import torch
 
 from halimede_ops.errors import InvalidModel
 from halimede_ops.spec import POOLED, TOKEN_EMBEDDINGS, TOKEN_TYPES
+from halimede_tools.build.vision import two_towers
 
 
 class Cut(torch.nn.Module):
@@ -68,9 +69,7 @@ def _check_vocabulary(model: Any, name: str) -> None:
     """Refuse a tokenizer with an id that the model has no vector of: PyTorch raises for it, other
     engines compute with what lies behind the table.
     """
-    transformer: Any = getattr(model[0], "auto_model", None)
-    embeddings = getattr(transformer, "get_input_embeddings", lambda: None)
-    table = embeddings()
+    table = _table(model)
     rows = getattr(table, "num_embeddings", None)
     largest = max(model.tokenizer.get_vocab().values(), default=0)
     if rows is not None and largest >= rows:
@@ -78,6 +77,17 @@ def _check_vocabulary(model: Any, name: str) -> None:
             f"{name}'s tokenizer gives ids up to {largest:,}; its table has vectors of 0 to "
             f"{rows - 1:,}. Call resize_token_embeddings(len(tokenizer)) and save the model again."
         )
+
+
+def _table(model: Any) -> Any:
+    """The embedding of tokens of a loaded model; None if it does not tell which it is."""
+    transformer: Any = getattr(model[0], "auto_model", None)
+    if two_towers.has_two_towers(model):
+        return transformer.text_model.embeddings.token_embedding
+    try:
+        return getattr(transformer, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # transformers' own answer
+        return None
 
 
 def _check_modules(model: Any, name: str) -> None:

@@ -31,7 +31,8 @@ def pads_texts(model: Any) -> bool:
 
 def model_type(model: Any) -> str:
     """The type of a SentenceTransformer's first module, such as `bert`."""
-    return str(getattr(getattr(model[0].auto_model, "config", None), "model_type", ""))
+    transformer = getattr(model[0], "auto_model", None)
+    return str(getattr(getattr(transformer, "config", None), "model_type", ""))
 
 
 def prepare(folder: Path, name: str) -> None:
