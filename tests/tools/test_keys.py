@@ -62,6 +62,7 @@ USERS = {
     "tools/halimede_tools/build/checks/arguments.py": set(),
     "tools/halimede_tools/build/checks/long_texts.py": {"check"},
     "tools/halimede_tools/build/checks/space.py": {"export", "check"},
+    "tools/halimede_tools/build/checks/traced.py": {"export"},
     "tools/halimede_tools/build/checks/weights.py": {"export"},
     "tools/halimede_tools/build/graph/imaging.py": {"export", "check"},
     "tools/halimede_tools/build/graph/padding.py": {"export"},

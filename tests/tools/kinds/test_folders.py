@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 import small_models
 import torch
@@ -23,11 +24,16 @@ from tokenizers import Tokenizer
 from halimede_engine.engine import SharedEngine
 from halimede_engine.scheduler import Scheduler
 from halimede_engine.session import open_session
-from halimede_ops import spec, text
+from halimede_ops import spec, text, vectors
 from halimede_ops.errors import BuildError, HalimedeError, InvalidText
 from halimede_repository import configs
 from halimede_tools.build import describe
+from halimede_tools.build.checks import traced
+from halimede_tools.build.describe import ModelOptions
+from halimede_tools.build.export import export
 from halimede_tools.build.plan import build, build_request
+from halimede_tools.build.samples import corpus
+from halimede_tools.build.towers import Engine, text_rows
 from halimede_tools.settings import Settings
 
 
@@ -95,6 +101,35 @@ def gpt2(folder: Path) -> Path:
     )
 
 
+def gpt2_with_token_types(folder: Path) -> Path:
+    """GPT-2 adds the vector of a token's type to that of the token; its tokenizer gives type 0."""
+    gpt2(folder)
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    edit(folder / "tokenizer_config.json", model_input_names=names)
+    return folder
+
+
+def index_of_another_format(folder: Path) -> Path:
+    """Weights that are whole, beside an index of weights that were not fetched."""
+    small_models.like_minilm(folder)
+    index = {"metadata": {}, "weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def limit_of_common_processing_kwargs(folder: Path) -> Path:
+    """`common` goes before `text`."""
+    small_models.like_minilm(folder)
+    edit(
+        folder / "sentence_bert_config.json",
+        processing_kwargs={
+            "text": {"max_length": 64},
+            "common": {"max_length": 12, "padding_side": "left"},
+        },
+    )
+    return folder
+
+
 def only_onnx(folder: Path, name: str = "model.onnx") -> Path:
     """A BERT as a graph, without PyTorch weights."""
     small_models.bert(folder)
@@ -118,6 +153,11 @@ class Hidden(torch.nn.Module):
 
     def forward(self, ids: Any, mask: Any, types: Any) -> Any:
         return self.model(ids, mask, types).last_hidden_state
+
+
+class Vectors(Hidden):
+    def forward(self, ids: Any, mask: Any) -> Any:
+        return self.model({"input_ids": ids, "attention_mask": mask})[spec.POOLED]
 
 
 def onnx_behind_links(folder: Path) -> Path:
@@ -164,6 +204,8 @@ BUILT: dict[str, Callable[[Path], Path]] = {
     "truncate_dim": truncated_dimensions,
     "split_special_tokens": split_special_tokens,
     "processing_kwargs": limit_of_processing_kwargs,
+    "processing_kwargs, common": limit_of_common_processing_kwargs,
+    "index of another format": index_of_another_format,
     "no special tokens": gpt2,
     "ONNX alone": only_onnx,
     "ONNX behind links": onnx_behind_links,
@@ -259,6 +301,48 @@ def without_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
+def fnet(folder: Path) -> None:
+    """FNet mixes all tokens, padding included."""
+    sizes = {key: size for key, size in small_models.SIZES.items() if "heads" not in key}
+    config = hf.FNetConfig(vocab_size=small_models.VOCABULARY, max_position_embeddings=512, **sizes)
+    small_models.save(
+        folder, small_models.build(hf.FNetModel, config), small_models.wordpiece(), 512,
+        model_input_names=["input_ids", "token_type_ids"], **small_models.BERT_TOKENS,
+    )  # fmt: skip
+
+
+def types_that_are_not_taken(folder: Path) -> None:
+    small_models.distilbert(folder)
+    edit(folder / "tokenizer_config.json", model_input_names=["input_ids", "token_type_ids"])
+
+
+def chat_template(folder: Path) -> None:
+    small_models.qwen3(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+
+
+def pointer(folder: Path) -> None:
+    small_models.bert(folder)
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (folder / "model.safetensors").write_text(text)
+
+
+def cut_pickle(folder: Path) -> None:
+    small_models.bert(folder)
+    path = folder / "pytorch_model.bin"
+    torch.save(load_file(folder / "model.safetensors"), path)
+    (folder / "model.safetensors").unlink()
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def missing_weights(folder: Path) -> None:
+    """A checkpoint without one of the layers."""
+    small_models.bert(folder)
+    path = folder / "model.safetensors"
+    kept = {key: tensor for key, tensor in load_file(path).items() if "layer.1." not in key}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
 def other_processing_kwargs(folder: Path) -> None:
     small_models.like_minilm(folder)
     edit(
@@ -289,6 +373,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "adapter beside weights": (adapter_beside_weights, r"a PEFT adapter of owner/base"),
     "sentencepiece": (sentencepiece_alone, "pip install sentencepiece"),
     "no tokenizer": (without_tokenizer, "has no tokenizer: none of tokenizer.json"),
+    "FNet": (fnet, "cannot be traced .*because fnet takes no attention_mask"),
+    "types that are not taken": (types_that_are_not_taken, "Set model_input_names to"),
+    "chat template": (chat_template, "has a chat template, and sentence-transformers puts every"),
+    "pointer of Git LFS": (pointer, "is a pointer of Git LFS .* Run `git lfs pull`"),
+    "cut pickle": (cut_pickle, "is damaged: pytorch_model.bin, of .* bytes"),
+    "missing weights": (missing_weights, "its weights lack encoder.layer.1.* and 13 more, which a"),
     "processing_kwargs": (other_processing_kwargs, "processing_kwargs add_special_tokens for"),
 }
 
@@ -323,8 +413,38 @@ def test_the_form_is_refused_by_its_cause(form: str, home: Settings, tmp_path: P
     make(tmp_path / "m")
     with pytest.raises(HalimedeError, match=words) as refused:
         build(build_request(str(tmp_path / "m"), "m", precisions=("fp32",)), home)
-    assert ("damaged" in str(refused.value)) == (form == "cut weights")
+    assert ("damaged" in str(refused.value)) == (form in ("cut weights", "cut pickle"))
     assert str(tmp_path) not in str(refused.value)
+
+
+@pytest.mark.parametrize("make", [gpt2_with_token_types, small_models.xlnet])
+def test_token_types_that_change_a_vector_are_given(
+    make: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """The graph takes them, and the tokenizer makes them: cosine ≥ 0.99999."""
+    folder, options = make(tmp_path / "m"), ModelOptions("m", max_tokens=64)
+    (tmp_path / "onnx").mkdir()
+    export(folder, options, tmp_path / "onnx")
+    facts = spec.load(tmp_path / "onnx")
+    assert facts.token_types
+    engine = Engine(tmp_path / "onnx" / "model.onnx", text_rows(tmp_path / "onnx", facts), facts)
+    texts = [value for value in corpus.check_texts()[:60] if value]
+    expected = describe.load(folder, options).encode(texts, show_progress_bar=False)
+    assert vectors.cosine(engine.embed(texts), expected).min() >= 0.99999
+
+
+def test_a_graph_of_the_traced_shape_alone_is_refused(tmp_path: Path) -> None:
+    """A graph is run once at other shapes than the one that was traced."""
+    options = ModelOptions("m")
+    model = describe.load(small_models.like_minilm(tmp_path / "m"), options)
+    ones = torch.ones(2, 8, dtype=torch.int64)
+    torch.onnx.export(
+        Vectors(model), (ones, ones), str(tmp_path / "model.onnx"), output_names=[spec.POOLED],
+        input_names=["input_ids", "attention_mask"], opset_version=17, dynamo=False,
+    )  # fmt: skip
+    opened = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    with pytest.raises(BuildError, match="the code of bert computes with the numbers of texts"):
+        traced.check(opened, model, "m")
 
 
 def test_a_default_prompt_that_is_empty_is_an_input_type(home: Settings, tmp_path: Path) -> None:

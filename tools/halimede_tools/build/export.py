@@ -14,13 +14,13 @@ from typing import Any
 
 from halimede_engine import session
 from halimede_ops import spec, text
-from halimede_ops.errors import BuildError, InvalidModel
+from halimede_ops.errors import HalimedeError
 from halimede_ops.spec import POOLED, SPARSE_KIND, ModelSpec
 from halimede_tools.build import describe
-from halimede_tools.build.checks import weights
+from halimede_tools.build.checks import traced, weights
 from halimede_tools.build.describe import ModelOptions
 from halimede_tools.build.graph import rewrite, shapes
-from halimede_tools.build.kinds import activation, chat, contents
+from halimede_tools.build.kinds import activation, chat, contents, loaded
 from halimede_tools.build.vision import encoder
 
 
@@ -29,9 +29,10 @@ def export(source: Path, options: ModelOptions, folder: Path) -> None:
     `spec.json`.
 
     Raises:
-        InvalidModel: the folder is not a model that is supported, or a weight is not finite.
+        InvalidModel: the folder is not a model that is supported, or a weight is missing or not
+            finite.
         UntrustedCode: it carries code that `options` does not trust.
-        BuildError: the model could not be exported.
+        BuildError: the model cannot be traced.
     """
     from halimede_tools.build.graph import lookup, tracing
 
@@ -42,8 +43,10 @@ def export(source: Path, options: ModelOptions, folder: Path) -> None:
         chat.check_tokens(model, facts, tokenizer)
     tracing.add_heads(model, source, facts)
     weights.check_model(model, options.name)
+    if contents.has_torch_weights(source):
+        loaded.check_weights(model, source, options.name)
     outputs = output_widths(facts)
-    with _optimised(facts, outputs, folder) as path:
+    with _optimised(facts, outputs, folder, model) as path:
         if facts.static:
             lookup.trace(model, path)
         elif facts.takes_pairs:
@@ -85,21 +88,28 @@ def export_images(source: Path, options: ModelOptions, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _optimised(facts: ModelSpec, outputs: Mapping[str, int], folder: Path) -> Iterator[Path]:
-    """A path for the raw graph, which is optimised into `folder` at the end."""
+def _optimised(
+    facts: ModelSpec, outputs: Mapping[str, int], folder: Path, model: Any = None
+) -> Iterator[Path]:
+    """A path for the raw graph, which is optimised into `folder` at the end.
+
+    With `model`, the graph must give its vectors.
+    """
     with tempfile.TemporaryDirectory(dir=folder) as raw:
         path = Path(raw) / session.FILE_NAME
         try:
             with describe.quiet():
                 yield path
-        except (OSError, InvalidModel):
+            rewrite.keep_outputs(path, outputs)
+            opened = rewrite.optimise(path, folder / session.FILE_NAME)
+        except (OSError, MemoryError, HalimedeError):
             raise
-        except Exception as error:  # torch, optimum and onnx each raise their own
-            raise BuildError(
-                f"{facts.name} could not be exported to ONNX ({type(error).__name__}): {error}"
-            ) from error
-        rewrite.keep_outputs(path, outputs)
-        rewrite.optimise(path, folder / session.FILE_NAME)
+        except Exception as error:  # torch, optimum, onnx and onnxruntime each raise their own
+            config = {} if model is None else describe.transformer_config(model)
+            raise traced.not_traced(facts.name, config, error) from error
+        if model is not None and loaded.embeds_texts(model):
+            with describe.quiet():
+                traced.check(opened, model, facts.name)
 
 
 def output_widths(facts: ModelSpec) -> dict[str, int]:

@@ -23,6 +23,8 @@ POOL = "/pool/"
 """Part of the names of the nodes that pool: graph.packing calls that module `pool`."""
 ACTIVATION = f"{POOL}activation/"
 """Part of the names of the nodes that make weights of pooled logits, in graph.splade."""
+FATAL = 4
+"""onnxruntime's severity of messages that end a process."""
 SMALLEST_BYTES = 1024
 """Smallest constant that is stored beside the graph; onnxruntime has the same limit."""
 
@@ -70,19 +72,19 @@ def keep_outputs(path: Path, widths: Mapping[str, int]) -> None:
     save(model, path)
 
 
-def optimise(raw: Path, target: Path) -> None:
+def optimise(raw: Path, target: Path) -> onnxruntime.InferenceSession:
     """Fold constants and drop dead nodes. The result has standard operators only, so OpenVINO and
-    TensorRT read the same file.
+    TensorRT read the same file. Return the session that has done it.
     """
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(target)
-    options.log_severity_level = 3
+    options.log_severity_level = FATAL  # the build says what failed
     options.intra_op_num_threads = cores.available()
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_file_name", data_of(target).name
     )
-    onnxruntime.InferenceSession(str(raw), options, providers=["CPUExecutionProvider"])
+    opened = onnxruntime.InferenceSession(str(raw), options, providers=["CPUExecutionProvider"])
     # onnxruntime 1.24 writes the constants of an If's branches twice where weights lie beside.
     model = onnx.load(target, load_external_data=False)
     for graph in _graphs(model.graph):
@@ -91,6 +93,7 @@ def optimise(raw: Path, target: Path) -> None:
             del graph.initializer[:]
             graph.initializer.extend(kept.values())
     onnx.save(model, target)
+    return opened
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,14 @@ OTHER_WEIGHTS = {
     "openvino_model*.xml": ("OpenVINO", ""),
 }
 """Weights of other frameworks → the framework, and how transformers reads them, if it does."""
+FORMATS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+"""Files of PyTorch weights, and the index of those that are split: the first that is there is
+loaded."""
+LFS_POINTER = b"version https://git-lfs"
+"""Begins a file that Git LFS has put in the place of a large one."""
 ONNX_NAMES = ("model.onnx", "onnx/model.onnx")
 """Where a folder's FP32 graph is looked for."""
 TOKENIZERS = (
@@ -46,8 +55,9 @@ UNTRACEABLE = {
     "reformer": "it sorts tokens by hashes that are random for each run",
 }
 """Architectures of which no graph can be made → why."""
-HONOURED = {"max_length", "padding", "pad_to_multiple_of", "truncation"}
-"""Options of sentence-transformers' `processing_kwargs` for texts that a build honours."""
+HONOURED = {"max_length", "padding", "padding_side", "pad_to_multiple_of", "truncation"}
+"""Options of sentence-transformers' `processing_kwargs` for texts that a build honours. Padding
+decides no vector."""
 
 
 def check(folder: Path, name: str) -> None:
@@ -71,12 +81,22 @@ def weights(folder: Path) -> list[Path]:
 
 
 def loaded_weights(folder: Path) -> list[Path]:
-    """The files of weights that are loaded: of each module its safetensors, else its other file."""
-    loaded = []
-    for module in module_folders(folder):
-        files = [sorted(module.glob(pattern)) for pattern in WEIGHTS]
-        loaded += next((found for found in files if found), [])
+    """The files of weights that are loaded, those that are missing too."""
+    loaded = [path for module in module_folders(folder) for path in module_weights(module)]
     return loaded or weights(folder)  # the modules of a Router have folders within folders
+
+
+def module_weights(folder: Path) -> list[Path]:
+    """The files of PyTorch weights that are loaded of one module's folder, those that are missing
+    too; none if it has neither weights nor their index.
+    """
+    for file, index in FORMATS:
+        if (folder / file).exists():
+            return [folder / file]
+        if (folder / index).exists():
+            named = set((read_json(folder / index).get("weight_map") or {}).values())
+            return [folder / name for name in sorted(named)]
+    return []
 
 
 def module_folders(folder: Path) -> list[Path]:
@@ -88,8 +108,7 @@ def module_folders(folder: Path) -> list[Path]:
 
 def has_torch_weights(folder: Path) -> bool:
     """Whether the transformer has PyTorch weights, and not only a head behind an ONNX graph."""
-    own = module_folders(folder)[0]
-    is_own = any(list(own.glob(pattern)) for pattern in WEIGHTS)
+    is_own = bool(module_weights(module_folders(folder)[0]))
     return is_own or (bool(weights(folder)) and not list(folder.rglob("*.onnx")))
 
 
@@ -144,9 +163,10 @@ def text_limit(folder: Path, name: str) -> int | None:
     limit = None
     for path in sorted(folder.rglob("sentence_bert_config.json")):
         given = read_json(path).get("processing_kwargs") or {}
-        options = dict(given.get("text") or {})
+        # Where both name an option, the tokenizer is called with that of `common`.
+        options = {**(given.get("text") or {}), **(given.get("common") or {})}
         others = sorted(set(options) - HONOURED)
-        if others or options.get("truncation") is False:
+        if others or options.get("truncation") in (False, "do_not_truncate"):
             raise InvalidModel(
                 f"{name} sets processing_kwargs {', '.join(others) or 'truncation: false'} for "
                 f"texts; supported are {', '.join(sorted(HONOURED))}."
@@ -167,32 +187,47 @@ def _check_adapter(folder: Path, name: str) -> None:
 
 
 def _check_weights(folder: Path, name: str) -> None:
-    for index in sorted(folder.rglob("*.index.json")):
-        named = set((read_json(index).get("weight_map") or {}).values())
-        missing = sorted(file for file in named if not (index.parent / file).exists())
-        if missing:
-            raise InvalidModel(
-                f"{name} is incomplete: it lacks {', '.join(missing)}, which {index.name} names. "
-                "Fetch the folder again."
-            )
-    for path in loaded_weights(folder):
-        if path.suffix == ".safetensors":
-            _check_safetensors(path, name)
+    loaded = loaded_weights(folder)
+    missing = sorted(path.name for path in loaded if not path.exists())
+    if missing:
+        raise InvalidModel(
+            f"{name} is incomplete: it lacks {', '.join(missing)}, which the index of its weights "
+            "names. Fetch the folder again."
+        )
+    for path in loaded:
+        _check_readable(path, name)
     if not weights(folder) and not any((folder / file).exists() for file in ONNX_NAMES):
         raise InvalidModel(f"{name}: {_found(folder)}")
 
 
-def _check_safetensors(path: Path, name: str) -> None:
+def _check_readable(path: Path, name: str) -> None:
+    with path.open("rb") as file:
+        begins = file.read(len(LFS_POINTER))
+    if begins == LFS_POINTER:
+        raise InvalidModel(
+            f"{name}: {path.name} is a pointer of Git LFS instead of the weights. Run `git lfs "
+            "pull` in the folder."
+        )
+    if not _is_whole(path, begins):
+        raise InvalidModel(
+            f"{name} is damaged: {path.name}, of {path.stat().st_size:,} bytes, is no whole file "
+            "of weights. Fetch the folder again."
+        )
+
+
+def _is_whole(path: Path, begins: bytes) -> bool:
+    """Whether a file of weights has a beginning and an end that fit each other."""
+    if path.suffix != ".safetensors":
+        # PyTorch before 1.6 wrote a plain pickle, whose end only reading finds.
+        return zipfile.is_zipfile(path) if begins.startswith(b"PK") else begins[:1] == b"\x80"
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "numpy") as tensors:
             tensors.keys()
-    except (SafetensorError, OSError) as error:
-        raise InvalidModel(
-            f"{name} is damaged: {path.name}, of {path.stat().st_size:,} bytes, is no whole "
-            "safetensors file. Fetch the folder again."
-        ) from error
+    except (SafetensorError, OSError):
+        return False
+    return True
 
 
 def _check_architecture(folder: Path, name: str) -> None:
