@@ -16,11 +16,12 @@ import pytest
 import small_models
 import torch
 import transformers as hf
-from conftest import version_folder
+from conftest import free_options, version_folder
 from safetensors.torch import load_file, save_file
 from sentence_transformers.sentence_transformer import modules as st
 from tokenizers import Tokenizer
 
+from halimede import Embedder
 from halimede_engine.engine import SharedEngine
 from halimede_engine.scheduler import Scheduler
 from halimede_engine.session import open_session
@@ -34,6 +35,7 @@ from halimede_tools.build.export import export
 from halimede_tools.build.plan import build, build_request
 from halimede_tools.build.samples import corpus
 from halimede_tools.build.towers import Engine, text_rows
+from halimede_tools.serve import wheel
 from halimede_tools.settings import Settings
 
 
@@ -473,6 +475,30 @@ def test_a_text_without_tokens_fails_alone(home: Settings, tmp_path: Path) -> No
     with pytest.raises(InvalidText, match="text 0 has no token for this model"):
         engine.embed_now([""], None)
     engine.close()
+
+
+@pytest.mark.parametrize("steps", [False, True], ids=["one process", "steps"])
+def test_triton_truncates_on_the_left_and_refuses_a_text_without_tokens(
+    steps: bool, home: Settings, tmp_path: Path
+) -> None:
+    """In both forms of an ensemble: the end of a long text counts, also of one far beyond the limit;
+    and the empty text of a call is named, while calls beside it are answered.
+    """
+    folder = left_truncation(tmp_path / "left")
+    build(build_request(str(folder), "left", precisions=("fp32",)), home)
+    build(build_request(str(gpt2(tmp_path / "sgpt")), "sgpt", precisions=("fp32",)), home)
+    texts = [corpus.SENTENCES[0], " ".join(corpus.SENTENCES[:40]), " ".join(corpus.SENTENCES * 30)]
+    expected = describe.load(folder, ModelOptions("left")).encode(texts, show_progress_bar=False)
+    options, run = free_options(models=("left", "sgpt"), steps=steps), tmp_path / "run"
+    run.mkdir()
+    with wheel.serve(home.repository, home.python_backend, run, options):
+        address = f"127.0.0.1:{options.grpc_port}"
+        with Embedder(address, "left") as embedder:
+            assert vectors.cosine(embedder.embed(texts).vectors, expected).min() >= 0.99999
+        with Embedder(address, "sgpt") as embedder:
+            with pytest.raises(InvalidText, match="text 1 has no token for this model"):
+                embedder.embed(["a text", "", "another"])
+            assert len(embedder.embed(["a text", "another"]).vectors) == 2
 
 
 def test_the_memory_of_a_build_is_that_of_what_is_loaded(tmp_path: Path) -> None:
