@@ -1,7 +1,8 @@
 """Describe: a model's folder to a loaded model and its ModelSpec.
 
 sentence-transformers reads the folder in each of its forms: a sentence-transformers folder, a plain
-transformers folder (mean pooling), or a folder with nothing but ONNX.
+transformers folder (mean pooling, of a causal language model the last token), or a folder with
+nothing but ONNX.
 """
 
 from __future__ import annotations
