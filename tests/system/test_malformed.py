@@ -243,8 +243,9 @@ def test_what_triton_says_wrongly(server: wheel.Server, steps_server: wheel.Serv
     """
     # It keeps 32 bits of the number of rows: the request is one for the rows that are left.
     rows = text(b"a", shape=[2**32 + 1, 1])
-    assert ask(server, "grpc", MODEL, [rows]) == ("OK", "[1, 384]")
-    assert ask(server, "grpc", MODEL, [A, dimensions(8, shape=[2**62, 1])]) == ("OK", "[1, 8]")
+    assert ask(server, "grpc", MODEL, [rows], "EMBEDDING") == ("OK", "[1, 384]")
+    shaped = [A, dimensions(8, shape=[2**62, 1])]
+    assert ask(server, "grpc", MODEL, shaped, "EMBEDDING") == ("OK", "[1, 8]")
     # An ensemble takes 0 rows for a request without a batch. Its first step gets one row.
     assert ask(steps_server, "grpc", MODEL, [text(b"a", shape=[2**32, 1])], "EMBEDDING") == (
         "OK",

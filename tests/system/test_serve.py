@@ -386,7 +386,7 @@ def test_a_home_that_cannot_be_written_is_named(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 def test_a_home_on_a_read_only_file_system(settings: Settings, tmp_path: Path) -> None:
-    """What only reads works; what writes names the folder in one line."""
+    """What only reads works; what writes names the folder in one line, and the setting of it."""
     mount = f"mount --bind {settings.home} {tmp_path} && mount -o remount,ro,bind {tmp_path}"
     script = f'{mount}; for c in "store ls" "store prune --limit-gib 0" "build" "serve" "tune"'
     script += f'; do echo "== $c" >&2; {sys.executable} -m halimede $c; done'
@@ -399,8 +399,8 @@ def test_a_home_on_a_read_only_file_system(settings: Settings, tmp_path: Path) -
     assert MODEL in done.stdout
     assert answers["store ls"] == ""
     for command in ("build", "serve"):
-        assert answers[command].startswith(f"error: {tmp_path}/models/{MODEL}")
-        assert "cannot be written: Read-only file system. Free space" in answers[command]
+        assert answers[command].startswith(f"error: {tmp_path}/none cannot be written: Read-only")
+        assert "or set HALIMEDE_REPOSITORY to another folder." in answers[command]
         assert answers[command].count("\n") == 1
     assert "Traceback" not in done.stderr
     assert "the output cannot be written" not in done.stderr

@@ -282,6 +282,7 @@ def test_create_mounts(engine: Engine, repository: Path, options: Options) -> No
         f"{BACKENDS}/image": str(PYTHON_BACKEND / "image"),
         f"{BACKENDS}/fusion": str(PYTHON_BACKEND / "fusion"),
         f"{BACKENDS}/maxsim": str(PYTHON_BACKEND / "maxsim"),
+        f"{BACKENDS}/router": str(PYTHON_BACKEND / "router"),
         f"{BACKENDS}/adapter": str(PYTHON_BACKEND / "adapter"),
         f"{BACKENDS}/halimede_engine": str(PYTHON_BACKEND / "halimede_engine"),
         f"{BACKENDS}/halimede_ops": str(PYTHON_BACKEND / "halimede_ops"),

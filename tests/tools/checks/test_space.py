@@ -174,7 +174,7 @@ CHANGES: dict[str, tuple[str, Change]] = {
     ),
     "special tokens": (
         "dense",
-        edited("tokenizer_config.json", additional_special_tokens=["[CUSTOM]"]),
+        edited("tokenizer_config.json", additional_special_tokens=["the"]),
     ),
     "truncation_side": ("dense", edited("tokenizer_config.json", truncation_side="left")),
     "do_lower_case of the transformer": (

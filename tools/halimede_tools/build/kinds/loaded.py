@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +76,21 @@ def needs_token_types(model: Any) -> bool:
     if TOKEN_TYPES not in given:
         return False
     types = given.pop(TOKEN_TYPES)
-    with torch.no_grad():
+    with torch.no_grad(), _probing(model):
         without, with_types = model(dict(given)), model({**given, TOKEN_TYPES: types})
     return not torch.allclose(without[POOLED], with_types[POOLED], rtol=1e-4, atol=1e-5)
+
+
+@contextmanager
+def _probing(model: Any) -> Iterator[None]:
+    """Within it, a short text may be embedded: BigBird otherwise computes full attention from its
+    first short text on, and its long texts would have vectors that a new model does not give.
+    """
+    transformer: Any = model[0].auto_model
+    attention = getattr(transformer, "attention_type", None)
+    yield
+    if attention is not None:
+        transformer.set_attention_type(attention)
 
 
 def check_weights(model: Any, folder: Path, name: str) -> None:
@@ -139,7 +153,8 @@ def _table(model: Any) -> Any:
 def _check_modules(model: Any, name: str) -> None:
     """Embed one word: modules whose sizes do not fit fail here, not with every request."""
     try:
-        length = len(model.encode(PROBE, show_progress_bar=False))
+        with _probing(model):
+            length = len(model.encode(PROBE, show_progress_bar=False))
     except Exception as error:  # torch and each architecture raise their own
         raise InvalidModel(f"{name} cannot embed a text: {_cause(model, error)}") from error
     if length != model.get_embedding_dimension():
