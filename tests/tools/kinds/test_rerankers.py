@@ -158,6 +158,10 @@ def test_rank_agreement_is_that_of_the_definition() -> None:
     wrong = gains.copy()
     wrong[[0, 1]] = wrong[[1, 0]]
     assert scores.ndcg(swapped, expected) == pytest.approx(wrong @ discounts / (gains @ discounts))
+    # Which of two equal documents is first is decided by rounding.
+    equal = np.array([3, 2, 2 + 1e-6, 1, 0], np.float32)
+    assert scores.ndcg(np.array([3, 2 + 1e-6, 2, 1, 0], np.float32), equal) == pytest.approx(1)
+    assert scores.ndcg(np.array([3, 1, 2, 2, 0], np.float32), equal) < 0.999
 
 
 FORMS = {

@@ -16,6 +16,8 @@ import numpy as np
 
 RANKED = 10
 """Documents at the top of a ranking that NDCG looks at."""
+TIE = 1e-5
+"""Difference between scores that rounding makes, as a share of their range."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +99,15 @@ def kendall_tau(scores: np.ndarray, expected: np.ndarray) -> float:
 
 def ndcg(scores: np.ndarray, expected: np.ndarray, first: int = RANKED) -> float:
     """NDCG of a ranking by `scores`; the first of the order of `expected` have the gains `first`,
-    …, 1.
+    …, 1. Documents whose expected scores are equal but for rounding share their gains.
     """
-    gains = np.zeros(len(expected))
-    best = np.argsort(-expected, kind="stable")[:first]
-    gains[best] = np.arange(first, first - len(best), -1)
-    discounts = 1 / np.log2(np.arange(2, 2 + len(best)))
-    ranked = np.argsort(-scores, kind="stable")[: len(best)]
-    return float(gains[ranked] @ discounts / (gains[best] @ discounts))
+    order = np.argsort(-expected, kind="stable")
+    ordered = np.maximum(first - np.arange(len(order)), 0).astype(np.float64)
+    begins = np.diff(-expected[order], prepend=-np.inf) > TIE * spread(expected)
+    group = np.cumsum(begins) - 1
+    ordered = (np.bincount(group, ordered) / np.bincount(group))[group]
+    gains = np.empty(len(order))
+    gains[order] = ordered
+    discounts = 1 / np.log2(np.arange(2, 2 + min(first, len(order))))
+    ranked = np.argsort(-scores, kind="stable")[: len(discounts)]
+    return float(gains[ranked] @ discounts / (ordered[: len(discounts)] @ discounts))
