@@ -16,7 +16,7 @@ export COMPOSE_PROJECT_NAME := halimede
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 OURS := --filter label=com.docker.compose.project=halimede
 
-.PHONY: help env build serve deploy up down test test-containers lint format perf sts bench bench-cache soak gpu-check tune clean test-faults security
+.PHONY: help env build serve gateway deploy up down test test-containers lint format perf sts bench bench-cache soak gpu-check tune clean test-faults security
 
 help:  ## List the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -30,13 +30,13 @@ env: .venv/.installed  ## Make the virtual environment
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@echo 'Installing into .venv; the first time takes some minutes …'
 	@began=$$(date +%s); \
-	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,build,client,docker]' \
+	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,build,client,docker,gateway]' \
 	&& echo "Installed in $$(($$(date +%s) - began)) s."
 	@touch $@
 
 # What tests, lints and documents, besides.
 .venv/.developing: .venv/.installed
-	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,build,client,docker,test,lint,docs]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,build,client,docker,gateway,test,lint,docs]'
 	@touch $@
 
 build: env  ## Build MODEL (a name or a folder) into model_repository/; NAME=…, DEVICE=cuda
@@ -54,6 +54,9 @@ default: env
 
 serve: env  ## Build what is missing and serve; ARGS='--http-port 9000 …'
 	@exec $(BIN)/halimede serve $(ARGS)
+
+gateway: env  ## Answer OpenAI's, Cohere's, TEI's, Ollama's and other clients; ARGS='--port 8080 …'
+	@exec $(BIN)/halimede gateway $(ARGS)
 
 deploy: env  ## Load, promote or roll back a candidate of a served model; ARGS='canary NAME --share 0.1'
 	@$(BIN)/halimede deploy $(ARGS)

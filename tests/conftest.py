@@ -26,6 +26,8 @@ from halimede_tools.build.samples import corpus
 from halimede_tools.serve import ports, programs, wheel
 from halimede_tools.settings import Settings
 
+pytest_plugins = ("gateways",)
+"""Fixtures of one subject that several files use."""
 MODEL = "all-MiniLM-L6-v2"
 PRECISIONS = ("fp32", "fp16", "int8")
 POISON, POISON_ID = "[MASK]", 103

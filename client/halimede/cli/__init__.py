@@ -22,6 +22,7 @@ from halimede.cli import (
     compare,
     configuration,
     embed,
+    gateway,
     health,
     models,
     monitor,
@@ -69,6 +70,7 @@ app.command()(similarity.similarity)
 app.command()(compare.compare)
 app.command()(rerank.rerank)
 app.command()(classify.classify)
+app.command()(gateway.gateway)
 app.command()(models.models)
 app.command()(health.health)
 app.command()(monitor.monitor)

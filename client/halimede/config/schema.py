@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
 from halimede import providers
 from halimede.config.cache import CacheConfig
+from halimede.config.gateway import GatewayConfig
 from halimede.config.validation import validated
 from halimede.inputs.urls import UrlOptions
 from halimede.pipeline.fallback import Rules
@@ -36,6 +37,8 @@ class Config(BaseModel):
     """Cache of vectors. Without this key nothing is cached; `cache: {}` caches in memory."""
     urls: UrlOptions = Field(default_factory=lambda: UrlOptions.model_validate({}))
     """Which image urls are fetched."""
+    gateway: GatewayConfig = Field(default_factory=lambda: GatewayConfig.model_validate({}))
+    """What `halimede gateway` answers, and to whom."""
     development: bool = False
     """Answer with deterministic hashes of the texts instead of a model's vectors."""
 

@@ -1,0 +1,171 @@
+"""OpenAI's dialect: embeddings and models, with what NVIDIA's NIM adds to it."""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Response
+from pydantic import Field, PositiveInt
+
+from halimede.gateway.calls import Asked, Call, Truncate, answer
+from halimede.gateway.dialects.dialect import Body, Dialect, reads, register, takes
+from halimede.gateway.errors import Problem
+from halimede.gateway.served import Model
+
+CREATED_S = 0
+"""Unix time at which a model was made: it is not known."""
+
+routes = APIRouter()
+
+
+class EmbeddingsRequest(Body):
+    """Body of `POST /v1/embeddings`."""
+
+    input: str | list[str] | list[int] | list[list[int]] = Field(examples=["hello world"])
+    """A text, texts, or the token ids of one or several texts."""
+    model: str = Field(examples=["all-MiniLM-L6-v2"])
+    encoding_format: Literal["float", "base64"] = "float"
+    """base64: the vector's little-endian float32."""
+    dimensions: PositiveInt | None = None
+    """Leading components to keep."""
+    user: str | None = None
+    """Decides whether a candidate of the model answers: one version answers a user's requests."""
+    input_type: str | None = None
+    """NIM: `query` or `passage`."""
+    truncate: Truncate = "END"
+    """NIM: what is done with a text beyond the token limit."""
+    task: str | None = None
+    """Jina: `retrieval.query` or `retrieval.passage`."""
+    late_chunking: bool = False
+    """Jina: vectors of parts of one long text. Not supported."""
+
+
+@routes.post("/v1/embeddings", summary="Embed texts", openapi_extra=takes(EmbeddingsRequest))
+async def embeddings(
+    call: Asked, body: Annotated[EmbeddingsRequest, reads(EmbeddingsRequest)]
+) -> Response:
+    """Return one vector for each text, in the texts' order."""
+    model = await call.model(body.model)
+    result = await call.embed(
+        model,
+        texts_of(body.input, call),
+        input_type=await input_type(model, body.input_type or body.task),
+        dimensions=body.dimensions,
+        truncate=body.truncate,
+        user=body.user,
+    )
+    if body.late_chunking:
+        raise Problem(400, f"{model.name} has no late chunking.", param="late_chunking")
+    vectors = [encoded(row) for row in result.vectors]
+    if body.encoding_format == "float":
+        vectors = list(result.vectors)
+    return answer(
+        call,
+        {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": index, "embedding": vector}
+                for index, vector in enumerate(vectors)
+            ],
+            "model": body.model,
+            "usage": {"prompt_tokens": call.tokens, "total_tokens": call.tokens},
+        },
+    )
+
+
+@routes.get("/v1/models", summary="List models")
+async def models(call: Asked) -> Response:
+    """Return the models that are served."""
+    return answer(call, {"object": "list", "data": [row(m.name) for m in await call.served.all()]})
+
+
+@routes.get("/v1/models/{name:path}", summary="Describe a model")
+async def model(name: str, call: Asked) -> Response:
+    """Return one model."""
+    found = await call.model(name)
+    await found.facts()
+    return answer(call, row(name))
+
+
+def row(name: str) -> dict[str, Any]:
+    """Return a model as an entry of the list."""
+    return {"id": name, "object": "model", "created": CREATED_S, "owned_by": "halimede"}
+
+
+def encoded(vector: np.ndarray) -> str:
+    """Return a vector `[dims]` as base64 of its little-endian float32."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def texts_of(given: Any, call: Call) -> list[str]:
+    """Return the texts of an `input`.
+
+    Raises:
+        Problem: it is empty, or has token ids and the gateway is not to decode them.
+    """
+    if given == [] or given == "":
+        raise Problem(400, "input is empty. Give a text, or a list of texts.", param="input")
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], str):
+        return list(given)
+    return decoded(given if isinstance(given[0], list) else [given], call.config.decode_tokens)
+
+
+def decoded(ids: list[list[int]], encoding: str | None) -> list[str]:
+    """Return the texts of token ids in an encoding of tiktoken.
+
+    Raises:
+        Problem: there is no encoding, or it has no such ids.
+    """
+    if encoding is None:
+        raise Problem(
+            400,
+            "input has token ids of another tokenizer, such as cl100k_base. Send texts: with "
+            "LangChain's OpenAIEmbeddings set check_embedding_ctx_length=False. Or let the gateway "
+            "decode them: gateway.decode_tokens.",
+            param="input",
+        )
+    from halimede.extras import import_optional
+
+    tokens = import_optional("tiktoken", "gateway-tokens").get_encoding(encoding)
+    try:
+        return [tokens.decode(text, errors="strict") for text in ids]
+    except (KeyError, OverflowError, UnicodeDecodeError):
+        raise Problem(
+            400, f"input has ids that are no text in {encoding}.", param="input"
+        ) from None
+
+
+ROLES = {"passage": "document", "search_document": "document", "search_query": "query"}
+"""Other words for the prompts of queries and documents."""
+
+
+async def input_type(model: Model, given: str | None) -> str | None:
+    """Return the name of the model's prompt for an input type in the words of another API.
+
+    Words that only say what the vectors are for, such as `classification`, mean no prompt.
+    """
+    if given is None:
+        return None
+    word = given.rpartition(".")[2]
+    return {"query": "query", "document": "document"}.get(ROLES.get(word, word))
+
+
+def error(problem: Problem) -> tuple[int, Any]:
+    """Return a problem as OpenAI does."""
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    usual = "server_error" if problem.status >= 500 else "invalid_request_error"
+    return problem.status, {
+        "error": {
+            "message": problem.message,
+            "type": kinds.get(problem.status, usual),
+            "param": problem.param,
+            "code": problem.word,
+        }
+    }
+
+
+DIALECT = register(Dialect("openai", routes, error))

@@ -1,0 +1,77 @@
+"""Real gateways: uvicorn over a real port, before the run's Triton or over the engine itself."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from conftest import MODEL, wait_until
+
+from halimede.config.resolve import resolve
+from halimede.gateway.app import create
+from halimede.gateway.protocol import Protocol
+from halimede_tools.serve import ports, wheel
+
+
+@contextlib.contextmanager
+def gateway(models: dict[str, Any], **options: Any) -> Iterator[str]:
+    """The address of a gateway for models of a configuration, with these options of `gateway`."""
+    config = resolve({"models": models, "gateway": options})
+    [port] = ports.free_ports(1)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create(config), port=port, http=Protocol, log_level="warning", access_log=False
+        )
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+def triton_model(server: wheel.Server, name: str = MODEL, **options: Any) -> dict[str, Any]:
+    """The configuration of a model on a running Triton."""
+    return {name: {"provider": "triton", "model_id": name, "url": server.grpc_address, **options}}
+
+
+@pytest.fixture(scope="session")
+def address(server: wheel.Server) -> Iterator[str]:
+    """A gateway before the run's Triton, without keys."""
+    with gateway(triton_model(server), kserve_url=f"http://{server.http_address}") as running:
+        yield running
+
+
+@pytest.fixture
+def http(address: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=address, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def vectors(source: Path) -> Any:
+    """sentence-transformers' vectors of texts, with the same weights."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(source), device="cpu")
+    return lambda texts: model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+
+
+def assert_alike(given: Any, expected: np.ndarray, lowest: float = 0.9999) -> None:
+    """Each row has a cosine of at least `lowest` to the row expected."""
+    rows = np.asarray(given, np.float32)
+    assert rows.shape == expected.shape
+    cosines = (rows * expected).sum(1) / (
+        np.linalg.norm(rows, axis=1) * np.linalg.norm(expected, axis=1)
+    )
+    assert cosines.min() >= lowest
