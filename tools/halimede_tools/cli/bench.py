@@ -56,7 +56,7 @@ def server(
 ) -> None:
     """Measure the server under load against the engine alone."""
     with needs_extra(EXTRA):
-        from halimede_tools.bench.server import perf
+        from halimede_tools.bench.serving.server import perf
 
         perf(Settings(), model, names(precisions), rounds)
 
@@ -67,7 +67,7 @@ def lone(
 ) -> None:
     """Measure one text alone: what the client adds to the model and to a bare stub."""
     with needs_extra(EXTRA):
-        from halimede_tools.bench.lone import lone as bench_lone
+        from halimede_tools.bench.serving.lone import lone as bench_lone
 
         bench_lone(Settings(), model, names(precisions), rounds)
 
@@ -78,7 +78,7 @@ def designs(
 ) -> None:
     """Measure the ensemble of three steps against one process that runs them all."""
     with needs_extra(EXTRA):
-        from halimede_tools.bench import designs
+        from halimede_tools.bench.serving import designs
 
         designs.designs(Settings(), model, names(precisions), rounds)
 
@@ -89,7 +89,7 @@ def scaling(
 ) -> None:
     """Measure a server by text length and cores, and two servers together."""
     with needs_extra(EXTRA):
-        from halimede_tools.bench.scaling import bench_scaling
+        from halimede_tools.bench.serving.scaling import bench_scaling
 
         bench_scaling(Settings(), model, names(precisions), rounds)
 
@@ -106,6 +106,22 @@ def images(
         from halimede_tools.bench.images import bench_images
 
         bench_images(Settings(), folder, model, names(precisions), rounds)
+
+
+@app.command()
+def rerank(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="Folder of a reranker. Default: random weights in MiniLM's shape."),
+    ] = None,
+    precisions: Precisions = "fp32,fp16,int8",
+    rounds: Rounds = 8,
+) -> None:
+    """Measure reranking in process against sentence-transformers' CrossEncoder."""
+    with needs_extra(EXTRA):
+        from halimede_tools.bench.rerank import bench_rerank
+
+        bench_rerank(Settings(), folder, names(precisions), rounds)
 
 
 @app.command()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +14,7 @@ import numpy as np
 
 from halimede import Embedder
 from halimede_repository import configs
-from halimede_tools.bench import report
+from halimede_tools.bench import report, torch_worker
 from halimede_tools.build.repository import served_name
 from halimede_tools.console import console
 from halimede_tools.progress import Progress
@@ -40,20 +37,6 @@ TORCH = "sentence-transformers"
 PAIRS = ((DIRECT, IN_PROCESS), (STUB, OVER_GRPC))
 """What is compared."""
 PACKAGES = ("onnxruntime-openvino", "grpcio", "sentence-transformers", "torch")
-TORCH_WORKER = """
-import json, sys, time
-from sentence_transformers import SentenceTransformer
-model = SentenceTransformer(sys.argv[1], device="cpu", local_files_only=True)
-print("ready", flush=True)
-for line in sys.stdin:
-    text, calls = json.loads(line)
-    seconds = []
-    for _ in range(calls):
-        began = time.perf_counter()
-        model.encode(text, show_progress_bar=False)
-        seconds.append(time.perf_counter() - began)
-    print(json.dumps(seconds), flush=True)
-"""
 
 Call = Callable[[str], object]
 Seconds = dict[tuple[str, int], list[float]]
@@ -64,7 +47,11 @@ def lone(settings: Settings, model: str, precisions: Sequence[str], rounds: int)
     """Measure, print the table and write the report. Return the report's path."""
     seconds: dict[str, Seconds] = {}
     with Progress("bench lone", list(precisions), 1) as progress, ExitStack() as opened:
-        torch = opened.enter_context(_sentence_transformers(settings, model))
+        console.print("  opening sentence-transformers …")
+        source = settings.models / model / "source"
+        torch = opened.enter_context(
+            torch_worker.opened("SentenceTransformer", source, "encode", CALLS)
+        )
         for precision in precisions:
             with progress.step(precision), ExitStack() as running:
                 name = served_name(model, precision)
@@ -183,35 +170,6 @@ def _stub(address: str, name: str) -> Call:
         return np.frombuffer(answer.raw_output_contents[0], "<f4")
 
     return embed
-
-
-@contextmanager
-def _sentence_transformers(
-    settings: Settings, model: str
-) -> Iterator[Callable[[str], list[float]]]:
-    """sentence-transformers with torch, in a process of its own: its threads spin after a call."""
-    folder = settings.models / model / "source"
-    console.print("  opening sentence-transformers …")
-    with subprocess.Popen(
-        [sys.executable, "-c", TORCH_WORKER, str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as worker:
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        worker.stdout.readline()
-
-        def timed(text: str) -> list[float]:
-            print(json.dumps([text, CALLS]), file=worker.stdin, flush=True)
-            assert worker.stdout is not None
-            seconds: list[float] = json.loads(worker.stdout.readline())
-            return seconds
-
-        try:
-            yield timed
-        finally:
-            worker.stdin.close()
 
 
 def _texts(settings: Settings, name: str) -> list[str]:

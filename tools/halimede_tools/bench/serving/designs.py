@@ -19,7 +19,7 @@ from threading import Event
 from halimede import Embedder
 from halimede.observability import server_memory
 from halimede_tools.bench import closed_loop, report
-from halimede_tools.bench.server import PACKAGES, TEXTS, PerfAnalyzer
+from halimede_tools.bench.serving.server import PACKAGES, TEXTS, PerfAnalyzer
 from halimede_tools.build.repository import served_name
 from halimede_tools.build.samples import corpus
 from halimede_tools.console import console
