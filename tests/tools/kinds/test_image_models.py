@@ -386,7 +386,7 @@ def test_folders_that_are_refused(folders: dict[str, Path], tmp_path: Path) -> N
     """Each error names the cause and the remedy."""
 
     def refused(match: str, source: str, change: Callable[[Path], Any], **options: Any) -> None:
-        folder = Path(shutil.copytree(folders[source], tmp_path / str(len(match))))
+        folder = Path(shutil.copytree(folders[source], tmp_path / match.replace("/", "")))
         change(folder)
         with pytest.raises(InvalidModel, match=match):
             export_any(folder, ModelOptions("m", **options))
@@ -400,6 +400,10 @@ def test_folders_that_are_refused(folders: dict[str, Path], tmp_path: Path) -> N
     refused(r"SigLIP's\s+spiece.model", "siglip", remove("tokenizer.json"))
     refused("takes no other limit", "siglip", lambda _: None, max_tokens=32)
     refused("NaFlex", "siglip", with_field("model_type", "siglip2"))
+    for other in ("altclip", "chinese_clip", "blip"):
+        refused(
+            f"is a {other}, a model of texts and images", "siglip", with_field("model_type", other)
+        )
     refused("is a CLIPModel, which takes texts", "plain-clip", without_tokenizer)
 
 

@@ -39,14 +39,24 @@ def prepare(folder: Path, name: str) -> None:
     """Raise unless a folder's towers can be built; let transformers read a SigLIP's tokenizer.
 
     Raises:
-        InvalidModel: it is a SigLIP without `tokenizer.json`, or one for images of any size.
+        InvalidModel: it is a SigLIP without `tokenizer.json`, or one for images of any size, or a
+            model of texts and images of another type.
     """
-    types = {read_json(path).get("model_type") for path in folder.rglob("config.json")}
+    configs = [read_json(path) for path in folder.rglob("config.json")]
+    types = {config.get("model_type") for config in configs}
     if NAFLEX in types:
         raise InvalidModel(
             f"{name} is a SigLIP 2 for images of any size (NaFlex), which is not supported. Take "
             "the one for images of a fixed size, such as siglip2-base-patch16-224."
         )
+    for config in configs:
+        has_both = {"text_config", "vision_config"} <= config.keys()
+        if has_both and config.get("model_type") not in TWO_TOWERS:
+            raise InvalidModel(
+                f"{name} is a {config.get('model_type')}, a model of texts and images of a type "
+                f"that is not supported; {' and '.join(TWO_TOWERS)} are. For its texts alone, save "
+                "its text model with its tokenizer in a folder of its own."
+            )
     if SIGLIP in types and not any(folder.rglob(text.FILE_NAME)):
         raise InvalidModel(
             f"{name} has no {text.FILE_NAME}, and transformers cannot make one of SigLIP's "
