@@ -18,10 +18,14 @@ from halimede.config.schema import Config
 from halimede.gateway import dialects
 from halimede.gateway.calls import Gateway
 from halimede.gateway.dialects.dialect import BODIES, Dialect, dialect_at, invalid
+from halimede.gateway.direct import Direct
 from halimede.gateway.edge import Edge
 from halimede.gateway.errors import Problem, problem_of
 from halimede.gateway.served import Served
 from halimede_ops.errors import HalimedeError
+
+ERRORS = (HalimedeError, Problem, RequestValidationError, HTTPException)
+"""What an endpoint raises for a request that it does not answer."""
 
 
 def create(config: Config) -> FastAPI:
@@ -45,8 +49,10 @@ def create(config: Config) -> FastAPI:
     app.state.gateway = Gateway(config.gateway, served)
     for dialect in dialects.ALL:
         app.include_router(dialect.router)
-    for kind in (HalimedeError, Problem, RequestValidationError, HTTPException):
+    for kind in ERRORS:
         app.add_exception_handler(kind, _refuse)
+    routes = [route for dialect in dialects.ALL for route in dialect.router.routes]
+    app.add_middleware(Direct, routes=routes, errors=ERRORS, refuse=_refuse)
     app.add_middleware(Edge, config=config.gateway, refuse=refusal)
     return app
 

@@ -186,7 +186,7 @@ def check_whole(result: Result, truncate: Truncate) -> None:
     )
 
 
-def call(request: Request) -> Call:
+async def call(request: Request) -> Call:
     """Return the call of a request, for FastAPI."""
     call = Call(request.app.state.gateway, request.state.caller)
     request.state.call = call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
+import copy
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -104,11 +104,10 @@ def rows(result: R, start: int, stop: int) -> R:
     count = len(result)
     if (start, stop) == (0, count):
         return result
-    parts: dict[str, Any] = {}
-    for field in dataclasses.fields(result):
-        value = getattr(result, field.name)
-        if field.name == "indices":
-            parts["indices"] = np.arange(stop - start)
-        elif field.name != "labels" and isinstance(value, (np.ndarray, tuple)) and len(value):
-            parts[field.name] = value[start:stop]
-    return dataclasses.replace(result, **parts)
+    part = copy.copy(result)
+    for name, value in vars(result).items():
+        if name == "indices":
+            object.__setattr__(part, name, np.arange(stop - start))
+        elif name != "labels" and isinstance(value, (np.ndarray, tuple)) and len(value):
+            object.__setattr__(part, name, value[start:stop])
+    return part

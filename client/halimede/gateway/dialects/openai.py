@@ -58,16 +58,14 @@ async def embeddings(
     )
     if body.late_chunking:
         raise Problem(400, f"{model.name} has no late chunking.", param="late_chunking")
-    vectors = [encoded(row) for row in result.vectors]
-    if body.encoding_format == "float":
-        vectors = list(result.vectors)
+    as_json = encoded if body.encoding_format == "base64" else np.asarray
     return answer(
         call,
         {
             "object": "list",
             "data": [
-                {"object": "embedding", "index": index, "embedding": vector}
-                for index, vector in enumerate(vectors)
+                {"object": "embedding", "index": index, "embedding": as_json(vector)}
+                for index, vector in enumerate(result.vectors)
             ],
             "model": body.model,
             "usage": {"prompt_tokens": call.tokens, "total_tokens": call.tokens},
