@@ -24,7 +24,12 @@ from halimede.gateway.errors import Problem, problem_of
 from halimede.gateway.served import Served
 from halimede_ops.errors import HalimedeError
 
-ERRORS = (HalimedeError, Problem, RequestValidationError, HTTPException)
+ERRORS: tuple[type[Exception], ...] = (
+    HalimedeError,
+    Problem,
+    RequestValidationError,
+    HTTPException,
+)
 """What an endpoint raises for a request that it does not answer."""
 
 

@@ -22,14 +22,18 @@ class Direct:
     FastAPI would. All others go on to FastAPI.
     """
 
-    def __init__(self, app: Any, routes: Iterable[Any], errors: tuple[type, ...], refuse: Refuse):
+    def __init__(
+        self, app: Any, routes: Iterable[Any], errors: tuple[type[Exception], ...], refuse: Refuse
+    ):
         self.app = app
         self._errors = errors
         self._refuse = refuse
         self._routes = {
             route.path: (route, parameters)
             for route in routes
-            if isinstance(route, APIRoute) and "POST" in route.methods and "{" not in route.path
+            if isinstance(route, APIRoute)
+            and "POST" in (route.methods or ())
+            and "{" not in route.path
             if (parameters := _parameters(route.endpoint)) is not None
         }
 

@@ -109,6 +109,20 @@ def images(
 
 
 @app.command()
+def gateway(
+    model: Model = DEFAULT_MODEL,
+    precisions: Precisions = "fp32,int8",
+    rounds: Rounds = 5,
+    peers: Annotated[bool, typer.Option(help="Measure infinity's server too.")] = True,
+) -> None:
+    """Measure the gateway under load against direct gRPC and infinity's server."""
+    with needs_extra(EXTRA):
+        from halimede_tools.bench.serving.gateway import bench_gateway
+
+        bench_gateway(Settings(), model, names(precisions), rounds, peers)
+
+
+@app.command()
 def rerank(
     folder: Annotated[
         Path | None,

@@ -43,6 +43,14 @@ ENVIRONMENTS = {
         "torch==2.13.0",
         "transformers==4.57.6",
     ),
+    "infinity-server": (
+        "infinity-emb[torch,optimum,server]==0.0.78",
+        "onnxruntime==1.31.1",
+        "optimum==2.1.0",
+        "sentence-transformers==3.4.1",
+        "torch==2.13.0",
+        "transformers==4.57.6",
+    ),
     "plot": ("matplotlib==3.10.8",),
 }
 """Environment → its requirements, as they were measured."""
