@@ -21,6 +21,9 @@ CANDIDATE = "-candidate"
 MAXSIM = "-maxsim"
 """Suffix of the model that scores pairs of a query and a document by an ensemble's multi-vectors.
 """
+ALIASES = {"-litellm": "input_text", "-llamaindex": "INPUT_TEXT"}
+"""Suffix of an alias → its input. LiteLLM's provider `triton/` and LlamaIndex's
+`embeddings-nvidia-triton` send texts in this input, as `[texts]` instead of `[texts, 1]`."""
 SHARE = "share"
 """Parameter of a candidate's config: its canary share, the fraction of the model's requests that it
 answers."""
@@ -91,7 +94,10 @@ def models_to_load(repository: Path, models: tuple[str, ...] = ()) -> tuple[str,
     of all if they have a canary share; a candidate that was only published might not load.
     """
     configs = {path.parent.name: path.read_text() for path in repository.glob(f"*/{CONFIG}")}
-    all_steps = {step for config in configs.values() for step in steps(config)}
+    # An alias pins no version: what it calls is no step, but a model of its own.
+    all_steps = {
+        step for config in configs.values() for step, pin in steps(config).items() if pin > 0
+    }
     candidates = {name for name in configs if name.endswith(CANDIDATE)}
     requested = set(models) or configs.keys() - all_steps - candidates
     requested |= {parameter(configs.get(name, ""), key) for name in requested for key in TOWERS} - {

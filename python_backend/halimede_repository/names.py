@@ -13,13 +13,13 @@ from pathlib import Path
 
 from halimede_ops.errors import InvalidInput
 from halimede_ops.spec import FILE_NAME
-from halimede_repository.configs import CONFIG, TOWERS, parameter
+from halimede_repository.configs import ALIASES, CONFIG, TOWERS, parameter
 
 MAX_LETTERS = 100
 """Longest name of a model. Folders add suffixes to it, and file systems allow 255 bytes."""
 SUFFIXES = (
     "fp16", "int8", "onnx", "tokenizer", "pooler", "image", "pixels", "candidate", "query",
-    "document", "maxsim",
+    "document", "maxsim", *(alias[1:] for alias in ALIASES),
 )  # fmt: skip
 """What the name of a folder has after its model's name, each with a hyphen in front."""
 _FUSION = 'backend: "fusion"'

@@ -66,6 +66,8 @@ HEAD_OUTPUTS = {
     TOKEN_EMBEDDINGS: ("TOKEN_EMBEDDINGS",),
 }
 """Outputs of an ensemble for each further head of its model."""
+ALIAS_OUTPUT = "OUTPUT_EMBEDDINGS"
+"""The only output of an alias: LiteLLM reads any, LlamaIndex this one."""
 HEADER = (
     "# Written by the build. Change the build's source "
     "(halimede_tools/build/model_config.py), not this file.\n"
@@ -518,6 +520,23 @@ def maxsim(name: str, described: Ensemble, version: int) -> pb.ModelConfig:
             kind=RERANKER,
             model=described.name,
             model_version=str(version),
+        ),
+    )
+
+
+def alias(name: str, model: str, text_input: str) -> pb.ModelConfig:
+    """`text_input` → OUTPUT_EMBEDDINGS, by the served version of a model: `[texts]` BYTES →
+    `[texts, dims]` float32, at most MAX_BATCH_SIZE texts.
+    """
+    texts = _input(text_input, pb.TYPE_STRING, -1)
+    texts.reshape.shape[:] = [-1, 1]
+    return pb.ModelConfig(
+        name=name,
+        platform="ensemble",
+        input=[texts],
+        output=[_output(ALIAS_OUTPUT, pb.TYPE_FP32, -1, -1)],
+        ensemble_scheduling=pb.ModelEnsembling(
+            step=[_step(Pin(model, -1), {"TEXT": text_input}, {"EMBEDDING": ALIAS_OUTPUT})]
         ),
     )
 

@@ -87,6 +87,8 @@ class BuildRequest:
     """Folder of pictures to take a vision tower's ranges from, instead of the drawn ones."""
     sts: Path | None = None
     """STS file to score every precision on."""
+    alias: bool = False
+    """Write aliases for other programs that ask Triton itself."""
 
     @property
     def name(self) -> str:
@@ -104,6 +106,7 @@ class Fields(TypedDict, total=False):
     calibration: Path | None
     calibration_images: Path | None
     sts: Path | None
+    alias: bool
     trust_remote_code: bool
     max_tokens: int | None
     prompts: Mapping[str, str]
@@ -191,8 +194,10 @@ def build(
     written: list[str] = []
 
     def publish(built: list[Built]) -> None:
+        _check_aliases(request, built)
         with writing(settings.repository, REPOSITORY, BuildError):
             ensembles = [name for tower in built for name in write(tower, settings.repository)]
+            _write_aliases(request, [one for one in built if one.tokenizer], settings.repository)
         new = [name for name in ensembles if name not in written]
         written[:] = ensembles
         console.print(f"  [green]✓[/] write: {', '.join(new)}")
@@ -212,6 +217,24 @@ def build(
             publish(built)
     _evict(request.name, settings)
     return written
+
+
+def _check_aliases(request: BuildRequest, built: list[Built]) -> None:
+    """Raise if aliases are requested of a model without text embeddings.
+
+    Raises:
+        InvalidInput: they are.
+    """
+    if request.alias and not any(one.tokenizer and one.spec.kind == spec.DENSE for one in built):
+        raise InvalidInput(
+            f"{request.name} gives no embeddings of texts, which LiteLLM and LlamaIndex ask for. "
+            "Leave out --alias."
+        )
+
+
+def _write_aliases(request: BuildRequest, towers: list[Built], folder: Path) -> None:
+    if request.alias:
+        repository.write_aliases((name for tower in towers for name in tower.names), folder)
 
 
 def _has_router(request: BuildRequest) -> bool:
@@ -249,6 +272,8 @@ def _build_router(
         facts = _router_facts(request, [one.spec for one in built.values()], by_type)
         with writing(settings.repository, REPOSITORY, BuildError):
             names = repository.write_router(facts, built, settings.repository)
+            if request.alias:
+                repository.write_aliases(names, settings.repository)
         if not names:
             raise QualityError(f"no precision of {request.name} reaches its bar in both towers.")
         console.print(f"  [green]✓[/] write: {', '.join(names)}")
@@ -343,6 +368,7 @@ def check_request(request: BuildRequest, settings: Settings, candidate: bool = F
         request.name,
         settings.repository,
         candidate=candidate,
+        alias=request.alias,
         calibration=request.calibration if quantised else None,
         calibration_images=request.calibration_images if quantised else None,
         sts_file=request.sts,

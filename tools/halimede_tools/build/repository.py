@@ -52,6 +52,8 @@ ONE_PROCESS = f"{configs.ONE_PROCESS}.pbtxt"
 """File of an ensemble's second config, in `configs/` and in its version folders."""
 FIRST_NUMBER = 10**11
 """Versions have twelve digits: more than any counter, exact in JSON, short enough to read."""
+ALIAS_VERSION = 1
+"""The version of every alias: an alias has no content of its own."""
 WARMUP_TEXT = b"The first request of a server should be as fast as the second."
 SPECIAL_TOKENS = 2
 """Tokens that most tokenizers add to a text; warm-up texts have that many words less."""
@@ -382,6 +384,18 @@ def write_router(facts: ModelSpec, towers: Mapping[str, Built], repository: Path
     return list(routers)
 
 
+def write_aliases(names: Iterable[str], repository: Path) -> list[str]:
+    """Write the aliases of ensembles; their names. They follow the version that is served."""
+    written = []
+    for name in names:
+        for suffix, text_input in configs.ALIASES.items():
+            pin = Pin(name + suffix, ALIAS_VERSION)
+            _keep(model_config.alias(pin.model, name, text_input), pin, repository)
+            _serve(pin, [pin.version], repository)
+            written.append(pin.model)
+    return written
+
+
 def _remove_routers(facts: ModelSpec, kept: Mapping[str, int], repository: Path) -> None:
     """Remove routers of precisions that this build does not contain, if their space is another."""
     for precision in SUFFIXES:
@@ -389,8 +403,7 @@ def _remove_routers(facts: ModelSpec, kept: Mapping[str, int], repository: Path)
         config = folder / configs.CONFIG
         is_left_out = folder.name not in kept and config.exists()
         if is_left_out and model_config.space(config) != facts.space:
-            config.unlink()
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove([folder.with_name(folder.name + suffix) for suffix in ("", *configs.ALIASES)])
 
 
 def pinned(repository: Path, step: str) -> set[int]:
@@ -454,10 +467,15 @@ def _unpublish_stale(built: Built, repository: Path) -> None:
         if precision in built.models or not (ensemble / configs.CONFIG).exists():
             continue
         if model_config.space(ensemble / configs.CONFIG) != built.spec.space:
-            further = [f"{ensemble.name}{suffix}" for suffix in ("-onnx", configs.MAXSIM)]
-            for folder in (ensemble, *map(ensemble.with_name, further)):
-                (folder / configs.CONFIG).unlink(missing_ok=True)
-                shutil.rmtree(folder, ignore_errors=True)
+            suffixes = ("", "-onnx", configs.MAXSIM, *configs.ALIASES)
+            _remove([ensemble.with_name(ensemble.name + suffix) for suffix in suffixes])
+
+
+def _remove(models: Iterable[Path]) -> None:
+    """Remove folders of models, so that none is served in part."""
+    for folder in models:
+        (folder / configs.CONFIG).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _place_tokenizer(built: Built, tokenizer: Path, pin: Pin, repository: Path) -> None:

@@ -56,6 +56,14 @@ Candidate = Annotated[
         "--candidate", help="Build a candidate of the served model, for `halimede deploy`."
     ),
 ]
+Alias = Annotated[
+    bool,
+    typer.Option(
+        "--alias",
+        help="Also serve NAME-litellm and NAME-llamaindex, for LiteLLM's provider triton/ and "
+        "LlamaIndex's embeddings-nvidia-triton.",
+    ),
+]
 
 
 def build(
@@ -74,6 +82,7 @@ def build(
     kind: Kind = None,
     sts: Sts = None,
     candidate: Candidate = False,
+    alias: Alias = False,
 ) -> None:
     """Build a model into the repository; skip steps that are done."""
     with needs_extra("build"):
@@ -91,6 +100,7 @@ def build(
         "max_tokens": max_tokens,
         "token_embeddings": token_embeddings,
         "kind": kind,
+        "alias": alias,
     }
     if prompt:
         fields["prompts"] = _prompts(prompt)

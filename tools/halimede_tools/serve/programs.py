@@ -44,6 +44,7 @@ PACKAGES: Mapping[str, tuple[str, Callable[[], bool]]] = {
     "curl": ("curl", _is_on_path("curl")),
     "redis-server": ("redis-server", _is_on_path("redis-server")),
     "promtool": ("prometheus", _is_on_path("promtool")),
+    "chromedriver": ("chromium-driver", _is_on_path("chromedriver")),  # with chromium
     "faketime": ("faketime", FAKETIME.exists),
 }
 """Program → its Debian package, and a function that says whether it is installed."""

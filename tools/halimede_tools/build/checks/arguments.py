@@ -20,6 +20,7 @@ def check(
     repository: Path,
     *,
     candidate: bool,
+    alias: bool,
     calibration: Path | None,
     calibration_images: Path | None,
     sts_file: Path | None,
@@ -33,6 +34,10 @@ def check(
         BuildError: the repository cannot be written.
     """
     names.check_unshared(name, repository)
+    if candidate and alias:
+        raise InvalidInput(
+            "a candidate has no aliases: those of the model follow it. Leave out --alias."
+        )
     if candidate:
         candidates.check_served(name, repository)
     if calibration is not None:
