@@ -6,24 +6,27 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
 import pytest
 import uvicorn
-from conftest import MODEL, wait_until
+from conftest import MODEL, free_options, wait_until
 
 from halimede.config.resolve import resolve
 from halimede.gateway.app import create
 from halimede.gateway.protocol import Protocol
 from halimede_tools.serve import ports, wheel
+from halimede_tools.settings import Settings
 
 
 @contextlib.contextmanager
-def gateway(models: dict[str, Any], **options: Any) -> Iterator[str]:
+def gateway(
+    models: dict[str, Any], fallback: tuple[str, ...] = (), **options: Any
+) -> Iterator[str]:
     """The address of a gateway for models of a configuration, with these options of `gateway`."""
-    config = resolve({"models": models, "gateway": options})
+    config = resolve({"models": models, "fallback": fallback, "gateway": options})
     [port] = ports.free_ports(1)
     server = uvicorn.Server(
         uvicorn.Config(
@@ -49,6 +52,55 @@ def triton_model(server: wheel.Server, name: str = MODEL, **options: Any) -> dic
 def address(server: wheel.Server) -> Iterator[str]:
     """A gateway before the run's Triton, without keys."""
     with gateway(triton_model(server), kserve_url=f"http://{server.http_address}") as running:
+        yield running
+
+
+KINDS = {
+    "unscaled": "like_distiluse",
+    "prompted": "like_e5",
+    "clip": "clip",
+    "reranker": "bert_reranker",
+    "logits": "like_cross_encoder",
+    "classifier": "topic_classifier",
+    "splade": "like_splade",
+    "colbert": "like_colbert",
+}
+"""Small models of every kind, each with what makes it. The vectors of the first have other lengths
+than 1, and the scores of `logits` are no probabilities. `fused` embeds pairs of texts and images."""
+
+
+class Kinds(NamedTuple):
+    """A running Triton with a model of every kind, and what it was built of."""
+
+    server: wheel.Server
+    repository: Path
+    folders: Path
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kinds]:
+    """A running Triton with a model of every kind."""
+    import small_models  # imports torch, for which every other test would wait
+
+    from halimede_tools.build import fusion
+    from halimede_tools.build.plan import build, build_request
+
+    folder = tmp_path_factory.mktemp("kinds")
+    home = Settings(home=folder / "home", repository=folder / "repository")
+    for name, make in KINDS.items():
+        source = getattr(small_models, make)(folder / name)
+        build(build_request(str(source), name, precisions=("fp32",)), home)
+    fusion.write_untrained("fused", "prompted", "clip-image", 0.5, home.repository)
+    with wheel.serve(
+        home.repository, home.python_backend, folder / "run", free_options()
+    ) as running:
+        yield Kinds(running, home.repository, folder)
+
+
+@pytest.fixture(scope="session")
+def kinds_address(kinds: Kinds) -> Iterator[str]:
+    """A gateway before a model of every kind."""
+    with gateway(triton_model(kinds.server, "unscaled")) as running:
         yield running
 
 

@@ -23,6 +23,7 @@ from halimede.cli import (
     configuration,
     embed,
     gateway,
+    gateway_key,
     health,
     models,
     monitor,
@@ -71,6 +72,7 @@ app.command()(compare.compare)
 app.command()(rerank.rerank)
 app.command()(classify.classify)
 app.command()(gateway.gateway)
+app.command()(gateway_key.gateway_key)
 app.command()(models.models)
 app.command()(health.health)
 app.command()(monitor.monitor)

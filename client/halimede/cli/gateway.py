@@ -21,6 +21,9 @@ def gateway(
         bool,
         typer.Option("--in-process", help="Run HALIMEDE_REPOSITORY's models here, without Triton."),
     ] = False,
+    access_log: Annotated[
+        bool, typer.Option("--access-log/--no-access-log", help="Write each request to stdout.")
+    ] = True,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
     url: options.Url = None,
@@ -45,4 +48,12 @@ def gateway(
         resolved = server.in_process(resolved)
     scheme = "http" if tls_cert is None else "https"
     print(f"halimede gateway at {scheme}://{host}:{port}", flush=True)
-    server.run(resolved, host=host, port=port, workers=workers, tls_cert=tls_cert, tls_key=tls_key)
+    server.run(
+        resolved,
+        host=host,
+        port=port,
+        workers=workers,
+        with_access_log=access_log,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+    )

@@ -21,22 +21,30 @@ def load(path: Path) -> Config:
         InvalidConfig: the file cannot be read, is not YAML, or has an unknown key, an invalid
             value or a secret.
     """
+    return parse(read_yaml(path, "the configuration"))
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Return what a YAML file contains; `what` names the file in errors.
+
+    Raises:
+        InvalidConfig: the file cannot be read, or is not YAML.
+    """
     import yaml
 
     try:
-        raw = yaml.safe_load(path.expanduser().read_text("utf-8-sig"))
+        return yaml.safe_load(path.expanduser().read_text("utf-8-sig"))
     except RuntimeError:  # ~ of a user without a home directory
-        raise InvalidConfig("the configuration's path has ~, but the user has no home.") from None
+        raise InvalidConfig(f"{what}'s path has ~, but the user has no home.") from None
     except OSError as error:
-        raise InvalidConfig(f"the configuration cannot be read: {error.strerror}.") from None
+        raise InvalidConfig(f"{what} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
-        raise InvalidConfig("the configuration is not UTF-8.") from None
+        raise InvalidConfig(f"{what} is not UTF-8.") from None
     except yaml.YAMLError as error:
         # Not the message: it repeats what the file contains.
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
-        raise InvalidConfig(f"the configuration is no YAML{line}.") from None
-    return parse(raw)
+        raise InvalidConfig(f"{what} is no YAML{line}.") from None
 
 
 def parse(raw: Any) -> Config:

@@ -13,6 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from halimede.config.schema import Config
 from halimede.gateway import dialects
@@ -21,6 +22,8 @@ from halimede.gateway.dialects.dialect import BODIES, Dialect, dialect_at, inval
 from halimede.gateway.direct import Direct
 from halimede.gateway.edge import Edge
 from halimede.gateway.errors import Problem, problem_of
+from halimede.gateway.keys import Keys
+from halimede.gateway.metrics import Metrics
 from halimede.gateway.served import Served
 from halimede_ops.errors import HalimedeError
 
@@ -31,16 +34,28 @@ ERRORS: tuple[type[Exception], ...] = (
     HTTPException,
 )
 """What an endpoint raises for a request that it does not answer."""
+EXPOSED = (
+    "x-request-id",
+    "retry-after",
+    *(f"halimede-{fact}" for fact in
+      ("model", "space", "precision", "provider", "truncated", "cached")),
+    *(f"x-ratelimit-{fact}-{what}" for what in ("requests", "tokens")
+      for fact in ("limit", "remaining", "reset")),
+)  # fmt: skip
+"""Headers that the pages of other origins may read."""
 
 
 def create(config: Config) -> FastAPI:
     """Return the application of a configuration. It connects when it is first asked."""
     served = Served(config)
+    keys = Keys.read(config.gateway)
+    metrics = Metrics()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await served.close()
+        await keys.close()
 
     app = FastAPI(
         title="halimede gateway",
@@ -52,24 +67,37 @@ def create(config: Config) -> FastAPI:
     )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     app.state.gateway = Gateway(config.gateway, served)
+    app.state.keys = keys
+    app.state.metrics = metrics
     for dialect in dialects.ALL:
         app.include_router(dialect.router)
     for kind in ERRORS:
         app.add_exception_handler(kind, _refuse)
     routes = [route for dialect in dialects.ALL for route in dialect.router.routes]
     app.add_middleware(Direct, routes=routes, errors=ERRORS, refuse=_refuse)
-    app.add_middleware(Edge, config=config.gateway, refuse=refusal)
+    app.add_middleware(Edge, config=config.gateway, refuse=refusal, keys=keys, metrics=metrics)
+    if config.gateway.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.gateway.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED,
+        )
     return app
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
     """Return the OpenAPI of the application, with the bodies that pydantic reads itself."""
     if app.openapi_schema is None:
+        kinds: Any = [(kind, "validation") for kind in sorted(BODIES, key=lambda k: k.__name__)]
+        names, bodies = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+        for kind, places in BODIES.items():
+            for schema in places:
+                schema.update(names[kind, "validation"])
         made = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
-        kinds: Any = [(kind, "validation") for kind in sorted(BODIES, key=lambda k: k.__name__)]
-        _, bodies = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
         made.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
         app.openapi_schema = made
     return app.openapi_schema

@@ -41,6 +41,8 @@ class Call:
         self.caller = caller
         self.results: list[Result] = []
         """What was answered."""
+        self.model_name = ""
+        """The model that was asked last. Empty: none was found."""
 
     async def model(self, name: str | None, use_fallback: bool = True) -> Model:
         """Return the model of a name that the caller may ask.
@@ -50,6 +52,7 @@ class Call:
             Problem: the caller's key is not for this model.
         """
         model = await self.served.model(name, use_fallback)
+        self.model_name = model.name
         self.caller.check_model(model.name)
         return model
 
@@ -64,7 +67,7 @@ class Call:
         user: str | None = None,
     ) -> Embeddings:
         """Embed texts: vectors `[texts, dims]` float32."""
-        await self._admit(len(texts))
+        await self.admit(len(texts))
         if user is not None and (await model.facts()).candidate is None:
             user = None  # it only says which candidate answers
         result = await model.embed(texts, input_type, dimensions, user)
@@ -74,7 +77,7 @@ class Call:
         self, model: Model, images: Sequence[bytes], dimensions: int | None = None
     ) -> Embeddings:
         """Embed image files: vectors `[images, dims]` float32."""
-        await self._admit(len(images))
+        await self.admit(len(images))
         return await self._checked(await model.embed_images(images, dimensions))
 
     async def rank(
@@ -86,7 +89,7 @@ class Call:
         truncate: Truncate = "END",
     ) -> Ranking:
         """Rank documents by their relevance to a query, the best first."""
-        await self._admit(len(documents))
+        await self.admit(len(documents))
         scores = await model.score([(query, document) for document in documents])
         return ranked(await self._checked(scores, truncate), top_k, list(documents))
 
@@ -98,13 +101,23 @@ class Call:
         truncate: Truncate = "END",
     ) -> Any:
         """Ask a model's `classify`, `embed_sparse` or `embed_multi`."""
-        await self._admit(len(inputs))
+        await self.admit(len(inputs))
         return await self._checked(await ask(inputs, *others), truncate)
 
     @property
     def tokens(self) -> int:
         """Tokens of what was answered; 0 where they are unknown."""
         return sum(int(np.maximum(result.tokens, 0).sum()) for result in self.results)
+
+    @property
+    def inputs(self) -> int:
+        """Texts, images or documents that were answered."""
+        return sum(len(result) for result in self.results)
+
+    @property
+    def truncated(self) -> int:
+        """Texts that were cut off."""
+        return sum(len(cut_off(result)) for result in self.results)
 
     def headers(self) -> Mapping[str, str]:
         """Return what the bodies of other dialects have no place for."""
@@ -116,11 +129,11 @@ class Call:
             "halimede-space": first.space,
             "halimede-precision": first.precision,
             "halimede-provider": first.provider,
-            "halimede-truncated": str(sum(len(cut_off(result)) for result in self.results)),
+            "halimede-truncated": str(self.truncated),
             "halimede-cached": str(sum(int(np.sum(r.cached)) for r in self.results)),
         }
 
-    async def _admit(self, count: int) -> None:
+    async def admit(self, count: int) -> None:
         """Raise unless the caller may ask about so many inputs now.
 
         Raises:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import difflib
+import functools
 import time
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -106,6 +108,13 @@ class Model:
         if pairs is not None:
             return await self.client.classify(list(texts), list(pairs))
         return await self._gathered("classify", {}).ask(texts)
+
+    @functools.cached_property
+    def in_background(self) -> Model:
+        """The same model, whose calls are not gathered with those of callers who wait."""
+        other = copy.copy(self)
+        other._gatherers = {}
+        return other
 
     async def close(self) -> None:
         """Close the client."""
@@ -238,7 +247,7 @@ def _names(options: Options) -> list[str]:
 
 
 def _is_model(name: str) -> bool:
-    return not name.endswith((configs.CANDIDATE, configs.MAXSIM))
+    return not name.endswith((configs.CANDIDATE, configs.MAXSIM, *configs.ALIASES))
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from halimede.config.resolve import resolve
 from halimede.config.schema import Config
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
 
 IN_PROCESS = "HALIMEDE_GATEWAY_IN_PROCESS"
 """Variable by which workers know that they run the models themselves."""
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""Variable of prometheus_client's for the folder through which workers share their metrics."""
 BACKLOG = 2048
 """Connections that wait to be accepted."""
 KEEP_ALIVE_S = 75
@@ -27,6 +32,7 @@ def run(
     host: str,
     port: int,
     workers: int = 1,
+    with_access_log: bool = True,
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
 ) -> None:
@@ -36,40 +42,65 @@ def run(
 
     Raises:
         MissingExtra: the packages of the extra `gateway` are not installed.
+        InvalidConfig: the file of API keys is invalid.
     """
     with needs_extra("gateway"):
         import uvicorn
 
-        from halimede.gateway.app import create
+        from halimede.gateway import access_log
+        from halimede.gateway.keys import Keys
         from halimede.gateway.protocol import Protocol
+    if not with_access_log:
+        os.environ[access_log.OFF] = "1"
+    Keys.read(config.gateway)  # a worker's error would be a traceback
+    with _shared_metrics() if workers > 1 else contextlib.nullcontext():
+        uvicorn.run(
+            application_of(config) if workers == 1 else "halimede.gateway.server:application",
+            factory=workers > 1,
+            host=host,
+            port=port,
+            workers=workers,
+            loop="uvloop",
+            http=Protocol,
+            ws="none",
+            access_log=False,
+            log_level="warning",
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=round(config.gateway.drain_s),
+            ssl_certfile=tls_cert,
+            ssl_keyfile=tls_key,
+        )
 
-        app: Any = create(config) if workers == 1 else "halimede.gateway.server:application"
-    uvicorn.run(
-        app,
-        factory=workers > 1,
-        host=host,
-        port=port,
-        workers=workers,
-        loop="uvloop",
-        http=Protocol,
-        ws="none",
-        access_log=False,
-        log_level="warning",
-        server_header=False,
-        backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=round(config.gateway.drain_s),
-        ssl_certfile=tls_cert,
-        ssl_keyfile=tls_key,
-    )
+
+@contextlib.contextmanager
+def _shared_metrics() -> Iterator[None]:
+    """Let the workers share their metrics through a fresh folder."""
+    if METRICS_FOLDER in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="halimede-metrics-") as folder:
+        os.environ[METRICS_FOLDER] = folder
+        try:
+            yield
+        finally:
+            del os.environ[METRICS_FOLDER]
+
+
+def application_of(config: Config) -> FastAPI:
+    """Return the application of a configuration, with its access log."""
+    from halimede.gateway import access_log
+    from halimede.gateway.app import create
+
+    access_log.start()
+    return create(config)
 
 
 def application() -> FastAPI:
     """Return the application of a worker, whose configuration is in the environment."""
-    from halimede.gateway.app import create
-
     config = resolve()
-    return create(in_process(config) if os.environ.get(IN_PROCESS) else config)
+    return application_of(in_process(config) if os.environ.get(IN_PROCESS) else config)
 
 
 def in_process(config: Config) -> Config:

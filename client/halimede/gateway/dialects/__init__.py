@@ -5,10 +5,12 @@ from __future__ import annotations
 from halimede.gateway.dialects import (
     batches,
     cohere,
+    health,
     kserve,
     ollama,
     openai,
     platform,
+    playground,
     tei,
     weaviate,
 )
@@ -21,6 +23,8 @@ ALL: tuple[Dialect, ...] = (
     tei.DIALECT,
     ollama.DIALECT,
     platform.DIALECT,
+    playground.DIALECT,
+    health.DIALECT,
     weaviate.DIALECT,
     kserve.DIALECT,
 )

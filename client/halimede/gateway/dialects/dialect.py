@@ -56,13 +56,14 @@ def reads(kind: type[B]) -> Any:
 
 def takes(kind: type[Body]) -> dict[str, Any]:
     """Return what OpenAPI says of an endpoint's body."""
-    BODIES.add(kind)
-    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    schema: dict[str, Any] = {}
+    BODIES.setdefault(kind, []).append(schema)
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-BODIES: set[type[Body]] = set()
-"""Every kind of body, for OpenAPI."""
+BODIES: dict[type[Body], list[dict[str, Any]]] = {}
+"""Every kind of body, and its places in OpenAPI. They are filled once all kinds are known, because
+dialects have kinds of the same name."""
 
 
 def invalid(error: Any) -> Problem:
@@ -76,6 +77,8 @@ def invalid(error: Any) -> Problem:
     return Problem(422, f"{where or 'The body'}: {reason}.", param=place[0] if place else None)
 
 
+MAX_PATH = 256
+"""Characters of a path in which its dialect is looked for."""
 _at: dict[str, Dialect] = {}
 
 
@@ -88,6 +91,7 @@ def register(dialect: Dialect) -> Dialect:
 
 def dialect_at(path: str) -> Dialect:
     """Return the dialect of a path, or of the path above it that has one; else OpenAI's."""
+    path = path[:MAX_PATH]
     while path and path not in _at:
         path = path.rpartition("/")[0]
     return _at.get(path) or _at["/v1/embeddings"]

@@ -7,12 +7,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Response
-from pydantic import Field, PositiveInt
+from pydantic import AliasChoices, Field, PositiveInt
 
-from halimede.gateway.calls import Asked, Call, Truncate, answer
+from halimede.gateway.calls import UNIT, Asked, Call, Truncate, answer
 from halimede.gateway.dialects.dialect import Body, Dialect, reads, register, takes
 from halimede.gateway.errors import Problem
 from halimede.gateway.served import Model
+from halimede_ops.quantise import quantise
+from halimede_ops.vectors import normalise
 
 CREATED_S = 0
 """Unix time at which a model was made: it is not known."""
@@ -34,12 +36,18 @@ class EmbeddingsRequest(Body):
     """Decides whether a candidate of the model answers: one version answers a user's requests."""
     input_type: str | None = None
     """NIM: `query` or `passage`."""
-    truncate: Truncate = "END"
-    """NIM: what is done with a text beyond the token limit."""
+    truncate: Truncate | bool = "END"
+    """NIM: what is done with a text beyond the token limit. Jina: whether it is cut off."""
     task: str | None = None
     """Jina: `retrieval.query` or `retrieval.passage`."""
     late_chunking: bool = False
     """Jina: vectors of parts of one long text. Not supported."""
+    embedding_type: Literal["float", "base64", "binary", "ubinary"] | None = Field(
+        None, validation_alias=AliasChoices("embedding_type", "encoding_type")
+    )
+    """Jina: binary and ubinary give a bit for each component, in bytes."""
+    normalized: bool | None = None
+    """Jina: whether vectors have length 1. Default: as the model gives them."""
 
 
 @routes.post("/v1/embeddings", summary="Embed texts", openapi_extra=takes(EmbeddingsRequest))
@@ -48,29 +56,46 @@ async def embeddings(
 ) -> Response:
     """Return one vector for each text, in the texts' order."""
     model = await call.model(body.model)
+    if body.late_chunking:
+        raise Problem(400, f"{model.name} has no late chunking.", param="late_chunking")
+    truncate = body.truncate
     result = await call.embed(
         model,
         texts_of(body.input, call),
         input_type=await input_type(model, body.input_type or body.task),
         dimensions=body.dimensions,
-        truncate=body.truncate,
+        truncate=truncate if isinstance(truncate, str) else "END" if truncate else "NONE",
         user=body.user,
     )
-    if body.late_chunking:
-        raise Problem(400, f"{model.name} has no late chunking.", param="late_chunking")
-    as_json = encoded if body.encoding_format == "base64" else np.asarray
+    kind = body.embedding_type or body.encoding_format
+    vectors = scaled(result.vectors, body.normalized, model)
     return answer(
         call,
         {
             "object": "list",
             "data": [
-                {"object": "embedding", "index": index, "embedding": as_json(vector)}
-                for index, vector in enumerate(result.vectors)
+                {"object": "embedding", "index": index, "embedding": vector}
+                for index, vector in enumerate(typed(vectors, kind))
             ],
-            "model": body.model,
+            "model": body.model or model.name,
             "usage": {"prompt_tokens": call.tokens, "total_tokens": call.tokens},
         },
     )
+
+
+class UnnamedEmbeddingsRequest(EmbeddingsRequest):
+    """Body of `POST /embeddings`."""
+
+    model: str = ""
+    """Default: the gateway's default model."""
+
+
+@routes.post("/embeddings", summary="Embed texts", openapi_extra=takes(UnnamedEmbeddingsRequest))
+async def unnamed_embeddings(
+    call: Asked, body: Annotated[UnnamedEmbeddingsRequest, reads(UnnamedEmbeddingsRequest)]
+) -> Response:
+    """Return what `/v1/embeddings` does. This is TEI's path, on which no model is needed."""
+    return await embeddings(call, body)
 
 
 @routes.get("/v1/models", summary="List models")
@@ -90,6 +115,33 @@ async def model(name: str, call: Asked) -> Response:
 def row(name: str) -> dict[str, Any]:
     """Return a model as an entry of the list."""
     return {"id": name, "object": "model", "created": CREATED_S, "owned_by": "halimede"}
+
+
+def typed(vectors: np.ndarray, kind: str) -> Any:
+    """Return vectors `[texts, dims]` float32 in a type of OpenAI or Jina, as JSON or an array."""
+    if kind == "float":
+        return np.ascontiguousarray(vectors)
+    if kind == "base64":
+        return [encoded(vector) for vector in vectors]
+    return quantise(vectors, "binary" if kind == "binary" else "ubinary")
+
+
+def scaled(vectors: np.ndarray, to_unit: bool | None, model: Model) -> np.ndarray:
+    """Return vectors `[texts, dims]`, of length 1 if that is wanted. None: as they are.
+
+    Raises:
+        Problem: others are wanted of a model whose vectors have length 1.
+    """
+    if to_unit is None:
+        return vectors
+    is_unit = bool((np.abs(np.linalg.norm(vectors, axis=1) - 1) < UNIT).all())
+    if is_unit and not to_unit:
+        raise Problem(
+            422,
+            f"the vectors of {model.name} have length 1; what they were before is not served. "
+            "Leave out normalize (Jina: normalized), or pass true.",
+        )
+    return vectors if is_unit or not to_unit else normalise(vectors)
 
 
 def encoded(vector: np.ndarray) -> str:
