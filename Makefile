@@ -61,13 +61,13 @@ gateway: env  ## Answer OpenAI's, Cohere's, TEI's, Ollama's and other clients; A
 deploy: env  ## Load, promote or roll back a candidate of a served model; ARGS='canary NAME --share 0.1'
 	@$(BIN)/halimede deploy $(ARGS)
 
-up: default  ## The stack in containers: Triton, Redis, Prometheus, Grafana; PROFILE=gpu
+up: default  ## The stack in containers: Triton, gateway, Redis, Prometheus, Grafana; PROFILE=gpu
 	$(COMPOSE) --profile $(PROFILE) up --detach --build
 	@echo 'Waiting until every service is healthy …'
 	@while [ -n "$$(docker ps -q $(OURS) --filter health=starting)" ]; do sleep 1; done
 	@! docker ps -a $(OURS) --format '{{.Names}} {{.Status}}' | grep -v -e '(healthy)' -e grafana
 	@$(BIN)/halimede health
-	@echo 'Prometheus http://127.0.0.1:9090   Grafana http://127.0.0.1:3000   Redis 127.0.0.1:6379'
+	@echo 'Gateway http://127.0.0.1:8080   Prometheus http://127.0.0.1:9090   Grafana http://127.0.0.1:3000   Redis 127.0.0.1:6379'
 
 down:  ## Stop the stack and remove its containers, network and volumes
 	$(COMPOSE) --profile cpu --profile gpu down --volumes --remove-orphans

@@ -1,4 +1,5 @@
-# Triton from PyPI and our backends, on CPU. Models are mounted at /models; nothing is built here.
+# Triton from PyPI and our backends, on CPU, and the gateway. Models are mounted at /models; nothing is
+# built here.
 FROM debian:bookworm-slim AS build
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-venv \
@@ -8,7 +9,7 @@ WORKDIR /source
 COPY LICENSE README.md constraints-py311.txt pyproject.toml ./
 RUN mkdir --parents client/halimede python_backend tools/halimede_tools \
     && python3 -m venv /opt/halimede \
-    && /opt/halimede/bin/pip install --no-cache-dir --constraint constraints-py311.txt '.[server]' \
+    && /opt/halimede/bin/pip install --no-cache-dir --constraint constraints-py311.txt '.[server,gateway]' \
     && /opt/halimede/bin/pip uninstall --yes halimede mpmath sympy
 COPY . .
 RUN /opt/halimede/bin/pip install --no-cache-dir --no-deps . \
@@ -30,7 +31,7 @@ ENV PATH=/opt/halimede/bin:$PATH \
 WORKDIR /opt/halimede
 USER 10001
 VOLUME /models
-EXPOSE 8000 8001 8002
+EXPOSE 8000 8001 8002 8080
 HEALTHCHECK --interval=15s --timeout=10s --start-period=2m --retries=3 CMD ["halimede", "health"]
 ENTRYPOINT ["halimede", "serve", "--exec"]
 CMD ["--host", "0.0.0.0"]
