@@ -39,6 +39,7 @@ ELSEWHERE = {
     "halimede fusion": "needs an image model: test_fusion.py",
     "halimede rerank": "needs a reranker: test_kind_contract.py",
     "halimede classify": "needs a classifier: test_kind_contract.py",
+    "halimede gateway": "runs until Ctrl-C, or makes a key: tests/client/gateway",
     "halimede monitor": "runs until Ctrl-C: test_monitor.py",
 }
 """Beginning of a command → why it is not run here, and what runs it."""
@@ -93,11 +94,11 @@ def test_commands_run_as_written(
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.place)
 def test_python_runs_as_written(
-    server: wheel.Server, tmp_path: Path, block: documents.Block
+    server: wheel.Server, address: str, tmp_path: Path, block: documents.Block
 ) -> None:
-    """Every Python block of a page runs, on this server's address."""
+    """Every Python block of a page runs, on the addresses of this server and of a gateway."""
     prepare(tmp_path, block.page, server)
-    code = here(block.code, server)
+    code = here(block.code, server).replace("http://127.0.0.1:8080", address)
     env = environment(server, tmp_path)
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
 

@@ -461,3 +461,27 @@ def test_an_offer_to_upgrade_is_ignored(http: httpx.Client) -> None:
         opened.sendall(HEAD + b"Connection: close, upgrade\r\nupgrade: h2c\r\n")
         opened.sendall(b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
         assert rest(opened).startswith(b"HTTP/1.1 200 ")
+
+
+def test_lists_in_bodies_are_bounded() -> None:
+    """A list ends at its first error: one error an item took a thousand times the memory."""
+    from pydantic import ValidationError
+
+    from halimede.gateway.dialects.dialect import BODIES
+    from halimede.gateway.dialects.openai import EmbeddingsRequest
+
+    for kind in BODIES:
+        for part in parts(kind.model_json_schema()):
+            assert part.get("type") != "array" or "maxItems" in part, kind
+    with pytest.raises(ValidationError) as error:
+        EmbeddingsRequest.model_validate({"model": "m", "input": [1.5] * 100_000})
+    assert error.value.error_count() < 10
+
+
+def parts(schema: Any) -> Iterator[dict[str, Any]]:
+    """A schema and all schemas in it."""
+    if isinstance(schema, dict):
+        yield schema
+    for part in schema.values() if isinstance(schema, dict) else schema:
+        if isinstance(part, (dict, list)):
+            yield from parts(part)

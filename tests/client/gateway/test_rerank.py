@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import cohere
@@ -10,8 +11,11 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import yaml
 from gateways import Kinds, gateway, triton_model
 from sentence_transformers import CrossEncoder
+
+from halimede.gateway.keys import sha256
 
 QUERY = "Which bird swims?"
 DOCUMENTS = [
@@ -127,6 +131,17 @@ def test_without_a_name_the_only_reranker_answers(kinds: Kinds) -> None:
         ranked = web.post("/v2/rerank", json={"query": QUERY, "documents": DOCUMENTS})
         assert ranked.json()["model"] == "logits"
         assert web.post("/rerank", json={"query": QUERY, "texts": ["a"]}).status_code == 200
+
+
+def test_without_a_name_the_only_reranker_of_a_key_answers(kinds: Kinds, tmp_path: Path) -> None:
+    """Models that the key is not for do not count."""
+    keys = tmp_path / "keys.yaml"
+    key = {"id": "ranker", "sha256": sha256(b"secret"), "models": ["logits"]}
+    keys.write_text(yaml.safe_dump([key]))
+    with gateway(triton_model(kinds.server, "unscaled"), keys=str(keys)) as address:
+        client = cohere.ClientV2(api_key="secret", base_url=address)
+        raw = client.with_raw_response.rerank(model="", query=QUERY, documents=DOCUMENTS)
+    assert raw.headers["halimede-model"] == "logits"
 
 
 def test_without_a_name_several_rerankers_are_listed(web: httpx.Client) -> None:

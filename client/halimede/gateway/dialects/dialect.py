@@ -6,9 +6,34 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    ValidationError,
+    model_validator,
+)
 
 from halimede.gateway.errors import Problem
+
+MAX_ITEMS = 2**16
+"""Maximum items of a list in a body."""
+
+
+def _bounded(schema: Any) -> Any:
+    """Let each list of a schema end at its first error, and have at most MAX_ITEMS: an error for
+    each of a million items would take a thousand times the body's memory.
+    """
+    if isinstance(schema, dict):
+        if schema.get("type") in ("list", "tuple"):
+            schema["fail_fast"] = True
+            schema.setdefault("max_length", MAX_ITEMS)
+        for part in schema.values():
+            _bounded(part)
+    elif isinstance(schema, (list, tuple)):
+        for part in schema:
+            _bounded(part)
+    return schema
 
 
 class Body(BaseModel):
@@ -17,6 +42,10 @@ class Body(BaseModel):
     """
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return _bounded(handler(source))
 
     @model_validator(mode="before")
     @classmethod
