@@ -16,7 +16,7 @@ from conftest import MODEL, free_options, wait_until
 
 from halimede.config.resolve import resolve
 from halimede.gateway.app import create
-from halimede.gateway.protocol import Protocol
+from halimede.gateway.edge.protocol import Protocol
 from halimede_tools.serve import ports, wheel
 from halimede_tools.settings import Settings
 

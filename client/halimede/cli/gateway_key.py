@@ -28,7 +28,7 @@ def gateway_key(
 ) -> None:
     """Print a new API key once, and its entry for the file of keys (gateway.keys)."""
     with needs_extra("gateway"):
-        from halimede.gateway.keys import Key, sha256
+        from halimede.gateway.edge.keys import Key, sha256
 
     key = PREFIX + secrets.token_urlsafe(KEY_BYTES)
     given = {

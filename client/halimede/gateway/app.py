@@ -19,12 +19,12 @@ from halimede.config.schema import Config
 from halimede.gateway import dialects
 from halimede.gateway.calls import Gateway
 from halimede.gateway.dialects.dialect import BODIES, Dialect, dialect_at, invalid
-from halimede.gateway.direct import Direct
-from halimede.gateway.edge import Edge
+from halimede.gateway.edge.direct import Direct
+from halimede.gateway.edge.edge import Edge
+from halimede.gateway.edge.keys import Keys
+from halimede.gateway.edge.metrics import Metrics
 from halimede.gateway.errors import Problem, problem_of
-from halimede.gateway.keys import Keys
-from halimede.gateway.metrics import Metrics
-from halimede.gateway.served import Served
+from halimede.gateway.models.served import Served
 from halimede_ops.errors import HalimedeError
 
 ERRORS: tuple[type[Exception], ...] = (

@@ -11,9 +11,9 @@ from fastapi import Depends, Request
 from fastapi.responses import Response
 
 from halimede.config.gateway import GatewayConfig
+from halimede.gateway.edge.keys import Caller
 from halimede.gateway.errors import Problem
-from halimede.gateway.keys import Caller
-from halimede.gateway.served import Model, Served
+from halimede.gateway.models.served import Model, Served
 from halimede.reranker import ranked
 from halimede.results import Embeddings, Ranking, Result
 

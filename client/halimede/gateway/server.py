@@ -47,9 +47,9 @@ def run(
     with needs_extra("gateway"):
         import uvicorn
 
-        from halimede.gateway import access_log
-        from halimede.gateway.keys import Keys
-        from halimede.gateway.protocol import Protocol
+        from halimede.gateway.edge import access_log
+        from halimede.gateway.edge.keys import Keys
+        from halimede.gateway.edge.protocol import Protocol
     if not with_access_log:
         os.environ[access_log.OFF] = "1"
     Keys.read(config.gateway)  # a worker's error would be a traceback
@@ -90,8 +90,8 @@ def _shared_metrics() -> Iterator[None]:
 
 def application_of(config: Config) -> FastAPI:
     """Return the application of a configuration, with its access log."""
-    from halimede.gateway import access_log
     from halimede.gateway.app import create
+    from halimede.gateway.edge import access_log
 
     access_log.start()
     return create(config)

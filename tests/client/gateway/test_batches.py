@@ -20,7 +20,7 @@ import yaml
 from conftest import MODEL, ROOT, wait_until
 from gateways import assert_alike, gateway, triton_model
 
-from halimede.gateway.batch_store import FINAL, Batch, Store, new_id, now
+from halimede.gateway.batches.store import FINAL, Batch, Store, new_id, now
 from halimede_tools.serve import ports, wheel
 
 WORDS = ("apple", "Paris", "violin", "rain", "engine", "winter", "coffee")

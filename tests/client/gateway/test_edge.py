@@ -27,8 +27,8 @@ from opentelemetry.trace import SpanKind
 from prometheus_client.parser import text_string_to_metric_families
 from test_keys import NOBODY, SHAPES, message
 
-from halimede.gateway import protocol
 from halimede.gateway.dialects.dialect import dialect_at
+from halimede.gateway.edge import protocol
 from halimede_tools.serve import ports, wheel
 
 SECRET_TEXT = "the text that no log may hold"

@@ -234,17 +234,27 @@ async def send_all(address: str, fuzzer: Fuzzer, numbers: range) -> tuple[Counte
     wrong: list[str] = []
     left = iter(numbers)
 
+    async def send(client: httpx.AsyncClient, request: Fuzzed) -> httpx.Response:
+        """The answer. Triton may close a connection that the gateway wanted to use again; that is
+        503, to be sent again as every client does.
+        """
+        for _ in range(3):
+            answer = await client.request(
+                request.method,
+                address,
+                content=request.content,
+                headers=[(name.encode(), value) for name, value in request.headers],
+                extensions={"target": request.target},
+            )
+            if answer.status_code != 503 or not request.target.startswith(b"/v2"):
+                break
+        return answer
+
     async def sender(client: httpx.AsyncClient) -> None:
         for number in left:
             request = fuzzer.request(number)
             try:
-                answer = await client.request(
-                    request.method,
-                    address,
-                    content=request.content,
-                    headers=[(name.encode(), value) for name, value in request.headers],
-                    extensions={"target": request.target},
-                )
+                answer = await send(client, request)
             except httpx.LocalProtocolError:  # the client does not send this at all
                 continue
             except httpx.TransportError as error:

@@ -18,7 +18,7 @@ from gateways import gateway
 
 from halimede.config.gateway import GatewayConfig
 from halimede.gateway.dialects.dialect import dialect_at
-from halimede.gateway.keys import ENVIRONMENT, Keys, sha256
+from halimede.gateway.edge.keys import ENVIRONMENT, Keys, sha256
 from halimede_ops.errors import InvalidConfig
 
 NOBODY = {"m": {"provider": "triton", "model_id": "m", "url": "127.0.0.1:9"}}

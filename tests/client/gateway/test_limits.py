@@ -16,7 +16,7 @@ from gateways import gateway, triton_model
 from test_keys import NOBODY, SHAPES, message
 
 from halimede.gateway.dialects.dialect import dialect_at
-from halimede.gateway.keys import sha256
+from halimede.gateway.edge.keys import sha256
 from halimede_tools.bench import redis_server
 from halimede_tools.serve import ports, wheel
 

@@ -15,7 +15,7 @@ import yaml
 from gateways import Kinds, gateway, triton_model
 from sentence_transformers import CrossEncoder
 
-from halimede.gateway.keys import sha256
+from halimede.gateway.edge.keys import sha256
 
 QUERY = "Which bird swims?"
 DOCUMENTS = [

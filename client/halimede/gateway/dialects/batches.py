@@ -13,8 +13,8 @@ from fastapi import APIRouter, Depends, FastAPI, Form, Query, Request, Response,
 from fastapi.responses import FileResponse
 from pydantic import Field, ValidationError
 
-from halimede.gateway.batch_runner import Runner
-from halimede.gateway.batch_store import (
+from halimede.gateway.batches.runner import Runner
+from halimede.gateway.batches.store import (
     FINAL,
     MAX_METADATA,
     WINDOW_S,
@@ -28,9 +28,9 @@ from halimede.gateway.batch_store import (
 from halimede.gateway.calls import Asked, Call, Gateway, answer
 from halimede.gateway.dialects import openai
 from halimede.gateway.dialects.dialect import Body, Dialect, invalid, reads, register, takes
+from halimede.gateway.edge.keys import Keys
 from halimede.gateway.errors import Problem, problem_of
-from halimede.gateway.keys import Keys
-from halimede.gateway.served import Model
+from halimede.gateway.models.served import Model
 from halimede_ops.errors import HalimedeError
 
 MAX_PAGE = 10_000

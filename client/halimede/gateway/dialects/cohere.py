@@ -12,12 +12,12 @@ import numpy as np
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, PositiveInt, model_validator
 
-from halimede.gateway import kinds
 from halimede.gateway.calls import Asked, Call, Truncate, answer, cut_off
 from halimede.gateway.dialects import openai
 from halimede.gateway.dialects.dialect import Body, Dialect, reads, register, takes
 from halimede.gateway.errors import Problem
-from halimede.gateway.served import Model, given
+from halimede.gateway.models import kinds
+from halimede.gateway.models.served import Model, given
 from halimede.results import ImageInfo
 from halimede_ops.quantise import quantise
 

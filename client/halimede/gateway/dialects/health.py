@@ -6,12 +6,12 @@ import asyncio
 
 from fastapi import APIRouter, Request, Response
 
-from halimede.gateway import metrics
 from halimede.gateway.calls import Asked, answer
 from halimede.gateway.dialects import openai
 from halimede.gateway.dialects.dialect import Dialect, register
+from halimede.gateway.edge import metrics
 from halimede.gateway.errors import OVERLOAD_WAIT_S, Problem
-from halimede.gateway.served import Served
+from halimede.gateway.models.served import Served
 from halimede_ops.errors import HalimedeError
 
 READY_S = 0.4

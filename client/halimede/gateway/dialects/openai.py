@@ -12,7 +12,7 @@ from pydantic import AliasChoices, Field, PositiveInt
 from halimede.gateway.calls import UNIT, Asked, Call, Truncate, answer
 from halimede.gateway.dialects.dialect import Body, Dialect, reads, register, takes
 from halimede.gateway.errors import Problem
-from halimede.gateway.served import Model
+from halimede.gateway.models.served import Model
 from halimede_ops.quantise import quantise
 from halimede_ops.vectors import normalise
 

@@ -17,7 +17,7 @@ from halimede.gateway.calls import Asked, Call, Gateway, answer, cut_off
 from halimede.gateway.dialects import openai
 from halimede.gateway.dialects.dialect import Body, Dialect, reads, register
 from halimede.gateway.errors import Problem
-from halimede.gateway.served import Model
+from halimede.gateway.models.served import Model
 from halimede.results import Embeddings, ServedModel
 
 FILES = Path(__file__).parents[1] / "playground"

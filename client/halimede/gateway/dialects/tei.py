@@ -16,12 +16,12 @@ import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
-from halimede.gateway import kinds, tokenizers
 from halimede.gateway.calls import Asked, Truncate, answer
 from halimede.gateway.dialects import openai
 from halimede.gateway.dialects.dialect import B, Body, Dialect, reads, register, takes
 from halimede.gateway.errors import OVERLOAD_WAIT_S, Problem
-from halimede.gateway.served import Model
+from halimede.gateway.models import kinds, tokenizers
+from halimede.gateway.models.served import Model
 from halimede.results import Classification, ServedModel
 from halimede_ops.errors import HalimedeError
 from halimede_ops.quantise import similarity as cosines

@@ -9,7 +9,7 @@ import numpy as np
 
 from halimede.gateway.calls import Call
 from halimede.gateway.errors import Problem
-from halimede.gateway.served import Model
+from halimede.gateway.models.served import Model
 from halimede.inputs.content import KINDS
 from halimede.results import Classification, Scores, ServedModel
 from halimede_repository.configs import MAXSIM

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from halimede.config.file import read_yaml
 from halimede.config.gateway import GatewayConfig
 from halimede.config.validation import validated
+from halimede.gateway.edge.limits import Allowance, Limits
 from halimede.gateway.errors import Problem
-from halimede.gateway.limits import Allowance, Limits
 from halimede_ops.errors import InvalidConfig
 
 ENVIRONMENT = "HALIMEDE_GATEWAY_KEYS"

@@ -16,7 +16,7 @@ from halimede.classifier import AsyncClassifier
 from halimede.config.resolve import resolve
 from halimede.config.schema import Config
 from halimede.embedder import AsyncEmbedder
-from halimede.gateway.gathering import Gatherer
+from halimede.gateway.models.gathering import Gatherer
 from halimede.providers import onnx
 from halimede.providers.base import Options
 from halimede.providers.triton import provider as triton

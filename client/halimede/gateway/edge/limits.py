@@ -35,7 +35,7 @@ STORAGE_TIMEOUT_S = 0.5
 """Longest wait for Redis."""
 STORAGE_RETRY_S = 5.0
 """Seconds for which requests are not counted after Redis has failed."""
-log = logging.getLogger("halimede.gateway.limits")
+log = logging.getLogger("halimede.gateway.edge.limits")
 
 
 class Limited(Protocol):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from halimede.config.environment import Settings
 from halimede.extras import needs_extra
 from halimede.gateway.errors import Problem
-from halimede.gateway.served import Model
+from halimede.gateway.models.served import Model
 from halimede.providers import onnx
 from halimede.providers.triton import provider as triton
 from halimede_ops import spec

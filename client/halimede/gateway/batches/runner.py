@@ -16,7 +16,7 @@ import orjson
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, Field, ValidationError
 
-from halimede.gateway.batch_store import FINAL, Batch, Status, Store, now
+from halimede.gateway.batches.store import FINAL, Batch, Status, Store, now
 from halimede.gateway.errors import Problem
 
 MAX_LINES = 50_000

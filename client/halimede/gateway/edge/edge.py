@@ -16,11 +16,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from halimede.config.gateway import GatewayConfig
-from halimede.gateway import access_log
 from halimede.gateway.dialects.dialect import Dialect, dialect_at
+from halimede.gateway.edge import access_log
+from halimede.gateway.edge.keys import Caller, Keys
+from halimede.gateway.edge.metrics import Labels, Metrics
 from halimede.gateway.errors import OVERLOAD_WAIT_S, Problem
-from halimede.gateway.keys import Caller, Keys
-from halimede.gateway.metrics import Labels, Metrics
 from halimede.observability import tracing
 
 OPEN = frozenset(
@@ -43,7 +43,7 @@ GONE = 499
 """Status of a request whose client left before the answer."""
 MIB = 1024 * 1024
 Refuse = Callable[[Dialect, Problem, dict[str, str]], Response]
-log = logging.getLogger("halimede.gateway.edge")
+log = logging.getLogger("halimede.gateway.edge.edge")
 
 
 class Exchange:

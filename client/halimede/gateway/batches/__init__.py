@@ -1,0 +1,1 @@
+"""Files and batches: jobs of many requests, on disk."""

@@ -1,0 +1,1 @@
+"""The edge: what holds for every request, whatever its dialect."""
