@@ -81,7 +81,10 @@ async def proxy(
     sent = httpx.Request(
         request.method,
         f"{upstream.url}/v2{quote('/' + path if path else '')}{_query(request)}",
-        headers=_passed(request.headers),
+        headers=[
+            (name.encode("latin-1"), value.encode("latin-1"))  # httpx would take ASCII alone
+            for name, value in _passed(request.headers).items()
+        ],
         content=request.stream() if _has_body(request) else None,
         extensions={"timeout": upstream.client.timeout.as_dict()},
     )
