@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +15,8 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
-from conftest import MODEL, free_options, wait_until
+import yaml
+from conftest import MODEL, ROOT, free_options, wait_until
 
 from halimede.config.resolve import resolve
 from halimede.gateway.app import create
@@ -127,3 +131,39 @@ def assert_alike(given: Any, expected: np.ndarray, lowest: float = 0.9999) -> No
         np.linalg.norm(rows, axis=1) * np.linalg.norm(expected, axis=1)
     )
     assert cosines.min() >= lowest
+
+
+@contextlib.contextmanager
+def command(
+    tmp_path: Path, models: dict[str, Any], *arguments: str, **options: Any
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`halimede gateway` as a user runs it, with these options of `gateway`: its address and its
+    process. What it prints is in the file `log`.
+    """
+    config = tmp_path / "halimede.yaml"
+    config.write_text(yaml.safe_dump({"models": models, "gateway": options}))
+    [port] = ports.free_ports(1)
+    program = str(Path(sys.executable).parent / "halimede")
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [program, "gateway", "--config", str(config), "--port", str(port), *arguments],
+            cwd=ROOT,
+            env=dict(os.environ),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            address = f"http://127.0.0.1:{port}"
+            wait_until(lambda: _answers(address))
+            yield address, process
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _answers(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/health/live").status_code == 200
+    except httpx.TransportError:
+        return False

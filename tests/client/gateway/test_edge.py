@@ -5,21 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import yaml
-from conftest import MODEL, ROOT, wait_until
-from gateways import gateway, triton_model
+from conftest import MODEL, wait_until
+from gateways import command, gateway, triton_model
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -29,7 +25,7 @@ from test_keys import NOBODY, SHAPES, message
 
 from halimede.gateway.dialects.dialect import dialect_at
 from halimede.gateway.edge import protocol
-from halimede_tools.serve import ports, wheel
+from halimede_tools.serve import wheel
 
 SECRET_TEXT = "the text that no log may hold"
 BODY = {"model": MODEL, "input": SECRET_TEXT}
@@ -387,42 +383,6 @@ def test_caller_gateway_and_client_are_one_trace(
     assert ours.attributes["halimede.model"] == MODEL
     assert spans["GET /v1/models/{name:path}"].attributes["http.response.status_code"] == 404
     assert not any(SECRET_TEXT in span.to_json() for span in exporter.get_finished_spans())
-
-
-@contextlib.contextmanager
-def command(
-    tmp_path: Path, models: dict[str, Any], *arguments: str, **options: Any
-) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`halimede gateway` as a user runs it, with these options of `gateway`: its address and its
-    process. What it prints is in the file `log`.
-    """
-    config = tmp_path / "halimede.yaml"
-    config.write_text(yaml.safe_dump({"models": models, "gateway": options}))
-    [port] = ports.free_ports(1)
-    program = str(Path(sys.executable).parent / "halimede")
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [program, "gateway", "--config", str(config), "--port", str(port), *arguments],
-            cwd=ROOT,
-            env=dict(os.environ),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        try:
-            address = f"http://127.0.0.1:{port}"
-            wait_until(lambda: _answers(address))
-            yield address, process
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def _answers(address: str) -> bool:
-    try:
-        return httpx.get(f"{address}/health/live").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def test_workers_share_their_metrics(server: wheel.Server, tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ import httpx
 import psutil
 import pytest
 from conftest import MODEL
-from gateways import triton_model
-from test_edge import command
+from gateways import command, triton_model
 
 from halimede_tools.serve import wheel
 

@@ -23,7 +23,7 @@ HTTP_PORT = 8000
 """Triton's usual port for HTTP."""
 OPEN = re.compile(
     r"(health/(live|ready)|models/stats|repository/index"
-    r"|models/(?P<model>\w[^/]*)(/versions/\d+)?"
+    r"|models/(?P<model>\w[^/]{0,255})(/versions/\d+)?"
     r"(/(infer|generate|generate_stream|config|stats|ready))?)?"
 )
 """Paths below `/v2` that only read and infer. Those that load models, register shared memory, or

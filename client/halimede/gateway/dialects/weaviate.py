@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
@@ -10,11 +9,9 @@ from pydantic import Field, model_validator
 
 from halimede.gateway.calls import Asked, answer
 from halimede.gateway.dialects.dialect import Body, Dialect, reads, register, takes
+from halimede.gateway.dialects.health import check_ready
 from halimede.gateway.dialects.openai import input_type
-from halimede.gateway.errors import OVERLOAD_WAIT_S, Problem
-
-READY_S = 0.4
-"""Seconds in which the model must describe itself: Weaviate waits 0.5 s for the answer."""
+from halimede.gateway.errors import Problem
 
 routes = APIRouter()
 
@@ -63,14 +60,8 @@ async def live() -> Response:
 
 @routes.get("/.well-known/ready", summary="Does the default model answer?", status_code=204)
 async def ready(call: Asked) -> Response:
-    """Return nothing if the default model describes itself, which is read every 10 s at most."""
-    model = await call.served.model(None)
-    try:
-        await asyncio.wait_for(asyncio.shield(asyncio.ensure_future(model.facts())), READY_S)
-    except TimeoutError:
-        raise Problem(
-            503, "the default model has not answered yet.", retry_after_s=OVERLOAD_WAIT_S
-        ) from None
+    """Return nothing if the default model describes itself."""
+    await check_ready(call.served)
     return Response(status_code=204)
 
 
