@@ -16,6 +16,8 @@ from halimede_ops.errors import HalimedeError
 R = TypeVar("R", bound=Result)
 CALLS = 2
 """Calls under way at a time. What comes meanwhile waits for the next."""
+GATHER_S = 0.004
+"""Seconds for which a call waits for callers while another is under way."""
 MAX_GATHERED = 64
 """Maximum inputs in a call of several callers. A caller with more has a call of its own."""
 
@@ -28,14 +30,16 @@ class _Waiting(NamedTuple):
 class Gatherer(Generic[R]):
     """Answers callers that ask the same of a model, with as few calls as are needed.
 
-    A call starts at once while fewer than CALLS are under way. So a lone caller waits for nobody,
-    and many callers share a batch.
+    A call starts at once if none is under way, so a lone caller waits for nobody. Beside another
+    call it starts after GATHER_S: the callers of the call before ask again in that time, and the
+    server works on the other call meanwhile.
     """
 
     def __init__(self, run: Callable[[list[Any]], Awaitable[R]]) -> None:
         self._run = run
         self._waiting: deque[_Waiting] = deque()
         self._calls: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
 
     async def ask(self, inputs: Sequence[Any]) -> R:
         """Return the result of these inputs, in their order.
@@ -47,7 +51,7 @@ class Gatherer(Generic[R]):
             return await self._run(list(inputs))
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(inputs, future))
-        self._start()
+        self._plan()
         return await future
 
     @property
@@ -55,18 +59,27 @@ class Gatherer(Generic[R]):
         """Whether nobody waits."""
         return not self._calls and not self._waiting
 
+    def _plan(self) -> None:
+        """Start a call now or soon, if one may start and somebody waits."""
+        if not self._waiting or self._timer is not None or len(self._calls) >= CALLS:
+            return
+        if self._calls:
+            self._timer = asyncio.get_running_loop().call_later(GATHER_S, self._start)
+        else:
+            self._start()
+
     def _start(self) -> None:
-        while self._waiting and len(self._calls) < CALLS:
-            callers = self._next()
-            if not callers:
-                continue
+        self._timer = None
+        callers = self._next()
+        if callers:
             call = asyncio.get_running_loop().create_task(self._answer(callers))
             self._calls.add(call)
             call.add_done_callback(self._ended)
+        self._plan()
 
     def _ended(self, call: asyncio.Task[None]) -> None:
         self._calls.discard(call)
-        self._start()
+        self._plan()
 
     def _next(self) -> list[_Waiting]:
         """Take the callers of the next call, in the order in which they came."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import socket
 import statistics
 import subprocess
@@ -162,20 +164,40 @@ def _infinity(settings: Settings, model: str, engine: str, texts: Sequence[str])
     [port] = free_ports(1)
     python = engines.python("infinity-server", settings)
     folder = engines.model_folder(settings, model)
+    if engine == "optimum":
+        folder = _onnx_folder(folder)
     command = [
-        *(str(python.with_name("infinity_emb")), "v2", "--model-id", str(folder)),
+        *(str(python.with_name("infinity_emb")), "v2", "--model-id", "."),
         *("--served-model-name", model, "--engine", engine, "--device", "cpu"),
         *("--port", str(port), "--no-bettertransformer", "--dtype", "float32"),
     ]
-    with _process(command, port):
+    with _process(command, port, folder):
         yield _posting(f"http://127.0.0.1:{port}/embeddings", model, texts)
 
 
+def _onnx_folder(folder: Path) -> Path:
+    """A folder of the model in FP32 as ONNX alone: of several graphs infinity takes INT8's, and it
+    finds a graph only at the top of the folder that it runs in.
+    """
+    alone = folder.with_name(f"{folder.name}-onnx")
+    shutil.rmtree(alone, ignore_errors=True)
+    alone.mkdir()
+    for path in (*folder.glob("*.json"), folder / "1_Pooling", folder / "onnx" / "model.onnx"):
+        (alone / path.name).symlink_to(path)
+    return alone
+
+
 @contextlib.contextmanager
-def _process(command: Sequence[str], port: int) -> Iterator[None]:
-    """A server, from when it accepts connections."""
+def _process(command: Sequence[str], port: int, folder: Path | None = None) -> Iterator[None]:
+    """A server that is run in a folder, from when it accepts connections."""
     console.print(f"  starting {Path(command[0]).name} at {port} …")
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "DO_NOT_TRACK": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         deadline = time.monotonic() + START_S
         while socket.socket().connect_ex(("127.0.0.1", port)):
