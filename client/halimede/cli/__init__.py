@@ -22,8 +22,6 @@ from halimede.cli import (
     compare,
     configuration,
     embed,
-    gateway,
-    gateway_key,
     health,
     models,
     monitor,
@@ -31,6 +29,7 @@ from halimede.cli import (
     similarity,
     store,
 )
+from halimede.cli.gateways import gateway, gateway_key
 from halimede.cli.images import embed_image, search_images
 from halimede.cli.printing import printable
 from halimede_engine import cores

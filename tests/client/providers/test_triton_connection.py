@@ -15,7 +15,8 @@ import pytest
 from conftest import MODEL
 
 from halimede import Embedder, HalimedeError, InvalidInput, ModelNotFound, ServerError
-from halimede.providers.triton.connection import parse
+from halimede.providers.triton.connection import Tls, parse
+from halimede.providers.triton.grpc_connection import GrpcConnection
 from halimede_ops import errors
 from halimede_tools.serve import ports, wheel
 
@@ -290,3 +291,29 @@ def test_a_server_that_never_answers_ends_in_time() -> None:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         for url in (address, f"http://{address}"):
             assert isinstance(failure(url, timeout=1), errors.ServerError)
+
+
+class CutOff:
+    """A stub whose calls are cut off by Ctrl-C while they are made."""
+
+    def __getattr__(self, _: str) -> Any:
+        return self
+
+    def future(self, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_closing_does_not_wait_for_a_call_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C can cut gRPC off while it makes a call; its channel then waits for that call for ever,
+    and close() for two seconds.
+    """
+    never = threading.Event()
+    monkeypatch.setattr(grpc._channel.Channel, "close", lambda _: never.wait())
+    connection = GrpcConnection(parse("127.0.0.1:1"), Tls())
+    connection._open()
+    monkeypatch.setattr(connection, "_stub", CutOff())
+    with pytest.raises(KeyboardInterrupt):
+        connection.start("ModelInfer", None, 1)
+    connection.close()
+    assert not never.is_set()
+    never.set()

@@ -194,10 +194,7 @@ def build(
     written: list[str] = []
 
     def publish(built: list[Built]) -> None:
-        _check_aliases(request, built)
-        with writing(settings.repository, REPOSITORY, BuildError):
-            ensembles = [name for tower in built for name in write(tower, settings.repository)]
-            _write_aliases(request, [one for one in built if one.tokenizer], settings.repository)
+        ensembles = _write(request, built, write, settings.repository)
         new = [name for name in ensembles if name not in written]
         written[:] = ensembles
         console.print(f"  [green]✓[/] write: {', '.join(new)}")
@@ -217,6 +214,17 @@ def build(
             publish(built)
     _evict(request.name, settings)
     return written
+
+
+def _write(
+    request: BuildRequest, built: list[Built], write: Callable[..., list[str]], repository: Path
+) -> list[str]:
+    """Write what was built, and its aliases. Return the names of the ensembles."""
+    _check_aliases(request, built)
+    with writing(repository, REPOSITORY, BuildError):
+        ensembles = [name for tower in built for name in write(tower, repository)]
+        _write_aliases(request, [one for one in built if one.tokenizer], repository)
+    return ensembles
 
 
 def _check_aliases(request: BuildRequest, built: list[Built]) -> None:

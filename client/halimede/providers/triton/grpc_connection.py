@@ -53,6 +53,10 @@ _calls = ForkGate()
 """gRPC survives a fork only while no thread is in it: otherwise the child may crash."""
 
 
+CLOSE_WAIT_S = 2.0
+"""Longest wait for gRPC to close a channel on which a call was cut off."""
+
+
 class GrpcConnection:
     """A channel to one server."""
 
@@ -63,6 +67,8 @@ class GrpcConnection:
         self._channel: grpc.Channel | None = None
         self._stub: Any = None
         self._is_closed = False
+        self._is_cut_off = False
+        """Whether Ctrl-C cut gRPC off while it made a call: closing the channel may never end."""
 
     def start(
         self,
@@ -86,6 +92,9 @@ class GrpcConnection:
             raise self._translated(error, timeout_s) from None
         except ValueError:  # the channel was closed
             raise self.address.unreachable() from None
+        except KeyboardInterrupt:
+            self._is_cut_off = True
+            raise
         finally:
             if future is None:
                 _calls.end()
@@ -106,7 +115,11 @@ class GrpcConnection:
         with self._lock:
             self._is_closed = True
             channel, self._channel, self._stub = self._channel, None, None
-        if channel is not None:
+        if channel is not None and self._is_cut_off and not sys.is_finalizing():
+            closing = threading.Thread(target=channel.close, name="halimede-close", daemon=True)
+            closing.start()
+            closing.join(CLOSE_WAIT_S)
+        elif channel is not None:
             channel.close()
 
     def _open(self) -> Any:

@@ -1,0 +1,1 @@
+"""`halimede gateway` and `halimede gateway-key`."""
