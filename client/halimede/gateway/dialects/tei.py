@@ -215,6 +215,7 @@ class Info(BaseModel):
     """A model, and the limits of the gateway."""
 
     model_id: str
+    served_model_name: str
     model_sha: str | None
     model_dtype: str
     model_type: dict[str, Any]
@@ -515,6 +516,7 @@ async def info(call: Asked, named: Named, model: str | None = None) -> Response:
         call,
         {
             "model_id": found.name,
+            "served_model_name": found.name,
             "model_sha": facts.space,
             "model_dtype": DTYPES.get(facts.precision, facts.precision),
             "model_type": model_type(facts),
