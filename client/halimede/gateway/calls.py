@@ -41,6 +41,12 @@ class Call:
         self.caller = caller
         self.results: list[Result] = []
         """What was answered."""
+        self.inputs = 0
+        """Texts, images or documents that were answered."""
+        self.tokens = 0
+        """Tokens of what was answered; those that are unknown are not counted."""
+        self.truncated = 0
+        """Texts that were cut off."""
         self.model_name = ""
         """The model that was asked last. Empty: none was found."""
 
@@ -104,21 +110,6 @@ class Call:
         await self.admit(len(inputs))
         return await self._checked(await ask(inputs, *others), truncate)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of what was answered; 0 where they are unknown."""
-        return sum(int(np.maximum(result.tokens, 0).sum()) for result in self.results)
-
-    @property
-    def inputs(self) -> int:
-        """Texts, images or documents that were answered."""
-        return sum(len(result) for result in self.results)
-
-    @property
-    def truncated(self) -> int:
-        """Texts that were cut off."""
-        return sum(len(cut_off(result)) for result in self.results)
-
     def headers(self) -> Mapping[str, str]:
         """Return what the bodies of other dialects have no place for."""
         if not self.results:
@@ -156,6 +147,9 @@ class Call:
         """
         self.results.append(result)
         tokens = int(np.maximum(result.tokens, 0).sum())
+        self.inputs += len(result)
+        self.tokens += tokens
+        self.truncated += len(cut_off(result))
         await self.caller.charge(tokens)
         pinned = self.caller.space
         if pinned and result.space != pinned:

@@ -49,11 +49,6 @@ class Problem(Exception):
         """`code`, or the word of the status."""
         return self.code or WORDS.get(self.status, "server_error")
 
-    @property
-    def is_final(self) -> bool:
-        """Whether the same request would fail again."""
-        return self.retry_after_s is None and self.status < 500
-
 
 WORDS: Mapping[int, str] = {
     400: "invalid_request",

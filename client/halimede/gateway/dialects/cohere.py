@@ -202,7 +202,7 @@ async def embedded_of(call: Call, model: Model, body: EmbedRequest) -> Embedded:
         Problem: an image is no data URI, an input has several texts or images, or a text has more
             than `max_tokens` tokens.
     """
-    kind = await openai.input_type(model, body.input_type)
+    kind = openai.input_type(body.input_type)
     if body.texts is not None:
         pairs: list[tuple[str | None, bytes | None]] = [(text, None) for text in body.texts]
     elif body.images is not None:

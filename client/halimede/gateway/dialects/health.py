@@ -44,8 +44,8 @@ _probes: dict[Served, asyncio.Task[object]] = {}
 """The default model's description that is being read for each gateway of this process."""
 
 
-async def check_ready(served: Served) -> None:
-    """Raise unless the default model describes itself now, within READY_S.
+async def check_ready(served: Served, within_s: float = READY_S) -> None:
+    """Raise unless the default model describes itself now, within this time.
 
     Raises:
         Problem: it does not.
@@ -55,7 +55,7 @@ async def check_ready(served: Served) -> None:
         probe = _probes[served] = asyncio.create_task(_describe(served))
         probe.add_done_callback(lambda ended: _forget(served, ended))
     try:
-        await asyncio.wait_for(asyncio.shield(probe), READY_S)
+        await asyncio.wait_for(asyncio.shield(probe), within_s)
     except (TimeoutError, HalimedeError):
         raise Problem(
             503, "the default model does not answer.", retry_after_s=OVERLOAD_WAIT_S

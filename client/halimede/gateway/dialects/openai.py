@@ -62,7 +62,7 @@ async def embeddings(
     result = await call.embed(
         model,
         texts_of(body.input, call),
-        input_type=await input_type(model, body.input_type or body.task),
+        input_type=input_type(body.input_type or body.task),
         dimensions=body.dimensions,
         truncate=truncate if isinstance(truncate, str) else "END" if truncate else "NONE",
         user=body.user,
@@ -189,19 +189,22 @@ def decoded(ids: list[list[int]], encoding: str | None) -> list[str]:
         ) from None
 
 
-ROLES = {"passage": "document", "search_document": "document", "search_query": "query"}
-"""Other words for the prompts of queries and documents."""
+PROMPTS = {
+    "query": "query",
+    "search_query": "query",
+    "document": "document",
+    "passage": "document",
+    "search_document": "document",
+}
+"""Word of an API → the prompt of queries or of documents."""
 
 
-async def input_type(model: Model, given: str | None) -> str | None:
+def input_type(given: str | None) -> str | None:
     """Return the name of the model's prompt for an input type in the words of another API.
 
     Words that only say what the vectors are for, such as `classification`, mean no prompt.
     """
-    if given is None:
-        return None
-    word = given.rpartition(".")[2]
-    return {"query": "query", "document": "document"}.get(ROLES.get(word, word))
+    return None if given is None else PROMPTS.get(given.rpartition(".")[2])
 
 
 def error(problem: Problem) -> tuple[int, Any]:

@@ -17,8 +17,10 @@ from halimede.gateway.calls import Asked, Call, Gateway, answer, cut_off
 from halimede.gateway.dialects import openai
 from halimede.gateway.dialects.dialect import Body, Dialect, reads, register
 from halimede.gateway.errors import Problem
+from halimede.gateway.models import kinds
 from halimede.gateway.models.served import Model
 from halimede.results import Embeddings, ServedModel
+from halimede_ops.quantise import similarity as similarity_of
 
 FILES = Path(__file__).parents[1] / "playground"
 PAGE = "index.html"
@@ -74,7 +76,7 @@ async def models(call: Asked) -> Response:
 
 def described(name: str, facts: ServedModel) -> dict[str, Any]:
     """Return what the page shows of a model."""
-    embeds = facts.input == "text" and "vector" in facts.outputs
+    embeds = kinds.EMBEDDER.has(facts)
     return {
         "name": name,
         "kind": "image" if facts.input == "image" else facts.kind.replace("_", " "),
@@ -85,7 +87,7 @@ def described(name: str, facts: ServedModel) -> dict[str, Any]:
         "provider": facts.provider,
         "embeds_texts": embeds,
         "embeds_images": embeds and bool(facts.image_model),
-        "ranks": facts.kind == "reranker",
+        "ranks": kinds.RERANKER.has(facts),
     }
 
 
@@ -189,9 +191,7 @@ def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
     That of a vector of zeros is 0.
     """
-    unit = [rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-            for rows in (one, other)]  # fmt: skip
-    return (unit[0] @ unit[1].T).clip(-1, 1).astype(np.float32)
+    return similarity_of(one, other, "float32").clip(-1, 1)
 
 
 def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

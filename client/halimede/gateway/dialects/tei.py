@@ -19,11 +19,11 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from halimede.gateway.calls import Asked, Truncate, answer
 from halimede.gateway.dialects import openai
 from halimede.gateway.dialects.dialect import B, Body, Dialect, reads, register, takes
-from halimede.gateway.errors import OVERLOAD_WAIT_S, Problem
+from halimede.gateway.dialects.health import check_ready
+from halimede.gateway.errors import Problem
 from halimede.gateway.models import kinds, tokenizers
 from halimede.gateway.models.served import Model
 from halimede.results import Classification, ServedModel
-from halimede_ops.errors import HalimedeError
 from halimede_ops.quantise import similarity as cosines
 
 MAX_TOKENIZED = 262_144
@@ -297,9 +297,7 @@ async def embed_all(
     """Return a vector for each token of each text, as late-interaction models give them."""
     texts = body.texts
     model = await kinds.model_of(call, body.model or named, kinds.MULTI, 424)
-    result = await call.ask(
-        model.embed_multi, texts, *_optional(body.prompt_name), truncate=body.rule
-    )
+    result = await call.ask(model.embed_multi, texts, body.prompt_name, truncate=body.rule)
     _check_numbers(result.vectors)
     return answer(call, [np.ascontiguousarray(rows) for rows in result.vectors])
 
@@ -316,9 +314,7 @@ async def embed_sparse(
     """Return the weights of tokens of each text."""
     texts = body.texts
     model = await kinds.model_of(call, body.model or named, kinds.SPARSE, 424)
-    result = await call.ask(
-        model.embed_sparse, texts, *_optional(body.prompt_name), truncate=body.rule
-    )
+    result = await call.ask(model.embed_sparse, texts, body.prompt_name, truncate=body.rule)
     _check_numbers(result.ids)
     return answer(
         call,
@@ -550,13 +546,7 @@ def model_type(facts: ServedModel) -> dict[str, Any]:
 @routes.get("/health", summary="Does the default model answer?", response_class=Response)
 async def health(call: Asked) -> Response:
     """Return nothing if the default model describes itself, which is read every 10 s at most."""
-    model = await call.served.model(None)
-    try:
-        await asyncio.wait_for(asyncio.shield(asyncio.ensure_future(model.facts())), HEALTHY_S)
-    except (HalimedeError, TimeoutError):
-        raise Problem(
-            503, "the default model does not answer.", retry_after_s=OVERLOAD_WAIT_S
-        ) from None
+    await check_ready(call.served, HEALTHY_S)
     return Response()
 
 
@@ -568,10 +558,6 @@ def _some(inputs: list[Any], name: str) -> list[Any]:
 
 def _has(tokenizer: Any, id_: int) -> bool:
     return id_ < 1 << 32 and tokenizer.id_to_token(id_) is not None
-
-
-def _optional(value: str | None) -> tuple[str, ...]:
-    return () if value is None else (value,)
 
 
 def _check_numbers(rows: Iterable[np.ndarray]) -> None:

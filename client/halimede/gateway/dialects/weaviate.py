@@ -43,9 +43,7 @@ async def vectors(call: Asked, body: Annotated[VectorsRequest, reads(VectorsRequ
     """Return `vector` for a text, and `vectors` for texts."""
     model = await call.model(None)
     texts = [body.text or ""] if body.texts is None else body.texts
-    result = await call.embed(
-        model, texts, input_type=await input_type(model, body.config.task_type)
-    )
+    result = await call.embed(model, texts, input_type=input_type(body.config.task_type))
     dim = result.vectors.shape[1]
     if body.texts is None:
         return answer(call, {"text": body.text, "vector": result.vectors[0], "dim": dim})

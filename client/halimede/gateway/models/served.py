@@ -179,14 +179,9 @@ class Served:
         """Names as last read, the configuration's first."""
         return [*self._config.models, *(n for n in self._found if n not in self._config.models)]
 
-    @property
-    def open_models(self) -> Sequence[Model]:
-        """The models that were asked for so far."""
-        return tuple(self._models.values())
-
     async def close(self) -> None:
         """Close every client."""
-        for model in self.open_models:
+        for model in tuple(self._models.values()):
             await model.close()
 
     async def _config_of(self, name: str) -> Config:
