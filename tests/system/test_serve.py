@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -40,8 +39,22 @@ def nothing_is_left() -> Iterator[None]:
 def start(
     options: wheel.Options, *more: str, within: Sequence[str] = (), **environment: str
 ) -> subprocess.Popen[str]:
-    """`halimede serve` with these ports and the FP32 model alone, run by the command `within`."""
-    command = [*within, sys.executable, "-m", "halimede", "serve", "--models", MODEL]
+    """`halimede serve` with these ports and the FP32 model alone, run by the command `within`.
+
+    A test run under nohup ignores SIGHUP, and so would what it starts: `env` undoes that. A
+    preexec_fn would fork this process, whose gRPC can crash the child before it is a program.
+    """
+    command = [
+        *within,
+        "env",
+        "--default-signal=HUP",
+        sys.executable,
+        "-m",
+        "halimede",
+        "serve",
+        "--models",
+        MODEL,
+    ]
     command += ["--http-port", str(options.http_port), "--grpc-port", str(options.grpc_port)]
     command += ["--metrics-port", str(options.metrics_port), *more]
     STARTED.append(
@@ -51,8 +64,6 @@ def start(
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **environment},
-            # A test run under nohup ignores SIGHUP, and so would what it starts.
-            preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
         )
     )
     return STARTED[-1]
@@ -414,15 +425,14 @@ def test_another_users_shared_memory_is_left_alone() -> None:
     for entry in left:
         entry.touch()
     try:
-        pid = os.fork()
-        if pid == 0:
-            os.setuid(65534)
-            try:
-                shared_memory.remove_stale(port)
-                shared_memory.remove(f"halimede-999999999-{port}-")
-            finally:
-                os._exit(int(sys.exc_info()[0] is not None))
-        assert os.waitpid(pid, 0)[1] == 0
+        code = f"""
+import os
+from halimede_tools.serve import shared_memory
+os.setuid(65534)
+shared_memory.remove_stale({port})
+shared_memory.remove("halimede-999999999-{port}-")
+"""
+        subprocess.run([sys.executable, "-c", code], check=True)
         assert all(entry.exists() for entry in left)
         shared_memory.remove_stale(port)
         assert not any(entry.exists() for entry in left)

@@ -21,7 +21,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
 from prometheus_client.parser import text_string_to_metric_families
-from test_keys import NOBODY, SHAPES, message
+from test_gateway_keys import NOBODY, SHAPES, message
 
 from halimede.gateway.dialects.dialect import dialect_at
 from halimede.gateway.edge import protocol

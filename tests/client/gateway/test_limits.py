@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import MODEL, require, wait_until
 from gateways import gateway, triton_model
-from test_keys import NOBODY, SHAPES, message
+from test_gateway_keys import NOBODY, SHAPES, message
 
 from halimede.gateway.dialects.dialect import dialect_at
 from halimede.gateway.edge.keys import sha256
