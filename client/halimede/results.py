@@ -62,6 +62,8 @@ class ServedModel:
     """Token limit of a query, of a late-interaction model whose queries have one of their own. 0:
     it is `max_tokens`."""
 
+    arithmetic: str = ""
+    """Arithmetic that it computes in, such as bf16. Empty if the provider does not report it."""
     candidate: ServedModel | None = None
     """The candidate that may answer a share of this model's requests. None if there is none."""
 

@@ -29,6 +29,7 @@ from halimede.cli import (
     similarity,
     store,
 )
+from halimede.cli.datasets import bulk
 from halimede.cli.gateways import gateway, gateway_key
 from halimede.cli.images import embed_image, search_images
 from halimede.cli.printing import printable
@@ -70,6 +71,7 @@ app.command()(similarity.similarity)
 app.command()(compare.compare)
 app.command()(rerank.rerank)
 app.command()(classify.classify)
+app.command()(bulk.bulk)
 app.command()(gateway.gateway)
 app.command()(gateway_key.gateway_key)
 app.command()(models.models)

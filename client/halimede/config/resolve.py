@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from halimede import providers
 from halimede.config.environment import Settings
 from halimede.config.file import load, parse
 from halimede.config.schema import Config
@@ -79,3 +80,11 @@ def _overridden(name: str, options: Options, settings: Settings) -> Options:
     if not given:
         return options
     return validated(type(options), options.model_dump() | given, name)
+
+
+def in_process(config: Config) -> Config:
+    """Return the configuration with its default model run in this process, without Triton."""
+    name = config.default_model
+    given = {"provider": "onnx", "model_id": config.models[name].model_id}
+    options = validated(providers.options_of("onnx"), given, f"models.{name}")
+    return config.model_copy(update={"models": {**config.models, name: options}})

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halimede.config.resolve import resolve
+from halimede.config.resolve import in_process, resolve
 from halimede.config.schema import Config
 from halimede.extras import needs_extra
 
@@ -101,14 +101,3 @@ def application() -> FastAPI:
     """Return the application of a worker, whose configuration is in the environment."""
     config = resolve()
     return application_of(in_process(config) if os.environ.get(IN_PROCESS) else config)
-
-
-def in_process(config: Config) -> Config:
-    """Return the configuration with its default model run in this process, without Triton."""
-    from halimede import providers
-    from halimede.config.validation import validated
-
-    name = config.default_model
-    given = {"provider": "onnx", "model_id": config.models[name].model_id}
-    options = validated(providers.options_of("onnx"), given, f"models.{name}")
-    return config.model_copy(update={"models": {**config.models, name: options}})

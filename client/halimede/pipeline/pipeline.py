@@ -21,6 +21,7 @@ from halimede.inputs.content import (
     TEXT_KINDS,
     Content,
     Input,
+    InputKind,
     OutputKind,
     ReadOptions,
     plural,
@@ -172,10 +173,10 @@ class Pipeline:
             self.statistics.left_out(type(left_out).__name__)
         return result
 
-    def describe(self) -> Flow[ServedModel]:
-        """Return the first provider's current model."""
+    def describe(self, kind: InputKind | None = None) -> Flow[ServedModel]:
+        """Return the first provider's current model, for inputs of this kind."""
         self._lifetime.check()
-        return (yield from self._fallback.first.model(None, math.inf, max_age_s=0))
+        return (yield from self._fallback.first.model(kind, math.inf, max_age_s=0))
 
     def health(self) -> Flow[list[dict[str, Any]]]:
         """Return a report of each provider, in the order of the fallback."""

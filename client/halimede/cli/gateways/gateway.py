@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from halimede.cli import options
+from halimede.config.resolve import in_process as run_in_process
 from halimede.config.resolve import resolve
 from halimede_ops.errors import InvalidInput
 
@@ -45,7 +46,7 @@ def gateway(
         if in_process:
             os.environ[server.IN_PROCESS] = "1"
     if in_process:
-        resolved = server.in_process(resolved)
+        resolved = run_in_process(resolved)
     scheme = "http" if tls_cert is None else "https"
     print(f"halimede gateway at {scheme}://{host}:{port}", flush=True)
     server.run(
