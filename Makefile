@@ -36,7 +36,7 @@ env: .venv/.installed  ## Make the virtual environment
 
 # What tests, lints and documents, besides.
 .venv/.developing: .venv/.installed
-	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,build,client,docker,gateway,test,lint,docs]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,build,client,docker,gateway,bulk-ray,test,lint,docs]'
 	@touch $@
 
 build: env  ## Build MODEL (a name or a folder) into model_repository/; NAME=…, DEVICE=cuda

@@ -7,10 +7,10 @@ because Ray repeats what a lost node did, is the same file, and every row is the
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,8 @@ from halimede.bulk.manifest import FileRecord, read_record
 from halimede.bulk.rows import COMPRESSED, Part
 from halimede.embedder import Embedder
 from halimede.extras import import_optional
-from halimede_ops.errors import HalimedeError, InvalidInput, ServerError
+from halimede_ops import errors
+from halimede_ops.errors import InvalidInput
 
 EXTRA = "bulk-ray"
 MOST_THREADS = 16
@@ -63,7 +64,7 @@ def write_files(
     if not missing:
         return
     if not ray.is_initialized():
-        ray.init(logging_level="warning")
+        ray.init(logging_level=logging.ERROR)
     plan = planned(embedder, actors, [node for node in ray.nodes() if node["Alive"]])
     data.DataContext.get_current().enable_progress_bars = False
     groups = _groups(job, missing)
@@ -79,12 +80,17 @@ def write_files(
         num_cpus=plan.cpus,
         num_gpus=plan.gpus or None,
     )
-    with _own_errors(ray):
+    try:
         for row in written.iter_rows():
-            for one in json.loads(row["records"]):
+            done = json.loads(row["written"])
+            if "error" in done:
+                raise getattr(errors, done["error"])(done["message"])
+            for one in done["records"]:
                 record = FileRecord.model_validate(one)
                 on_rows(record.source_rows)
                 yield record
+    except ray.exceptions.RayError as error:
+        raise errors.ServerError(f"Ray ended the job ({type(error).__name__}).") from error
 
 
 class Actor:
@@ -96,8 +102,17 @@ class Actor:
         self._dedupe = dedupe
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """Write the files of each group, and return their records."""
-        return {"records": [json.dumps(self._write(json.loads(text))) for text in batch["files"]]}
+        """Write the files of each group, and return their records.
+
+        An error of ours is returned: raised, it would reach the driver as text within Ray's own.
+        """
+        return {"written": [json.dumps(self._written(json.loads(text))) for text in batch["files"]]}
+
+    def _written(self, group: Sequence[Any]) -> dict[str, Any]:
+        try:
+            return {"records": self._write(group)}
+        except errors.HalimedeError as error:
+            return {"error": type(error).__name__, "message": str(error)}
 
     def _write(self, group: Sequence[Any]) -> list[dict[str, Any]]:
         """Write files, but those that a lost actor has written already."""
@@ -175,17 +190,3 @@ def _groups(job: Job, missing: Sequence[Missing]) -> list[list[Missing]]:
         is_compressed = job.manifest.sources[one.source].url.endswith(COMPRESSED)
         groups.setdefault(one.source if is_compressed else one.name, []).append(one)
     return list(groups.values())
-
-
-@contextlib.contextmanager
-def _own_errors(ray: Any) -> Iterator[None]:
-    """Raise what an actor raised of ours, without Ray's wrapping."""
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, HalimedeError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None:
-            raise ServerError(f"Ray ended the job ({type(error).__name__}).") from error
-        raise cause from None

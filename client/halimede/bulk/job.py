@@ -257,6 +257,7 @@ class Writer:
     def discard(self) -> None:
         """Remove what is written, if the file is not finished."""
         with contextlib.suppress(Discarded), self._open:
+            self._parquet.close()  # else the garbage collector does, into a closed file
             raise Discarded
 
 

@@ -119,11 +119,7 @@ def table_of(window: Window, done: Vectors, schema: pa.Schema) -> pa.Table:
     pyarrow = import_optional("pyarrow", EXTRA)
     missing = np.zeros(len(window.values), np.bool_)
     missing[list(done.errors)] = True
-    kind = schema.field(VECTOR).type
-    flat = pyarrow.array(done.vectors.reshape(-1), kind.value_type)
-    vectors = pyarrow.FixedSizeListArray.from_arrays(
-        flat, kind.list_size, mask=pyarrow.array(missing) if missing.any() else None
-    )
+    vectors = _lists(done.vectors, missing, schema.field(VECTOR).type)
     is_unknown = missing | (done.tokens == UNKNOWN_TOKENS)
     written = {
         VECTOR: vectors,
@@ -158,14 +154,19 @@ def output_schema(
     value_type: np.dtype[Any],
     width: int,
 ) -> pa.Schema:
-    """Return the columns of the output. A vector has `width` values of `value_type`."""
+    """Return the columns of the output. A vector has `width` values of `value_type`.
+
+    A column that may have nulls has no fixed size: pyarrow before 26 writes those, and cannot read
+    them. In Parquet both are the same.
+    """
     pyarrow = import_optional("pyarrow", EXTRA)
+    value = pyarrow.from_numpy_dtype(value_type)
     fields = [] if has_id else [(SOURCE, pyarrow.int32()), (ROW, pyarrow.int64())]
     fields += [(field.name, field.type) for field in copied]
     if is_chunked:
         fields += [(CHUNK, pyarrow.int32()), (START, pyarrow.int64()), (END, pyarrow.int64())]
     fields += [
-        (VECTOR, pyarrow.list_(pyarrow.from_numpy_dtype(value_type), width)),
+        (VECTOR, pyarrow.list_(value, -1 if collects else width)),
         (TOKENS, pyarrow.int32()),
         (TRUNCATED, pyarrow.bool_()),
     ]
@@ -178,3 +179,15 @@ def _size_bytes(value: Any) -> int:
     if isinstance(value, (str, bytes)):
         return len(value)
     return sum(map(_size_bytes, value)) if isinstance(value, tuple) else 0
+
+
+def _lists(vectors: np.ndarray, missing: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """Return vectors as lists, null where one is missing."""
+    pyarrow = import_optional("pyarrow", EXTRA)
+    width = vectors.shape[1]
+    if pyarrow.types.is_fixed_size_list(kind):
+        return pyarrow.FixedSizeListArray.from_arrays(vectors.reshape(-1), width)
+    ends = np.cumsum(np.where(missing, 0, width))
+    offsets = pyarrow.array(np.concatenate([[0], ends]).astype(np.int32))
+    values = pyarrow.array(vectors[~missing].reshape(-1))
+    return pyarrow.ListArray.from_arrays(offsets, values, mask=pyarrow.array(missing))

@@ -414,6 +414,7 @@ class Onnx:
             query_tokens=facts.late.query_tokens if facts.late else 0,
             outputs=tuple(dict.fromkeys([OUTPUT_OF[facts.kind], *further])),
             labels=facts.labels,
+            arithmetic=quality.get("arithmetic", ""),
         )
 
     def _stamp(self, name: str) -> _Stamp:

@@ -139,6 +139,20 @@ def rerank(
 
 
 @app.command()
+def bulk(
+    model: Model = DEFAULT_MODEL,
+    precision: Annotated[str, typer.Option(help="Precision of the model.")] = "int8",
+    rows: Annotated[int, typer.Option(help="Rows of the dataset.")] = 1_000_000,
+    rounds: Rounds = 10,
+) -> None:
+    """Measure `halimede bulk` against the engine, with Ray, and on clusters of 1, 2 and 4 nodes."""
+    with needs_extra("bulk-ray"):
+        from halimede_tools.bench.datasets.bulk import bench_bulk
+
+        bench_bulk(Settings(), model, precision, rows, rounds)
+
+
+@app.command()
 def cache() -> None:
     """Measure cache hits and hash embeddings against their required rates."""
     with needs_extra("redis"):

@@ -1,0 +1,1 @@
+"""Datasets through an embedder: here, and on a Ray cluster."""
