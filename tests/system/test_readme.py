@@ -39,10 +39,13 @@ ELSEWHERE = {
     "halimede fusion": "needs an image model: test_fusion.py",
     "halimede rerank": "needs a reranker: test_kind_contract.py",
     "halimede classify": "needs a classifier: test_kind_contract.py",
+    "halimede bulk": "needs a dataset, or a cluster: test_bulk.py, test_bulk_ray.py",
     "halimede gateway": "runs until Ctrl-C, or makes a key: tests/client/gateway",
     "halimede monitor": "runs until Ctrl-C: test_monitor.py",
 }
 """Beginning of a command → why it is not run here, and what runs it."""
+MAY_LACK = {"pyspark": "pyspark is not installed: it has 300 MB and needs Java"}
+"""Package that a page's code may use without being installed here → why it is not."""
 COMMANDS = [one for one in documents.commands() if not one.line.startswith(tuple(ELSEWHERE))]
 LISTED = [one for one in documents.commands() if one.line.startswith(tuple(ELSEWHERE))]
 PYTHON = documents.blocks("python")
@@ -97,6 +100,9 @@ def test_python_runs_as_written(
     server: wheel.Server, address: str, tmp_path: Path, block: documents.Block
 ) -> None:
     """Every Python block of a page runs, on the addresses of this server and of a gateway."""
+    for module in MAY_LACK:
+        if re.search(rf"^(import|from) {module}\b", block.code, re.M):
+            pytest.importorskip(module, reason=MAY_LACK[module])
     prepare(tmp_path, block.page, server)
     code = here(block.code, server).replace("http://127.0.0.1:8080", address)
     env = environment(server, tmp_path)

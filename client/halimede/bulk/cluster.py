@@ -65,6 +65,7 @@ def write_files(
         return
     if not ray.is_initialized():
         ray.init(logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     plan = planned(embedder, actors, [node for node in ray.nodes() if node["Alive"]])
     data.DataContext.get_current().enable_progress_bars = False
     groups = _groups(job, missing)

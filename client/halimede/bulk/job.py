@@ -177,6 +177,8 @@ class Reader:
         others = [field for field in self._copied if field.name not in names]
         read = rows.read(part, pyarrow.schema([*content, *others]), text)
         columns = [read.table.column(field.name).to_pylist() for field in content]
+        if image is not None:
+            columns[-1] = [_image(value) for value in columns[-1]]
         values = columns[0] if len(columns) == 1 else [_pair(p) for p in zip(*columns, strict=True)]
         copied = read.table.select(self._copied.names)
         if options.id_column is None:
@@ -263,6 +265,11 @@ class Writer:
 
 class Discarded(Exception):
     """A file is not finished."""
+
+
+def _image(value: Any) -> Any:
+    """Return the image of a cell. Hugging Face's datasets have its bytes or its path in a struct."""
+    return (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
 
 
 def _pair(values: tuple[Any, ...]) -> tuple[Any, ...] | None:

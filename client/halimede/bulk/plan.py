@@ -80,6 +80,8 @@ def copied(rows: Rows, options: BulkOptions, name: str) -> list[str]:
             raise InvalidInput(
                 f"{name} has no column {column!r}; it has {', '.join(map(repr, rows.columns))}."
             )
+        if list(rows.columns).count(column) > 1:
+            raise InvalidInput(f"{name} has the column {column!r} twice.")
     wanted = list(dict.fromkeys((*ids, *kept)))
     taken = WRITTEN if ids else (*WRITTEN, SOURCE, ROW)
     for column in wanted:

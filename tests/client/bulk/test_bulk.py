@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 from hypothesis import strategies
+from PIL import Image
 
 from halimede import Embedder, InvalidInput, ServerUnreachable, SpaceRefused
 from halimede.bulk import BulkOptions, Done, Manifest, Shard, run
@@ -368,6 +369,7 @@ def test_options_that_cannot_be_met(
         (["broken.parquet"], "is not Parquet"),
         (["nope://bucket/x.csv"], "nope:// is not a protocol"),
         (["other.jsonl", "a.jsonl"], "has no column 'text'"),
+        (["twice.csv"], "has the column 'text' twice"),
     ],
 )
 def test_sources_that_cannot_be_read(
@@ -379,6 +381,7 @@ def test_sources_that_cannot_be_read(
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "other.jsonl").write_text('{"txt": 1}\n')
     (tmp_path / "folder").mkdir()
+    (tmp_path / "twice.csv").write_text("text,text\n1,2\n")
     paths = [s if "://" in s else str(tmp_path / s) for s in sources]
     with pytest.raises(InvalidInput, match=error):
         run(hashing, paths, str(tmp_path / "out"))
@@ -424,6 +427,46 @@ def test_a_text_that_fails_fails_wherever_it_is(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "out")
     assert [e is not None for e in table["error"].to_pylist()] == [t == "bad" for t in texts]
     assert [v is None for v in table["vector"].to_pylist()] == [t == "bad" for t in texts]
+
+
+def test_images_and_pairs(hashing: Embedder, tmp_path: Path) -> None:
+    """Bytes, paths and the structs of Hugging Face's datasets; with texts, pairs of both."""
+    images = []
+    for number, colour in enumerate(("red", "grey", "blue")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{number}.png")
+        images.append((tmp_path / f"{number}.png").read_bytes())
+    paths = [str(tmp_path / f"{number}.png") for number in range(3)]
+    structs = [{"bytes": images[0], "path": None}, {"bytes": None, "path": paths[1]}, None]
+    table = pa.table({"data": images, "path": paths, "struct": structs, "text": ["a", "b", None]})
+    pq.write_table(table, tmp_path / "a.parquet")
+
+    def embedded(column: str, **given: Any) -> list[dict[str, Any]]:
+        options = BulkOptions(image_column=column, errors="collect", **given)
+        out = str(tmp_path / f"{column}{len(given)}")
+        run(hashing, [str(tmp_path / "a.parquet")], out, options)
+        return pq.read_table(out).to_pylist()
+
+    expected = hashing.embed_images(images).vectors
+    for column in ("data", "path"):
+        assert np.allclose([row["vector"] for row in embedded(column)], expected)
+    rows = embedded("struct")
+    assert np.allclose([row["vector"] for row in rows[:2]], expected[:2])
+    assert rows[2]["vector"] is None and "nothing to embed" in rows[2]["error"]
+    pairs = embedded("data", text_column="text")
+    expected = hashing.embed_multimodal(["a", "b", None], images).vectors
+    assert np.allclose([row["vector"] for row in pairs], expected)
+
+
+def test_an_image_that_fails_gets_an_error(hashing: Embedder, tmp_path: Path) -> None:
+    """A path without a file: the other rows have vectors, and the error names no path."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "fine.png")
+    rows = [{"image": str(tmp_path / "fine.png")}, {"image": str(tmp_path / "SECRET.png")}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = BulkOptions(image_column="image", errors="collect")
+    run(hashing, [str(tmp_path / "a.jsonl")], str(tmp_path / "out"), options)
+    fine, failed = pq.read_table(tmp_path / "out").to_pylist()
+    assert fine["error"] is None and len(fine["vector"]) == 384
+    assert failed["vector"] is None and "SECRET" not in failed["error"]
 
 
 def test_processes_share_a_job(hashing: Embedder, tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ NODE_TEXTS_PER_S = 2000.0
 NODE_ROWS = 40_000
 """Rows for each node of a cluster: 20 s of work."""
 NODE_FILE_ROWS = 2000
+DIMS = 384
+BILLION_FILE_ROWS = 1_000_000
 SEED = 22
 
 
@@ -75,6 +77,8 @@ def bench_bulk(settings: Settings, model: str, precision: str, rows: int, rounds
         ],
         report.origin("halimede bench bulk", name, PACKAGES),
         [
+            *_on_paper(statistics.median(rates.local)),
+            "",
             f"Texts of {WORDS[0]} to {WORDS[1]} words in JSON Lines, with an id. Engine: "
             f"`Embedder.embed` of {rows // rounds:,} texts in process; bulk: the same texts from "
             f"file to file; {rounds} rounds of both by turns, ratio of the medians. The command "
@@ -99,6 +103,31 @@ def _goals(rates: Rates, grown: dict[int, float]) -> list[report.Goal]:
         report.Goal("memory", f"{memory:.0f} MB", f"below {MAX_MB} MB", memory < MAX_MB),
         _at_least("Ray with one actor against bulk", ray, OF_LOCAL),
         _at_least(f"{NODES[-1]} nodes against one", linear, OF_LINEAR),
+    ]
+
+
+def _on_paper(rate: float) -> list[str]:
+    """What a billion rows take, and ten, at a rate of rows a second on this machine."""
+    columns = (
+        "on paper",
+        "hours of this machine",
+        "100 of them",
+        "float32",
+        "int8",
+        "binary",
+        "files",
+    )
+    rows = []
+    for count in (10**9, 10**10):
+        hours = count / rate / 3600
+        sizes = [f"{count * width / 1e12:.2f} TB" for width in (4 * DIMS, DIMS, DIMS / 8)]
+        files = f"{count / BILLION_FILE_ROWS:,.0f}"
+        rows.append((f"{count:,} rows", f"{hours:,.0f}", f"{hours / 100:.1f} h", *sizes, files))
+    return [
+        *report.table(columns, rows),
+        "",
+        f"Computed from the rate of bulk above and {DIMS} dims, not measured: the vectors, as they "
+        f"lie in Parquet, with `--rows-per-file {BILLION_FILE_ROWS}`.",
     ]
 
 
@@ -198,8 +227,9 @@ def _command(
         files = rows / 32_768
         while process.poll() is None:
             written = len(list(out.glob("0*.parquet")))
-            if written >= (len(memory_mb) + 1) * files / 10:
-                memory_mb.append(_resident_mb(process.pid))
+            memory = _resident_mb(process.pid)  # none of a process that has just ended
+            if memory and written >= (len(memory_mb) + 1) * files / 10:
+                memory_mb.append(memory)
             time.sleep(0.05)
     if process.returncode:
         raise SystemExit(process.returncode)
