@@ -10,13 +10,17 @@ from __future__ import annotations
 import json
 import logging
 import math
+import tempfile
 from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from halimede.bulk.dedupe import Deduplication
 from halimede.bulk.job import Job, Missing
-from halimede.bulk.local import files_here, servers
+from halimede.bulk.local import servers
+from halimede.bulk.local import write_files as write_files_here
 from halimede.bulk.manifest import FileRecord, read_record
 from halimede.bulk.rows import COMPRESSED, Part
 from halimede.embedder import Embedder
@@ -27,8 +31,10 @@ from halimede_ops.errors import InvalidInput
 EXTRA = "bulk-ray"
 MOST_THREADS = 16
 """Threads of one actor: a small model gains little from more, and a node has room for several."""
-BLOCKS = 4096
-"""Most pieces that Ray Data keeps account of. Each has one file or more."""
+FILES_AT_ONCE = 4
+"""Most files of one call of an actor: between two calls it computes nothing."""
+CALLS = 8
+"""Least calls of each actor, where there are enough files: the last ones end together."""
 IN_PROCESS = ("onnx", "sentence-transformers")
 """Providers that compute in the actor."""
 
@@ -69,14 +75,15 @@ def write_files(
     plan = planned(embedder, actors, [node for node in ray.nodes() if node["Alive"]])
     data.DataContext.get_current().enable_progress_bars = False
     groups = _groups(job, missing)
+    at_once = max(1, min(FILES_AT_ONCE, len(groups) // (CALLS * plan.most)))
     items = data.from_items(
         [{"files": json.dumps(group)} for group in groups],
-        override_num_blocks=min(len(groups), BLOCKS),
+        override_num_blocks=math.ceil(len(groups) / at_once),
     )
     written = items.map_batches(
         Actor,
         fn_constructor_args=(job, with_threads(embedder, plan.cpus), dedupe),
-        batch_size=1,
+        batch_size=at_once,
         compute=data.ActorPoolStrategy(min_size=plan.least, max_size=plan.most),
         num_cpus=plan.cpus,
         num_gpus=plan.gpus or None,
@@ -100,32 +107,34 @@ class Actor:
     def __init__(self, job: Job, embedder: Embedder, dedupe: bool) -> None:
         self._job = job
         self._embedder = embedder
-        self._dedupe = dedupe
+        self._texts: Deduplication | None = None
+        if dedupe:
+            self._folder = tempfile.TemporaryDirectory(prefix="halimede-")
+            self._texts = Deduplication(Path(self._folder.name) / "texts.sqlite")
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """Write the files of each group, and return their records.
+        """Write files, and return their records.
 
         An error of ours is returned: raised, it would reach the driver as text within Ray's own.
         """
-        return {"written": [json.dumps(self._written(json.loads(text))) for text in batch["files"]]}
-
-    def _written(self, group: Sequence[Any]) -> dict[str, Any]:
+        files = [file for text in batch["files"] for file in json.loads(text)]
         try:
-            return {"records": self._write(group)}
+            written: dict[str, Any] = {"records": self._write(files)}
         except errors.HalimedeError as error:
-            return {"error": type(error).__name__, "message": str(error)}
+            written = {"error": type(error).__name__, "message": str(error)}
+        return {"written": [json.dumps(written)]}
 
-    def _write(self, group: Sequence[Any]) -> list[dict[str, Any]]:
+    def _write(self, files: Sequence[Any]) -> list[dict[str, Any]]:
         """Write files, but those that a lost actor has written already."""
         folder = self._job.folder
         records, missing = [], []
-        for name, source, part in group:
+        for name, source, part in files:
             record = read_record(folder.child(name))
             if record is None:
                 missing.append(Missing(name, source, Part(*part)))
             else:
                 records.append(record)
-        records += files_here(self._job, missing, self._embedder, self._dedupe)
+        records += write_files_here(self._job, missing, self._embedder, deduplication=self._texts)
         return [record.model_dump() for record in records]
 
 

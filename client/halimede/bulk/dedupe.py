@@ -80,7 +80,7 @@ class Deduplicated:
 class Deduplication:
     """Vectors of a job's texts by digest, in a file: memory does not grow with the texts.
 
-    For one thread. The file belongs to one job: its keys are of texts alone.
+    For one thread at a time. The file belongs to one job: its keys are of texts alone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,7 +92,7 @@ class Deduplication:
         self._path = path
         self._in_flight: dict[bytes, tuple[Deduplicated, int]] = {}
         try:
-            self._database = sqlite3.connect(path, isolation_level=None)
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             # What a power failure loses is embedded again.
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = OFF")

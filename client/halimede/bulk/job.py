@@ -268,7 +268,7 @@ class Discarded(Exception):
 
 
 def _image(value: Any) -> Any:
-    """Return the image of a cell. Hugging Face's datasets have its bytes or its path in a struct."""
+    """Return the image of a cell; Hugging Face's datasets have its bytes or path in a struct."""
     return (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
 
 

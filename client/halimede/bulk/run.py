@@ -53,7 +53,7 @@ def run(
             plain text.
         out: path or fsspec URL of a folder.
         options: what is read and written.
-        dedupe: embed equal texts once.
+        dedupe: embed equal texts once; on a Ray cluster, once in each actor.
         shard: do only this share of the files.
         engine: `local` embeds in this process, `ray` in actors of a Ray cluster.
         actors: least and most actors of Ray. Default: from one to as many as the nodes of the

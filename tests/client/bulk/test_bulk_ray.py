@@ -37,8 +37,9 @@ def two_nodes() -> Iterator[Any]:
         yield nodes
 
 
+@pytest.mark.parametrize("dedupe", [False, True])
 def test_a_cluster_writes_what_one_machine_writes(
-    two_nodes: Any, source: Path, tmp_path: Path
+    two_nodes: Any, source: Path, tmp_path: Path, dedupe: bool
 ) -> None:
     """The same files, rows and errors, and the same manifest but for the order."""
     options = BulkOptions(rows_per_file=700, id_column="id", errors="collect")
@@ -47,6 +48,7 @@ def test_a_cluster_writes_what_one_machine_writes(
         seen: list[Done] = []
         there = run(
             embedder, [str(source)], str(tmp_path / "ray"), options, engine="ray",
+            dedupe=dedupe,
             on_progress=seen.append,
         )  # fmt: skip
     assert pq.read_table(tmp_path / "ray").equals(pq.read_table(tmp_path / "local"))
