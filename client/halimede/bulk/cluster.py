@@ -82,7 +82,7 @@ def write_files(
     )
     written = items.map_batches(
         Actor,
-        fn_constructor_args=(job, with_threads(embedder, plan.cpus), dedupe),
+        fn_constructor_args=(job.without_files(), with_threads(embedder, plan.cpus), dedupe),
         batch_size=at_once,
         compute=data.ActorPoolStrategy(min_size=plan.least, max_size=plan.most),
         num_cpus=plan.cpus,

@@ -74,6 +74,12 @@ class Job:
             width=width_of(model.dims, options.output_type),
         )
 
+    def without_files(self) -> Job:
+        """Return what an actor needs of the job: not the files of all others."""
+        sources = [s.model_copy(update={"parts": []}) for s in self.manifest.sources]
+        manifest = self.manifest.model_copy(update={"files": {}, "sources": sources})
+        return dataclasses.replace(self, manifest=manifest)
+
     def own(self) -> list[Missing]:
         """Return the files of this process, in the order of the sources."""
         names = self.manifest.names()
