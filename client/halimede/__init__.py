@@ -5,6 +5,7 @@ are.
 from halimede.classifier import AsyncClassifier, Classifier
 from halimede.config.schema import Config
 from halimede.embedder import AsyncEmbedder, Embedder
+from halimede.index.guard import Guard, guard
 from halimede.inputs.archives import find_images
 from halimede.pipeline.sharing import completed
 from halimede.pipeline.waiting import Future
@@ -63,6 +64,7 @@ __all__ = [
     "Embeddings",
     "FetchFailed",
     "Future",
+    "Guard",
     "HalimedeError",
     "ImageInfo",
     "ImageTooLarge",
@@ -96,5 +98,6 @@ __all__ = [
     "UrlRefused",
     "completed",
     "find_images",
+    "guard",
     "maxsim",
 ]

@@ -41,6 +41,7 @@ ELSEWHERE = {
     "halimede classify": "needs a classifier: test_kind_contract.py",
     "halimede bulk": "needs a dataset, or a cluster: test_bulk.py, test_bulk_ray.py",
     "halimede gateway": "runs until Ctrl-C, or makes a key: tests/client/gateway",
+    "halimede index": "needs a collection: test_index_reembed.py",
     "halimede monitor": "runs until Ctrl-C: test_monitor.py",
 }
 """Beginning of a command → why it is not run here, and what runs it."""

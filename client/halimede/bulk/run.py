@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from halimede.bulk.job import ALONE, Job, Shard, open_job
+from halimede.bulk.job import ALONE, Job, Missing, Shard, open_job
 from halimede.bulk.local import files_here
-from halimede.bulk.manifest import BulkOptions, Manifest, ModelRecord
+from halimede.bulk.manifest import BulkOptions, FileRecord, Manifest, ModelRecord
 from halimede.bulk.plan import with_defaults
 from halimede.bulk.storage import EXTRA
 from halimede.embedder import Embedder
@@ -72,30 +72,43 @@ def run(
     with _only_process(job):
         missing = job.missing()
         job.remove_unfinished(missing)
-        total = sum(part.rows for _, _, part in job.own())
-        done = total - sum(one.part.rows for one in missing)
+        on_rows = _counted(job, missing, on_progress)
+        if engine == "ray":
+            from halimede.bulk import cluster
+
+            written = cluster.write_files(job, missing, embedder, actors, dedupe, on_rows)
+        else:
+            written = files_here(job, missing, embedder, dedupe, on_rows)
+        _record(job, written)
+    return job.manifest
+
+
+def _counted(
+    job: Job, missing: Sequence[Missing], on_progress: Callable[[Done], None]
+) -> Callable[[int], None]:
+    """Report how far the job is, and return what adds rows to that."""
+    total = sum(part.rows for _, _, part in job.own())
+    done = total - sum(one.part.rows for one in missing)
+    on_progress(Done(done, total))
+
+    def on_rows(rows: int) -> None:
+        nonlocal done
+        done += rows
         on_progress(Done(done, total))
 
-        def on_rows(rows: int) -> None:
-            nonlocal done
-            done += rows
-            on_progress(Done(done, total))
+    return on_rows
 
-        try:
-            if engine == "ray":
-                from halimede.bulk import cluster
 
-                written = cluster.write_files(job, missing, embedder, actors, dedupe, on_rows)
-            else:
-                written = files_here(job, missing, embedder, dedupe, on_rows)
-            with contextlib.closing(written):
-                for number, record in enumerate(written, start=1):
-                    job.manifest.files[record.name] = record
-                    if number % SAVE_EVERY == 0:
-                        job.save()
-        finally:
-            job.save()
-    return job.manifest
+def _record(job: Job, written: Generator[FileRecord]) -> None:
+    """Write files, and note each in the manifest."""
+    try:
+        with contextlib.closing(written):
+            for number, record in enumerate(written, start=1):
+                job.manifest.files[record.name] = record
+                if number % SAVE_EVERY == 0:
+                    job.save()
+    finally:
+        job.save()
 
 
 def model_of(embedder: Embedder, options: BulkOptions) -> ModelRecord:

@@ -32,6 +32,7 @@ from halimede.cli import (
 from halimede.cli.datasets import bulk
 from halimede.cli.gateways import gateway, gateway_key
 from halimede.cli.images import embed_image, search_images
+from halimede.cli.indexes import index
 from halimede.cli.printing import printable
 from halimede_engine import cores
 from halimede_ops.errors import HalimedeError
@@ -77,6 +78,7 @@ app.command()(gateway_key.gateway_key)
 app.command()(models.models)
 app.command()(health.health)
 app.command()(monitor.monitor)
+app.add_typer(index.app, name="index")
 app.add_typer(cache.app, name="cache")
 app.add_typer(store.app, name="store")
 app.add_typer(configuration.app, name="config")
