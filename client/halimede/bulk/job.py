@@ -170,7 +170,11 @@ class Reader:
         self._rows: tuple[int, Rows] | None = None
         self._chunk = None
         if self._options.chunk_tokens is not None:
-            self._chunk = embedder.chunker(self._options.chunk_tokens, self._options.chunk_overlap)
+            self._chunk = embedder.chunker(
+                self._options.chunk_tokens,
+                self._options.chunk_overlap,
+                input_type=self._options.input_type,
+            )
 
     def windows(self, missing: Missing) -> Iterator[Window]:
         """Read a part of a source, and cut it into windows."""
