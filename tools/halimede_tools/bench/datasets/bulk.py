@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from halimede import Embedder
 from halimede.bulk import BulkOptions, Done, run
+from halimede.bulk.cluster import CALLS
 from halimede_tools.bench import report
 from halimede_tools.bench.datasets.sleeping import sleeping
 from halimede_tools.build.repository import served_name
@@ -34,9 +35,10 @@ MAX_MB = 700
 RAY_ROUNDS = 3
 NODES = (1, 2, 4)
 NODE_TEXTS_PER_S = 2000.0
-NODE_ROWS = 40_000
-"""Rows for each node of a cluster: 20 s of work."""
-NODE_FILE_ROWS = 2000
+NODE_ROWS = 60_000
+"""Rows for each node of a cluster: 30 s of work."""
+NODE_FILE_ROWS = NODE_ROWS // CALLS
+"""So few files that an actor writes one at a time: several would be reported at once."""
 DIMS = 384
 BILLION_FILE_ROWS = 1_000_000
 SEED = 22
