@@ -7,6 +7,7 @@ from halimede.config.schema import Config
 from halimede.embedder import AsyncEmbedder, Embedder
 from halimede.index.guard import Guard, guard
 from halimede.inputs.archives import find_images
+from halimede.integrations.sentence_transformers import as_sentence_transformer
 from halimede.pipeline.sharing import completed
 from halimede.pipeline.waiting import Future
 from halimede.providers.base import Answer, Provider, Request
@@ -96,6 +97,7 @@ __all__ = [
     "UnknownInputType",
     "UnsupportedInput",
     "UrlRefused",
+    "as_sentence_transformer",
     "completed",
     "find_images",
     "guard",

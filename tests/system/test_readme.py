@@ -35,7 +35,7 @@ ELSEWHERE = {
     "halimede build": "needs a hub or minutes: test_build.py, test_models.py, test_clip.py",
     "halimede deploy": "needs a candidate: test_rollout.py",
     "halimede tune": "takes a minute: test_tune.py",
-    "halimede bench": "takes minutes: test_bench.py",
+    "halimede bench": "takes minutes, or needs mteb: test_bench.py, test_mteb.py",
     "halimede fusion": "needs an image model: test_fusion.py",
     "halimede rerank": "needs a reranker: test_kind_contract.py",
     "halimede classify": "needs a classifier: test_kind_contract.py",
@@ -45,7 +45,10 @@ ELSEWHERE = {
     "halimede monitor": "runs until Ctrl-C: test_monitor.py",
 }
 """Beginning of a command → why it is not run here, and what runs it."""
-MAY_LACK = {"pyspark": "pyspark is not installed: it has 300 MB and needs Java"}
+MAY_LACK = {
+    "chromadb": "chromadb is not installed: test_embedding_functions.py runs the block",
+    "pyspark": "pyspark is not installed: it has 300 MB and needs Java",
+}
 """Package that a page's code may use without being installed here → why it is not."""
 COMMANDS = [one for one in documents.commands() if not one.line.startswith(tuple(ELSEWHERE))]
 LISTED = [one for one in documents.commands() if one.line.startswith(tuple(ELSEWHERE))]
@@ -69,6 +72,7 @@ def environment(server: wheel.Server, folder: Path) -> dict[str, str]:
         "HALIMEDE_REPOSITORY": str(ROOT / "model_repository"),
         "HALIMEDE_HOME": str(folder / "home"),
         "PYTHONPATH": PYTHONPATH,
+        "HAYSTACK_TELEMETRY_ENABLED": "False",
     }
 
 
@@ -103,7 +107,9 @@ def test_python_runs_as_written(
     """Every Python block of a page runs, on the addresses of this server and of a gateway."""
     for module in MAY_LACK:
         if re.search(rf"^(import|from) {module}\b", block.code, re.M):
-            pytest.importorskip(module, reason=MAY_LACK[module])
+            find = f"import importlib.util, sys; sys.exit(not importlib.util.find_spec({module!r}))"
+            if subprocess.run([sys.executable, "-c", find]).returncode:
+                pytest.skip(MAY_LACK[module])
     prepare(tmp_path, block.page, server)
     code = here(block.code, server).replace("http://127.0.0.1:8080", address)
     env = environment(server, tmp_path)

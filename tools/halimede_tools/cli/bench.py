@@ -194,6 +194,34 @@ def sts(
 
 
 @app.command()
+def mteb(
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Separated by commas: handbook, a .tsv of STS, a BEIR folder, mteb's own names."
+        ),
+    ] = "handbook",
+    model: Model = DEFAULT_MODEL,
+    url: Url = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with a data set's folder for each of mteb's names.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for mteb's result files; none when empty.")
+    ] = None,
+) -> None:
+    """Run tasks of mteb's on a model of a running server, on data that is on this machine."""
+    from halimede import as_sentence_transformer
+
+    with needs_extra("mteb"):
+        from halimede_tools.bench.mteb.run import run_tasks
+
+        with as_sentence_transformer(model, url=url) as encoder:
+            for score in run_tasks(encoder, names(tasks), data, output):
+                print(f"{score.task}\t{score.measure}\t{score.score:.4f}")
+
+
+@app.command()
 def gpu(
     model: Model = DEFAULT_MODEL,
     precisions: Precisions = "fp32,fp16,int8",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -18,8 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from halimede import Embedder
-from halimede.bulk import BulkOptions, Done, run
-from halimede.bulk.cluster import CALLS
+from halimede.bulk import BulkOptions, run
 from halimede_tools.bench import report
 from halimede_tools.bench.datasets.sleeping import sleeping
 from halimede_tools.build.repository import served_name
@@ -37,8 +35,7 @@ NODES = (1, 2, 4)
 NODE_TEXTS_PER_S = 2000.0
 NODE_ROWS = 60_000
 """Rows for each node of a cluster: 30 s of work."""
-NODE_FILE_ROWS = NODE_ROWS // CALLS
-"""So few files that an actor writes one at a time: several would be reported at once."""
+NODE_FILE_ROWS = 3000
 DIMS = 384
 BILLION_FILE_ROWS = 1_000_000
 SEED = 22
@@ -182,25 +179,21 @@ def _grown(folder: Path) -> dict[int, float]:
     for nodes in NODES:
         console.print(f"  {nodes} nodes …")
         path, _ = _write(folder / f"nodes-{nodes}.jsonl", 0, nodes * NODE_ROWS)
-        times: list[tuple[float, int]] = []
+        out = folder / f"nodes-out-{nodes}"
         with cluster(nodes), sleeping(NODE_TEXTS_PER_S) as embedder:
             run(
                 embedder,
                 [str(path)],
-                str(folder / f"nodes-out-{nodes}"),
+                str(out),
                 BulkOptions(rows_per_file=NODE_FILE_ROWS),
                 engine="ray",
                 actors=(nodes, nodes),
-                on_progress=functools.partial(_note, times),
             )
         # The first files of all nodes end at about the same time: from there on, all work.
-        (began_s, before), (ended_s, after) = times[nodes], times[-1]
-        rates[nodes] = (after - before) / (ended_s - began_s)
+        ended_s = sorted(file.stat().st_mtime for file in out.glob("*.parquet"))
+        rows = (len(ended_s) - nodes) * NODE_FILE_ROWS
+        rates[nodes] = rows / (ended_s[-1] - ended_s[nodes - 1])
     return rates
-
-
-def _note(times: list[tuple[float, int]], done: Done) -> None:
-    times.append((time.monotonic(), done.rows))
 
 
 @contextlib.contextmanager
