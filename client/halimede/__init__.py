@@ -4,6 +4,7 @@ are.
 
 from halimede.classifier import AsyncClassifier, Classifier
 from halimede.config.schema import Config
+from halimede.documents.chunking import Chunk, Chunker
 from halimede.embedder import AsyncEmbedder, Embedder
 from halimede.index.guard import Guard, guard
 from halimede.inputs.archives import find_images
@@ -14,6 +15,7 @@ from halimede.providers.base import Answer, Provider, Request
 from halimede.reranker import AsyncReranker, Reranker
 from halimede.results import (
     Classification,
+    DocumentEmbeddings,
     Embeddings,
     ImageInfo,
     MultiEmbeddings,
@@ -57,10 +59,13 @@ __all__ = [
     "AsyncClassifier",
     "AsyncEmbedder",
     "AsyncReranker",
+    "Chunk",
+    "Chunker",
     "Classification",
     "Classifier",
     "Config",
     "DeadlineExceeded",
+    "DocumentEmbeddings",
     "Embedder",
     "Embeddings",
     "FetchFailed",

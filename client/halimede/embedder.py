@@ -24,6 +24,10 @@ from typing_extensions import Unpack
 
 from halimede.config.resolve import resolve
 from halimede.config.schema import Config
+from halimede.documents import embedding
+from halimede.documents.chunking import DOCUMENT, Chunk, Chunker, chunker_of
+from halimede.documents.embedding import Cut, find_tokenizer
+from halimede.documents.parts import Spans
 from halimede.inputs.content import Input, plural
 from halimede.inputs.images import ImageLike, image_input, image_inputs, pair_inputs
 from halimede.inputs.options import check_options, check_progress, check_window
@@ -40,6 +44,7 @@ from halimede.pipeline.tasks import Task
 from halimede.pipeline.waiting import drive, drive_async
 from halimede.providers import Options, Provider
 from halimede.results import (
+    DocumentEmbeddings,
     Embeddings,
     MultiEmbeddings,
     Result,
@@ -497,6 +502,99 @@ class Embedder(BlockingClient):
         """
         return self._run(tasks.EMBED_MULTIMODAL, pair_inputs(texts, images), progress, options)
 
+    def chunker(
+        self, tokens: int | None = None, overlap: int = 0, *, input_type: str | None = DOCUMENT
+    ) -> Chunker:
+        """Make what cuts texts into chunks for this embedder's model: text → list of `Chunk`.
+
+        It needs the model's tokenizer, which it reads from the model repository on this machine.
+
+        Args:
+            tokens: maximum tokens of a chunk, as the model counts them: special tokens and the
+                prompt of `input_type` included. Default: the model's token limit.
+            overlap: maximum tokens that a chunk has in common with the one before it.
+            input_type: input type that the chunks are embedded with.
+
+        Raises:
+            InvalidInput: `tokens` or `overlap` is outside what the model allows.
+            UnsupportedInput: the provider gives no tokenizer.
+            ModelNotFound: the repository on this machine has no such model.
+            SpaceRefused: the repository on this machine has another model of this name.
+            MissingExtra: the extra `documents` is not installed.
+        """
+        return drive(embedding.find_chunker(self._pipeline, tokens, overlap, input_type))
+
+    def chunk(
+        self,
+        text: str,
+        tokens: int | None = None,
+        overlap: int = 0,
+        *,
+        input_type: str | None = DOCUMENT,
+    ) -> list[Chunk]:
+        """Cut a text into chunks that the model takes whole, in its order.
+
+        The text is cut between paragraphs where they fit, else between sentences, words, or within
+        a word. `text[chunk.start:chunk.end]` is the chunk. Every character is in a chunk, except
+        white space between chunks.
+
+        Args:
+            text: the text.
+            tokens: maximum tokens of a chunk, as for `chunker`.
+            overlap: maximum tokens that a chunk has in common with the one before it.
+            input_type: input type that the chunks are embedded with.
+
+        Raises:
+            InvalidText: the text is not a string, or has a lone surrogate.
+            HalimedeError: as for `chunker`.
+        """
+        return self.chunker(tokens, overlap, input_type=input_type)(text)
+
+    def embed_documents(
+        self,
+        texts: Iterable[str] | str,
+        *,
+        tokens: int | None = None,
+        overlap: int = 0,
+        late: bool = False,
+        window_overlap: int | None = None,
+        spans: Spans | None = None,
+        progress: bool = False,
+        **options: Unpack[TextOptions],
+    ) -> DocumentEmbeddings:
+        """Embed documents of any length: one vector for each chunk, with its span.
+
+        `documents` of the result has the index of each row's document, and `spans` the start and
+        end of its chunk in characters of the document.
+
+        Args:
+            texts: the documents. A single string is one document.
+            tokens: maximum tokens of a chunk, as for `chunker`.
+            overlap: maximum tokens that a chunk has in common with the one before it.
+            late: late chunking: the model reads each document as a whole, and the vector of a chunk
+                is the mean of its tokens' vectors. It needs a model that was built with
+                `--late-chunking`. A document beyond the model's token limit is read in windows.
+            window_overlap: tokens that neighbouring windows of late chunking share. Default: a
+                quarter of the token limit, at most 512.
+            spans: for each document the spans to embed instead of chunks: start and end in
+                characters.
+            progress: show a progress bar on a terminal.
+            options: as for `embed`. The default of `input_type` is `document`.
+
+        Raises:
+            InvalidInput: `spans` do not fit the documents.
+            InvalidText: a chunk has no token, so that late chunking has no vector for it.
+            UnsupportedInput: the model was not built for late chunking.
+            HalimedeError: as for `chunker` and `embed`.
+        """
+        options.setdefault("input_type", DOCUMENT)
+        cut = Cut(tokens, overlap, late, window_overlap, spans)
+        folder = drive(find_tokenizer(self._pipeline, cut, options["input_type"]))
+        call = embedding.prepare(texts, cut, folder, options)
+        with call.located():
+            answer = self._run(call.task, call.inputs, progress, call.options)
+        return call.result(answer)
+
     def embed_iter(
         self,
         texts: Iterable[str],
@@ -648,6 +746,46 @@ class AsyncEmbedder(AsyncClient):
         """As `Embedder.embed_multimodal`."""
         pairs = pair_inputs(texts, images)
         return await self._run(tasks.EMBED_MULTIMODAL, pairs, progress, options)
+
+    async def chunker(
+        self, tokens: int | None = None, overlap: int = 0, *, input_type: str | None = DOCUMENT
+    ) -> Chunker:
+        """As `Embedder.chunker`."""
+        folder = await drive_async(embedding.find_folder(self._pipeline, input_type))
+        return await asyncio.to_thread(chunker_of, folder, tokens, overlap, input_type)
+
+    async def chunk(
+        self,
+        text: str,
+        tokens: int | None = None,
+        overlap: int = 0,
+        *,
+        input_type: str | None = DOCUMENT,
+    ) -> list[Chunk]:
+        """As `Embedder.chunk`."""
+        chunker = await self.chunker(tokens, overlap, input_type=input_type)
+        return await asyncio.to_thread(chunker, text)
+
+    async def embed_documents(
+        self,
+        texts: Iterable[str] | str,
+        *,
+        tokens: int | None = None,
+        overlap: int = 0,
+        late: bool = False,
+        window_overlap: int | None = None,
+        spans: Spans | None = None,
+        progress: bool = False,
+        **options: Unpack[TextOptions],
+    ) -> DocumentEmbeddings:
+        """As `Embedder.embed_documents`."""
+        options.setdefault("input_type", DOCUMENT)
+        cut = Cut(tokens, overlap, late, window_overlap, spans)
+        folder = await drive_async(find_tokenizer(self._pipeline, cut, options["input_type"]))
+        call = await asyncio.to_thread(embedding.prepare, texts, cut, folder, options)
+        with call.located():
+            answer = await self._run(call.task, call.inputs, progress, call.options)
+        return call.result(answer)
 
     def embed_iter(
         self,

@@ -151,6 +151,32 @@ class Embeddings(Result):
             object.__setattr__(self, "dims", dims)
 
 
+@dataclasses.dataclass(frozen=True)
+class DocumentEmbeddings(Embeddings):
+    """Embeddings of the parts of documents, such as chunks, in their order.
+
+    `tokens` counts each part alone.
+    """
+
+    _: dataclasses.KW_ONLY
+    spans: np.ndarray
+    """`[rows, 2]` int64: start and end of each part, in characters of its document:
+    `document[start:end]` is the part."""
+    late: bool = False
+    """Whether each document was read as a whole (late chunking): then no part was cut off."""
+
+    @property
+    def documents(self) -> np.ndarray:
+        """`[rows]` int64: index of the document of each row in the call."""
+        return self.indices
+
+    @property
+    def truncated(self) -> np.ma.MaskedArray[Any, np.dtype[np.bool_]]:
+        """`[rows]` bool: whether a part exceeded the model's token limit and was cut off."""
+        cut_off = super().truncated
+        return np.ma.masked_array(np.zeros(len(self), np.bool_)) if self.late else cut_off  # type: ignore[no-untyped-call]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseEmbeddings(Result):
     """Sparse embeddings of texts, in their order: weights of some tokens of the vocabulary.

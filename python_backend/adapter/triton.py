@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from halimede_ops import errors, text, vectors
+from halimede_ops import errors, spans, text, vectors
 from halimede_ops.errors import HalimedeError, InvalidDimensions, InvalidInput, InvalidModel
-from halimede_ops.spec import DENSE, RERANKER, ModelSpec
+from halimede_ops.spec import DENSE, POOLED_TOKENS, RERANKER, ModelSpec
 
 NAMED_ERROR = re.compile(r"(?:^|', )([A-Z]\w+): (.*)", re.DOTALL)
 """Error class and message in a Triton error, after the names of ensembles that Triton prepends."""
@@ -297,15 +297,17 @@ class Texts(NamedTuple):
     """One for each text; None: the model's default."""
     seconds: list[str] | None = None
     """The second text of each pair; None: there are no pairs."""
+    spans: np.ndarray | None = None
+    """`[texts, n, 2]` int64: see `halimede_ops.spans.check`. None: no text has spans."""
 
 
 def texts(request: Any, spec: ModelSpec) -> Texts:
     """Read the texts of a request: TEXT and INPUT_TYPE; of a reranker QUERY and TEXT; of a
-    classifier TEXT and TEXT_PAIR.
+    classifier TEXT and TEXT_PAIR; of a model built for late chunking also SPANS.
 
     Raises:
         InvalidInput: one of them is missing or is not `[batch, 1]`, or the texts are too large
-            together.
+            together, or a span is not within its text.
         InvalidText: a text is not valid UTF-8 or is too large.
         UnknownInputType: the model has no prompt for an input type.
     """
@@ -313,7 +315,10 @@ def texts(request: Any, spec: ModelSpec) -> Texts:
     values = tensor(request, first, 1).reshape(-1)
     if not spec.takes_pairs:
         decoded = text.decode_all(values, spec)
-        return Texts(decoded, _input_types(request, len(decoded), spec))
+        input_types = _input_types(request, len(decoded), spec)
+        asked = optional_tensor(request, "SPANS", "spans", 2) if takes_spans(spec) else None
+        own = None if asked is None else spans.check(asked, decoded)
+        return Texts(decoded, input_types, spans=own)
     read = tensor if spec.kind == RERANKER else optional_tensor
     given = read(request, second, 1)
     if given is None:
@@ -321,6 +326,11 @@ def texts(request: Any, spec: ModelSpec) -> Texts:
     _check_rows(second, given, len(values))
     firsts, seconds = text.decode_pairs(values, given.reshape(-1), spec)
     return Texts(firsts, [None] * len(values), seconds)
+
+
+def takes_spans(spec: ModelSpec) -> bool:
+    """Whether the model was built for late chunking."""
+    return POOLED_TOKENS in spec.heads
 
 
 def _input_types(request: Any, rows: int, spec: ModelSpec) -> list[str | None]:

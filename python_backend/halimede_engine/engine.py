@@ -20,8 +20,16 @@ import numpy as np
 from halimede_engine import batching, memory, session
 from halimede_engine.response_cache import Entry, ResponseCache, characters
 from halimede_engine.session import Pixels, Row, Session
-from halimede_ops import heads, sparse, vectors
-from halimede_ops.spec import MULTI_VECTOR, POOLED, SPARSE_KIND, ImageSpec, ModelSpec
+from halimede_ops import heads, spans, sparse, vectors
+from halimede_ops.spans import Spanned
+from halimede_ops.spec import (
+    MULTI_VECTOR,
+    POOLED,
+    POOLED_TOKENS,
+    SPARSE_KIND,
+    ImageSpec,
+    ModelSpec,
+)
 
 if TYPE_CHECKING:  # images need no tokenizers
     from halimede_engine.requests import Outcome
@@ -41,6 +49,8 @@ _LARGE_TEXT_LOCK = threading.Lock()
 
 def text_bytes(item: Item) -> int:
     """Size of a text, or of both texts of a pair, in bytes of UTF-8."""
+    if isinstance(item, Spanned):
+        return text_bytes(item.text)
     if isinstance(item, tuple):
         return sum(map(text_bytes, item))
     return len(item) if item.isascii() else len(item.encode("utf-8", "surrogatepass"))
@@ -81,7 +91,8 @@ class Embeddings(NamedTuple):
     """Tokens of each whole input, those beyond the model's limit included: `[inputs]` int32."""
     heads: dict[str, np.ndarray]
     """Further outputs of the model, by name: see `halimede_ops.heads.outputs`; for a sparse model
-    `halimede_ops.sparse.outputs`, for a late-interaction model `halimede_ops.heads.late`."""
+    `halimede_ops.sparse.outputs`, for a late-interaction model `halimede_ops.heads.late`, for one
+    built for late chunking also `halimede_ops.spans.outputs`."""
 
 
 class Engine:
@@ -218,7 +229,11 @@ class SharedEngine:
         stacked = session.stack_outputs(given)
         pooled = stacked.pop(POOLED)
         embedded = vectors.embed(pooled, self._spec, dimensions)
-        return Embeddings(embedded, tokens, self._heads(stacked, rows))
+        further: dict[str, np.ndarray] = {}
+        if POOLED_TOKENS in stacked:
+            spans.check_whole(tokens.tolist(), [row.spans for row in rows], self._spec)
+            further = spans.outputs(stacked.pop(POOLED_TOKENS), self._spec, dimensions)
+        return Embeddings(embedded, tokens, further | self._heads(stacked, rows))
 
     def _tokens(self, totals: Sequence[int]) -> np.ndarray:
         """The tokens of each input: `[inputs]` int32.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from halimede_ops.spans import Spanned
 from halimede_ops.sparse import SparseRow
 
 if TYPE_CHECKING:  # images need no tokenizers
@@ -84,6 +85,7 @@ class ResponseCache:
                 self._used_bytes -= _bytes(self._entries.popitem(last=False)[1])
 
     def _key(self, text: Item) -> bytes:
+        assert not isinstance(text, Spanned)  # its model has a head: no cache
         # A pair has one more string than a text, so their keys cannot be equal.
         strings = text if isinstance(text, tuple) else (text,)
         digest = hashlib.blake2b(key=self._secret, digest_size=16)
@@ -95,6 +97,8 @@ class ResponseCache:
 
 def characters(text: Item) -> int:
     """Characters of a text, or of both texts of a pair."""
+    if isinstance(text, Spanned):
+        return len(text.text)
     return len(text) if isinstance(text, str) else sum(map(len, text))
 
 

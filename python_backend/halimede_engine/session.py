@@ -18,9 +18,9 @@ import numpy as np
 import onnxruntime
 
 from halimede_engine import arithmetic, batching, memory
-from halimede_ops import sparse, vectors
+from halimede_ops import spans, sparse, vectors
 from halimede_ops.errors import InvalidModel
-from halimede_ops.spec import PIXELS, POOLED, TOKEN_TYPES
+from halimede_ops.spec import PIXELS, POOLED, POOLED_TOKENS, TOKEN_TYPES
 
 if TYPE_CHECKING:  # images need no tokenizers
     from halimede_ops.text import Tokens
@@ -116,6 +116,9 @@ class Row(NamedTuple):
     kept: np.ndarray | None = None
     """Of a late-interaction model: 1 for each token with a vector in the answer, `[tokens]` int64.
     """
+    spans: np.ndarray | None = None
+    """Of a model built for late chunking: the tokens of each span, `[spans, 2]` int64. None: the
+    caller pools its spans itself."""
 
     @property
     def length(self) -> int:
@@ -176,6 +179,7 @@ def token_rows(texts: Iterable[Tokens]) -> list[Row]:
             text.total,
             None if text.types is None else np.array(text.types, np.int64),
             None if text.kept is None else np.array(text.kept, np.int64),
+            text.spans,
         )
         for text in texts
     ]
@@ -258,7 +262,8 @@ class Session:
     def run_with_heads(self, rows: Sequence[Row | Pixels]) -> list[dict[str, np.ndarray]]:
         """Run rows as one micro-batch: every output of each row, by name.
 
-        POOLED is `[dims]` float32; each of `heads` is `[tokens of the row, width]` float32.
+        POOLED is `[dims]` float32; each of `heads` is `[tokens of the row, width]` float32, and of
+        a row with spans POOLED_TOKENS is what `halimede_ops.spans.sums` gives for them.
         """
         inputs = self._inputs(rows)
         pooled, *heads = self._outputs([POOLED, *self.heads], inputs)
@@ -266,7 +271,7 @@ class Session:
         pooled = _text_vectors(pooled, inputs.positions)
         outputs = [
             {POOLED: vector}
-            | {name: values[at.row, at.start :][: row.length] for name, values in named}
+            | {name: _head(name, values[at.row, at.start :], row) for name, values in named}
             for row, at, vector in zip(rows, inputs.positions, pooled, strict=True)
         ]
         for index in _to_run_alone(pooled):
@@ -372,6 +377,14 @@ def _text_vectors(pooled: np.ndarray, positions: Sequence[TextPosition]) -> np.n
     rows = max(at.row for at in positions) + 1
     vectors_per_row = len(pooled) // rows
     return np.asarray(pooled[[at.row * vectors_per_row + at.number for at in positions]])
+
+
+def _head(name: str, values: np.ndarray, row: Row | Pixels) -> np.ndarray:
+    """What is kept of a head for a row, given the head's values from the row's first token on."""
+    own = values[: row.length]
+    if name == POOLED_TOKENS and isinstance(row, Row) and row.spans is not None:
+        return spans.sums(own, row.spans)  # the run's vectors of tokens can go
+    return own
 
 
 def _to_run_alone(pooled: np.ndarray) -> list[int]:

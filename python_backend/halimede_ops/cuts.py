@@ -20,9 +20,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
+if TYPE_CHECKING:  # a client without the extra `onnx` has no tokenizers
+    from tokenizers import Tokenizer
 
 WINDOW = 4096
 """Characters in which a place to cut is looked for: a longer word is not cut."""

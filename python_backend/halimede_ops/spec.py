@@ -39,6 +39,12 @@ QUERY = "query"
 """Input type of queries."""
 TOKEN_EMBEDDINGS = "token_embeddings"  # noqa: S105
 """Head of models built with it: the last hidden state, `[batch, tokens, width]` float32."""
+POOLED_TOKENS = "pooled_tokens"
+"""Head of models built for late chunking: of each token the vector whose mean over a text is the
+text's pooled vector, `[batch, tokens, dims]` float32."""
+SPANS = "spans"
+"""Tensor between the steps of a model built for late chunking: the first token of each span and the
+one behind its last, `[batch, spans, 2]` int64."""
 
 
 MAX_TEXT_BYTES = 4 * 1024 * 1024

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
+import numpy as np
 from tokenizers import Tokenizer
 
-from halimede_ops import cuts
+from halimede_ops import cuts, spans
 from halimede_ops.errors import InvalidInput, InvalidModel, InvalidText
-from halimede_ops.spec import MAX_REQUEST_BYTES, LateSpec, ModelSpec
+from halimede_ops.spec import MAX_REQUEST_BYTES, POOLED_TOKENS, LateSpec, ModelSpec
 
 FILE_NAME = "tokenizer.json"
 COUNTED_CHARACTERS = 65_536
@@ -36,7 +37,7 @@ class Query(NamedTuple):
     text: str
 
 
-Item = str | TextPair | Query
+Item = str | TextPair | Query | spans.Spanned
 """What is tokenized as one: a text, or a pair of texts, with its prompt in front."""
 
 
@@ -57,6 +58,8 @@ class Tokens(NamedTuple):
     None: the model is of another kind."""
     unattended: int = 0
     """How many tokens at the end, which fill up a query, no token attends to."""
+    spans: np.ndarray | None = None
+    """Tokens of each span: see `halimede_ops.spans.tokens_of`. None: the model takes no spans."""
 
 
 class TextTokenizer:
@@ -76,6 +79,7 @@ class TextTokenizer:
         self._pair_tokens = tokenizer.num_special_tokens_to_add(is_pair=True)
         self._special_tokens = tokenizer.num_special_tokens_to_add(is_pair=False)
         self._places = cuts.places(tokenizer)
+        self._takes_spans = POOLED_TOKENS in spec.heads
         self.spec = spec
         self.counted_characters = max(COUNTED_CHARACTERS, CHARACTERS_PER_TOKEN * spec.max_tokens)
         """Longer texts are cut before they are tokenized."""
@@ -100,8 +104,10 @@ class TextTokenizer:
         texts: Sequence[str],
         input_types: Sequence[str | None],
         seconds: Sequence[str] | None = None,
+        spans_of_texts: np.ndarray | None = None,
     ) -> Sequence[Item]:
-        """Prepend to each text the prompt of its input type; make pairs with `seconds`, if given.
+        """Prepend to each text the prompt of its input type; make pairs with `seconds`, if given,
+        or texts with spans: `[texts, n, 2]` int64, in characters of each text.
 
         Raises:
             UnknownInputType: the model has no prompt for an input type.
@@ -110,10 +116,19 @@ class TextTokenizer:
             self.spec.prompt(input_type) + text
             for text, input_type in zip(texts, input_types, strict=True)
         ]
+        if spans_of_texts is not None:
+            return [
+                spans.Spanned(
+                    first, np.where(own == spans.NO_SPAN, 0, own + len(first) - len(text))
+                )
+                for first, text, own in zip(firsts, texts, spans_of_texts, strict=True)
+            ]
         return firsts if seconds is None else list(zip(firsts, seconds, strict=True))
 
     def encode_prompted(self, prompted: Sequence[Item]) -> list[Tokens]:
         """Tokenize texts, or pairs of texts, that have their prompts already; in order."""
+        if self._takes_spans:
+            return self._encode_spanned(cast("Sequence[str | spans.Spanned]", prompted))
         if not self.spec.takes_pairs:
             return self._encode_texts(cast("Sequence[str]", prompted))
         if self.spec.template:
@@ -126,6 +141,24 @@ class TextTokenizer:
         return [
             next(encoded_pairs if isinstance(item, tuple) else encoded_texts) for item in prompted
         ]
+
+    def _encode_spanned(self, items: Sequence[str | spans.Spanned]) -> list[Tokens]:
+        """Tokenize texts with and without spans. Of a text that is truncated, spans may lack
+        tokens: `spans.check_whole` finds it.
+        """
+        texts = iter(self._encode_texts([item for item in items if isinstance(item, str)]))
+        return [
+            next(texts)._replace(spans=spans.NONE) if isinstance(item, str) else self._spanned(item)
+            for item in items
+        ]
+
+    def _spanned(self, item: spans.Spanned) -> Tokens:
+        part = self._cut(item.text, self.counted_characters, self._places)
+        encoding = self._tokenizer.encode(part)
+        if len(part) < len(item.text) and self._tokens(encoding).total <= self.spec.max_tokens:
+            encoding = self._tokenizer.encode(item.text)
+        own = spans.tokens_of(encoding.offsets, item.spans)
+        return self._tokens(encoding)._replace(spans=own)
 
     def _encode_chats(self, pairs: Sequence[TextPair]) -> list[Tokens]:
         """Tokenize pairs as texts of the spec's template, which end with its last tokens."""
@@ -214,6 +247,7 @@ class LateTokenizer(TextTokenizer):
         texts: Sequence[str],
         input_types: Sequence[str | None],
         seconds: Sequence[str] | None = None,
+        spans_of_texts: np.ndarray | None = None,
     ) -> Sequence[Item]:
         """Prepend to each text the prompt of its input type; make a Query of each query."""
         return [

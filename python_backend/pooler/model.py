@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
 from adapter import metrics, triton
-from halimede_ops import heads, sparse, spec, vectors
+from halimede_ops import heads, spans, sparse, spec, vectors
 from halimede_ops.errors import HalimedeError, InvalidInput
 
 
@@ -29,6 +29,8 @@ class PoolRequest(NamedTuple):
     dimensions: int | None
     heads: dict[str, np.ndarray]
     """Output name → array: see `halimede_ops.heads.outputs`."""
+    spans: np.ndarray | None = None
+    """What `halimede_ops.spans.sums` gives for each text; None: the model takes no spans."""
 
 
 class TritonPythonModel:
@@ -52,15 +54,28 @@ class TritonPythonModel:
         if self.spec.late is not None:
             return PoolRequest(np.empty((0, self.spec.dims), np.float32), None, self._late(request))
         pooled = triton.tensor(request, spec.POOLED, self.spec.dims)
-        return PoolRequest(pooled, triton.dimensions(request, self.spec), self._heads(request))
+        own = self._spans(request) if triton.takes_spans(self.spec) else None
+        return PoolRequest(pooled, triton.dimensions(request, self.spec), self._heads(request), own)
+
+    def _spans(self, request: Any) -> np.ndarray:
+        values = triton.tensor(request, spec.POOLED_TOKENS, "tokens", self.spec.dims)
+        tokens = triton.tensor(request, spec.SPANS, "spans", 2)
+        if len(tokens) != len(values) or tokens.min() < 0 or tokens.max() > values.shape[1]:
+            raise InvalidInput(
+                f"{spec.SPANS} has {len(tokens)} rows with tokens from {tokens.min()} to "
+                f"{tokens.max()}; {spec.POOLED_TOKENS} has {len(values)} rows of "
+                f"{values.shape[1]} tokens."
+            )
+        return np.stack([spans.sums(*row) for row in zip(values, tokens, strict=True)])
 
     def _heads(self, request: Any) -> dict[str, np.ndarray]:
-        if not self.spec.heads:
-            return {}
         rows = {
             name: triton.tensor(request, name, "tokens", width)
             for name, width in self.spec.heads.items()
+            if name != spec.POOLED_TOKENS
         }
+        if not rows:
+            return {}
         # The engine gives no rows for padding, which ids and mask have.
         tokens = min(values.shape[1] for values in rows.values())
         rows = {name: values[:, :tokens] for name, values in rows.items()}
@@ -94,7 +109,10 @@ class TritonPythonModel:
         if self.spec.kind == spec.SPARSE_KIND:
             return sparse.outputs(sparse.from_dense(request.vectors))
         embeddings = vectors.embed(request.vectors, self.spec, request.dimensions)
-        return {spec.VECTOR_OUTPUTS[self.spec.kind]: embeddings, **request.heads}
+        further = dict(request.heads)
+        if request.spans is not None:
+            further |= spans.outputs(request.spans, self.spec, request.dimensions)
+        return {spec.VECTOR_OUTPUTS[self.spec.kind]: embeddings, **further}
 
 
 def _write(outputs: dict[str, np.ndarray]) -> list[Any]:

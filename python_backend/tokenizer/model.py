@@ -14,7 +14,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).parent.parent))
 from adapter import metrics, triton
 from halimede_engine import batching
-from halimede_ops import spec, text, vectors
+from halimede_ops import spans, spec, text, vectors
 from halimede_ops.errors import HalimedeError
 from halimede_repository import checksums
 
@@ -75,10 +75,16 @@ class TritonPythonModel:
             outputs[spec.TOKEN_TYPES] = batching.pad(types, length)
         if self.spec.late is not None:
             outputs[spec.KEPT] = batching.pad([row.kept or [] for row in rows], length)
+        own = [row.spans for row in rows if row.spans is not None]
+        if own:
+            outputs[spec.SPANS] = np.stack(own)
         return [triton.output(name, values) for name, values in outputs.items()]
 
     def _checked(self, rows: list[text.Tokens]) -> list[text.Tokens]:
-        vectors.check_tokens((row.total for row in rows), self.spec)
+        totals = [row.total for row in rows]
+        vectors.check_tokens(totals, self.spec)
+        if triton.takes_spans(self.spec):
+            spans.check_whole(totals, [row.spans for row in rows], self.spec)
         return rows
 
     def _padded_length(self, longest: int) -> int:

@@ -93,6 +93,7 @@ def test_client_imports_neither_tools_nor_what_builds() -> None:
 
 
 OPTIONAL = ["openai", "ollama", "huggingface_hub", "onnxruntime", "redis", "torch"]
+OPTIONAL += ["tokenizers", "PIL", "semantic_text_splitter", "prometheus_client"]
 OPTIONAL += ["langchain_core", "llama_index", "haystack", "dspy", "lancedb", "mteb"]
 OPTIONAL += ["chromadb", "faiss", "lancedb", "psycopg", "pyarrow", "qdrant_client"]
 

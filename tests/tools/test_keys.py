@@ -62,6 +62,7 @@ USERS = {
     "tools/halimede_tools/build/checks/arguments.py": set(),
     "tools/halimede_tools/build/checks/long_texts.py": {"check"},
     "tools/halimede_tools/build/checks/space.py": {"export", "check"},
+    "tools/halimede_tools/build/checks/spans.py": {"export", "check"},
     "tools/halimede_tools/build/checks/traced.py": {"export"},
     "tools/halimede_tools/build/checks/weights.py": {"export"},
     "tools/halimede_tools/build/graph/imaging.py": {"export", "check"},
@@ -216,6 +217,7 @@ def step_keys(
     [
         ({"max_tokens": 128}, {"fp32", "reference", "long-reference"}),
         ({"token_embeddings": True}, {"fp32", "reference", "long-reference"}),
+        ({"late_chunking": True}, {"fp32", "reference", "long-reference"}),
         ({"trust_remote_code": True}, {"fp32", "reference", "long-reference"}),
         ({"prompts": {"query": "find: "}}, {"fp32", "reference", "long-reference"}),
         ({"calibration": ROOT / "pyproject.toml"}, {"int8"}),

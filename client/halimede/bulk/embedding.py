@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import tenacity
 
 from halimede.bulk.manifest import BulkOptions, ModelRecord
-from halimede.bulk.windows import Vectors, Window
+from halimede.bulk.windows import Span, Vectors, Window
 from halimede.embedder import Embedder
 from halimede.results import Embeddings
 from halimede_ops.errors import (
@@ -67,23 +68,37 @@ class WindowEmbedder:
             except (InvalidInput, NonFiniteVector) as error:
                 if error.index is None:
                     raise
-                row = rows.pop(error.index)
-                located = error.at(window.rows[row])
+                failed = _rows_of(error.index, rows, window)
+                located = error.at(window.rows[failed[0]])
                 if not collects:
                     raise located from None
-                errors[row] = str(located)
+                errors |= dict.fromkeys(failed, str(located))
+                rows = [row for row in rows if row not in errors]
                 continue
             for place, left_out in result.errors.items():
                 errors[rows[place]] = str(left_out.at(window.rows[rows[place]]))
-            return _vectors(len(window.values), [rows[i] for i in result.indices], result, errors)
+            embedded = rows if self._options.late else [rows[i] for i in result.indices]
+            return _vectors(len(window.values), embedded, result, errors)
         count = len(window.values)
         shape = count, width_of(self._model.dims, self._options.output_type)
         nothing = np.zeros(shape, value_type(self._options.output_type))
         return Vectors(nothing, np.zeros(count, np.int32), np.zeros(count, np.bool_), errors)
 
+    def _embed_spans(self, spans: Sequence[Span]) -> Embeddings:
+        """Embed spans, each from one pass over its whole text."""
+        documents = _documents(spans)
+        return self._embedder.embed_documents(
+            [own[0].text for own in documents],
+            spans=[[(span.start, span.end) for span in own] for own in documents],
+            late=True,
+            **self._facts,
+        )
+
     def _call(self, values: Sequence[Any]) -> Embeddings:
         options = self._options
-        if options.image_column is None:
+        if options.late:
+            result = self._embed_spans(values)
+        elif options.image_column is None:
             result = self._embedder.embed(values, **self._facts)
         elif options.text_column is None:
             result = self._embedder.embed_images(values, errors=options.errors, **self._facts)
@@ -100,6 +115,21 @@ class WindowEmbedder:
                 "begin a job with another --out."
             )
         return result
+
+
+def _documents(values: Sequence[Any]) -> list[list[Span]]:
+    """Return the spans of each whole text: those of one text follow each other."""
+    return [list(own) for _, own in itertools.groupby(values, key=lambda span: id(span.text))]
+
+
+def _rows_of(index: int, rows: Sequence[int], window: Window) -> list[int]:
+    """Return the rows that an error about input `index` of a call is about."""
+    values = [window.values[row] for row in rows]
+    if not isinstance(values[0], Span):
+        return [rows[index]]
+    groups = _documents(values)
+    first = sum(map(len, groups[:index]))
+    return list(rows[first : first + len(groups[index])])
 
 
 def value_type(output_type: OutputType) -> np.dtype[Any]:

@@ -195,7 +195,11 @@ class Reader:
             copied = windows.located(copied, missing.source, part.first_row)
         most = windows.TEXTS if image is None else windows.IMAGES
         for window in windows.cut(read, values, copied, part.first_row, most):
-            yield window if self._chunk is None else windows.chunked(window, self._chunk)
+            yield (
+                window
+                if self._chunk is None
+                else windows.chunked(window, self._chunk, options.late)
+            )
 
     def close(self) -> None:
         """Close the source."""

@@ -66,8 +66,8 @@ def run(
         ServerError: the server was not reachable for ten minutes.
     """
     options = with_defaults(BulkOptions() if options is None else options)
-    if dedupe and options.image_column is not None:
-        raise InvalidInput("--dedupe is for texts; give it without --image-column.")
+    if dedupe and (options.image_column is not None or options.late):
+        raise InvalidInput("--dedupe is for texts; give it without --image-column and --late.")
     job = open_job(sources, out, options, model_of(embedder, options), shard)
     with _only_process(job):
         missing = job.missing()

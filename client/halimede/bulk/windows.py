@@ -45,8 +45,8 @@ class Window(NamedTuple):
     """For each row its number in the source."""
 
 
-class Whole(NamedTuple):
-    """The chunk of a text that has nothing to cut."""
+class Span(NamedTuple):
+    """A part of a text."""
 
     text: str
     start: int
@@ -88,22 +88,27 @@ def cut(
         start = end
 
 
-def chunked(window: Window, chunk: Callable[[str], Sequence[Any]]) -> Window:
-    """Return the window of the chunks of a window's texts; a row without a text is one row."""
+def chunked(window: Window, chunk: Callable[[str], Sequence[Any]], is_late: bool) -> Window:
+    """Return the window of the chunks of a window's texts; a row without a text is one row.
+
+    With late chunking its values are spans of whole texts.
+    """
     pyarrow = import_optional("pyarrow", EXTRA)
-    values: list[str | None] = []
+    values: list[str | Span | None] = []
     rows: list[int] = []
     places: list[tuple[int, int | None, int | None]] = []
     errors = {}
     for row, text in enumerate(window.values):
-        if text is None:
-            errors[len(values)] = window.errors[row]
+        pieces = [] if text is None else chunk(text)
+        if text is None or (is_late and not any(piece.text for piece in pieces)):
+            nothing = f"row {window.rows[row]} has nothing to embed."
+            errors[len(values)] = window.errors.get(row, nothing)
             values.append(None)
             rows.append(row)
             places.append((0, None, None))
             continue
-        for number, piece in enumerate(chunk(text) or [Whole(text, 0, len(text))]):
-            values.append(piece.text)
+        for number, piece in enumerate(pieces or [Span(text, 0, len(text))]):
+            values.append(Span(text, piece.start, piece.end) if is_late else piece.text)
             rows.append(row)
             places.append((number, piece.start, piece.end))
     columns = window.columns.take(pyarrow.array(rows, pyarrow.int64()))

@@ -79,6 +79,18 @@ class Call:
         result = await model.embed(texts, input_type, dimensions, user)
         return await self._checked(result, truncate)
 
+    async def embed_parts(
+        self,
+        model: Model,
+        parts: Sequence[str],
+        *,
+        input_type: str | None = None,
+        dimensions: int | None = None,
+    ) -> Embeddings:
+        """Embed the parts of one text by late chunking: vectors `[parts, dims]` float32."""
+        await self.admit(len(parts))
+        return await self._checked(await model.embed_parts(parts, input_type, dimensions))
+
     async def embed_images(
         self, model: Model, images: Sequence[bytes], dimensions: int | None = None
     ) -> Embeddings:
@@ -171,7 +183,8 @@ def cut_off(result: Result) -> np.ndarray:
     """Return the indices of the texts that were cut off: `[n]` int64, those known."""
     if not result.max_tokens:
         return np.empty(0, np.int64)
-    return np.flatnonzero(result.tokens > result.max_tokens)
+    is_cut_off = result.truncated
+    return np.flatnonzero(is_cut_off.data & ~np.ma.getmaskarray(is_cut_off))  # type: ignore[no-untyped-call]
 
 
 def check_whole(result: Result, truncate: Truncate) -> None:

@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 InputKind = Literal["text", "image", "pair", "text_pair"]
 """A text, an image, a text and an image that are embedded as one vector, or two texts that are
 scored together."""
-OutputKind = Literal["vector", "scores", "sparse", "multi"]
-"""What is asked for an input: one vector; scores; weights of tokens; or a vector for each token."""
+OutputKind = Literal["vector", "scores", "sparse", "multi", "spans"]
+"""What is asked for an input: one vector; scores; weights of tokens; a vector for each token; or
+one for each span of a text."""
 
 METHODS: Mapping[InputKind, str] = {
     "text": "embed",
@@ -40,7 +41,7 @@ OUTPUT_OF: Mapping[ModelKind, OutputKind] = {
     "late_interaction": "multi",
 }
 """Kind of a model → its own output. A dense model may have heads that give further ones."""
-RAGGED: tuple[OutputKind, ...] = ("sparse", "multi")
+RAGGED: tuple[OutputKind, ...] = ("sparse", "multi", "spans")
 """Outputs whose size differs from input to input."""
 
 
@@ -62,8 +63,18 @@ class TextPair(NamedTuple):
     """UTF-8."""
 
 
-Content = bytes | Pair | TextPair
-"""A UTF-8 text, an encoded image file, or a pair, as its InputKind says."""
+class SpannedText(NamedTuple):
+    """A text whose spans are embedded, each with the whole text as its context."""
+
+    text: bytes
+    """UTF-8."""
+    spans: bytes
+    """`[spans, 2]` int32, little endian: start and end of each span, in characters of the text."""
+
+
+Content = bytes | Pair | TextPair | SpannedText
+"""A UTF-8 text, an encoded image file, or a pair, as its InputKind says. For the output `spans` a
+text with its spans."""
 
 
 class ReadOptions(NamedTuple):
@@ -93,7 +104,7 @@ class LazyInput(Protocol):
         ...
 
 
-Input = bytes | TextPair | LazyInput
+Input = bytes | TextPair | SpannedText | LazyInput
 """One input of a call."""
 
 
@@ -104,7 +115,8 @@ def plural(kind: InputKind) -> str:
 
 def memory_bytes(value: Input) -> int:
     """Bytes that an input holds in memory."""
-    return size_bytes(value) if isinstance(value, (bytes, TextPair)) else value.memory_bytes
+    is_content = isinstance(value, (bytes, TextPair, SpannedText))
+    return size_bytes(value) if is_content else value.memory_bytes  # type: ignore[arg-type, union-attr]
 
 
 def size_bytes(content: Content) -> int:

@@ -77,6 +77,18 @@ def check_count(name: str, count: object) -> int | None:
     return None if count is None else _positive_int(name, count)
 
 
+def check_whole(name: str, value: object, least: int) -> int:
+    """Return the value of an argument that is a whole number of at least `least`.
+
+    Raises:
+        InvalidInput: it is another.
+    """
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if is_whole and int(cast(int, value)) >= least:
+        return int(cast(int, value))
+    raise InvalidInput(f"{name} is {_shown(value)}; give a whole number of at least {least}.")
+
+
 def check_progress(progress: object) -> bool:
     """Return whether a progress bar is shown.
 
@@ -175,6 +187,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "embed": ("input_type", *VECTOR),
     "embed_images": (*VECTOR, "errors"),
     "embed_multimodal": ("input_type", *VECTOR, "errors"),
+    "embed_documents": ("input_type", *VECTOR),
+    "embed_documents(late=True)": ("input_type", *EVERY),
     "embed_sparse": ("input_type", *EVERY),
     "embed_multi": ("input_type", *EVERY),
     "rank": EVERY,

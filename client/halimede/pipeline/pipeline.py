@@ -173,6 +173,11 @@ class Pipeline:
             self.statistics.left_out(type(left_out).__name__)
         return result
 
+    @property
+    def first_options(self) -> Options:
+        """The configuration of the first provider's model."""
+        return self._fallback.first.options
+
     def describe(self, kind: InputKind | None = None) -> Flow[ServedModel]:
         """Return the first provider's current model, for inputs of this kind."""
         self._lifetime.check()

@@ -111,12 +111,15 @@ def _classification(answered: Answered) -> Classification:
 
 
 _DENSE, _SPARSE, _MULTI = "a dense model", "a model with sparse weights", "a multi-vector model"
+_LATE_CHUNKING = "a model that was built with --late-chunking"
 _RERANKER, _CLASSIFIER = "a reranker", "a classifier"
 EMBED = Task("embed", "text", "vector", _embeddings, _DENSE)
+EMBED_DOCUMENTS = dataclasses.replace(EMBED, method="embed_documents")
 EMBED_IMAGES = Task("embed_images", "image", "vector", _image_embeddings, _DENSE)
 EMBED_MULTIMODAL = Task("embed_multimodal", "pair", "vector", _image_embeddings, _DENSE)
 EMBED_SPARSE = Task("embed_sparse", "text", "sparse", _sparse, _SPARSE)
 EMBED_MULTI = Task("embed_multi", "text", "multi", _multi, _MULTI)
+EMBED_SPANS = Task("embed_documents(late=True)", "text", "spans", _multi, _LATE_CHUNKING)
 RANK = Task("rank", "text_pair", "scores", _scores, _RERANKER, "reranker")
 SCORE = dataclasses.replace(RANK, method="score")
 CLASSIFY = Task("classify", "text", "scores", _classification, _CLASSIFIER, "classifier")

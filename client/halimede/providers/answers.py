@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from halimede.inputs.content import SpannedText
 from halimede.providers.base import ragged
 from halimede.results import UNKNOWN_TOKENS
 from halimede_ops import vectors as ops
 from halimede_ops.errors import ServerError
 from halimede_ops.heads import NO_TOKEN
 from halimede_ops.maxsim import without_padding
+from halimede_ops.spans import NO_SPAN
 
 REMOTE_PRECISION = "remote"
 """Precision of a provider that does not report it."""
+SPAN_BYTES = 8
+"""Two int32."""
 
 
 def to_matrix(rows: Any, count: int) -> np.ndarray:
@@ -68,6 +73,28 @@ def multi_rows(vectors: np.ndarray) -> np.ndarray:
     `vectors` `[rows, longest, width]` float32 is padded with vectors of zeros.
     """
     return ragged([matrix.copy() for matrix in without_padding(vectors)])
+
+
+def padded_spans(texts: Sequence[SpannedText]) -> np.ndarray:
+    """The spans of texts: `[texts, most, 2]` int32, padded with NO_SPAN."""
+    rows = [np.frombuffer(text.spans, "<i4").reshape(-1, 2) for text in texts]
+    padded = np.full((len(rows), max(map(len, rows)), 2), NO_SPAN, np.int32)
+    for place, row in enumerate(rows):
+        padded[place, : len(row)] = row
+    return padded
+
+
+def span_rows(
+    embeddings: np.ndarray, weights: np.ndarray, texts: Sequence[SpannedText]
+) -> np.ndarray:
+    """Vectors and weights of spans of an answer, without padding: `[rows]` object, float32 matrices
+    `[n, dims + 1]`.
+
+    `embeddings` `[rows, most, dims]` and `weights` `[rows, most]` are float32.
+    """
+    joined = np.concatenate([embeddings, weights[..., None]], axis=-1)
+    counts = [len(text.spans) // SPAN_BYTES for text in texts]
+    return ragged([row[:count].copy() for row, count in zip(joined, counts, strict=True)])
 
 
 def unknown_tokens(rows: int) -> np.ndarray:

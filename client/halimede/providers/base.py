@@ -50,9 +50,10 @@ class Answer(NamedTuple):
     """The answer to one request, with the model that gave it."""
 
     vectors: np.ndarray
-    """`[inputs, dims]` float32: vectors, or scores. Of the outputs `sparse` and `multi` `[inputs]`
-    object: for each input a float32 array, `[2, n]` of token ids and their weights, or `[n, width]`
-    of vectors. `ragged` makes it."""
+    """`[inputs, dims]` float32: vectors, or scores. Of the outputs `sparse`, `multi` and `spans`
+    `[inputs]` object: for each input a float32 array, `[2, n]` of token ids and their weights,
+    `[n, width]` of vectors, or `[n, dims + 1]` of the vectors of spans and their weights, see
+    `halimede_ops.spans.outputs`. `ragged` makes it."""
     tokens: np.ndarray
     """`[inputs]` int32. UNKNOWN_TOKENS where the provider does not count them."""
     model: ServedModel

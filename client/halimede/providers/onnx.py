@@ -20,20 +20,34 @@ from pydantic import Field, PositiveInt
 
 from halimede.config.environment import Settings
 from halimede.extras import import_optional
-from halimede.inputs.content import OUTPUT_OF, TEXT_KINDS, InputKind, ModelKind, OutputKind, Pair
+from halimede.inputs.content import (
+    OUTPUT_OF,
+    TEXT_KINDS,
+    InputKind,
+    ModelKind,
+    OutputKind,
+    Pair,
+    SpannedText,
+)
 from halimede.pipeline.batching import IMAGES_IN_FLIGHT
 from halimede.pipeline.forks import ForkGate
 from halimede.pipeline.pool import Pool
 from halimede.pipeline.sharing import Mapped, completed
 from halimede.pipeline.waiting import Future
 from halimede.providers import input_kinds
-from halimede.providers.answers import multi_rows, sparse_rows, unknown_tokens
+from halimede.providers.answers import (
+    multi_rows,
+    padded_spans,
+    span_rows,
+    sparse_rows,
+    unknown_tokens,
+)
 from halimede.providers.base import Answer, Request, reindexed
 from halimede.providers.base import Options as BaseOptions
 from halimede.results import IMAGE, MAX_IMAGE_BYTES, ServedModel
 from halimede_engine import cores
-from halimede_ops import errors, maxsim, vectors
-from halimede_ops.spec import MULTI_VECTOR, SPARSE
+from halimede_ops import errors, maxsim, spans, vectors
+from halimede_ops.spec import MULTI_VECTOR, POOLED_TOKENS, SPARSE
 from halimede_repository import configs
 
 MAX_BATCH_SIZE = 256
@@ -49,7 +63,11 @@ MAX_TWO_SESSIONS_BYTES = 256_000_000
 """Largest model.onnx that gets a second session, which takes that memory again."""
 MEMORY_WORDS = ("memory", "alloc")
 """Words in onnxruntime's errors when an allocation fails."""
-HEADS: Mapping[str, OutputKind] = {SPARSE: "sparse", MULTI_VECTOR: "multi"}
+HEADS: Mapping[str, OutputKind] = {
+    SPARSE: "sparse",
+    MULTI_VECTOR: "multi",
+    POOLED_TOKENS: "spans",
+}
 """Further head of a dense model → what it gives."""
 EXIT_WAIT_S = 10.0
 """Maximum time that the end of a program waits for a model that is being opened."""
@@ -470,6 +488,8 @@ def _start_texts(opened: _OpenModel, request: Request) -> Future[Answer]:
     served = opened.served
     if opened.spec.routes:
         opened = opened.reader[opened.spec.tower(request.input_type or None)]
+    if request.output == "spans":
+        return _start_spans(opened, request)
     parts = [request.inputs] if request.kind == "text" else zip(*request.inputs, strict=True)
     firsts, *seconds = (
         [opened.decode(value, row, opened.spec) for row, value in enumerate(values)]
@@ -483,6 +503,21 @@ def _start_texts(opened: _OpenModel, request: Request) -> Future[Answer]:
         request,
         lambda done: Answer(_vectors(done, request.output), done.tokens, served),
     )
+
+
+def _start_spans(opened: _OpenModel, request: Request) -> Future[Answer]:
+    """Tokenize, run, pool the tokens of each span, normalise, as the three steps on Triton."""
+    given = cast("Sequence[SpannedText]", request.inputs)
+    texts = [opened.decode(one.text, row, opened.spec) for row, one in enumerate(given)]
+    checked = spans.check(padded_spans(given), texts)
+    input_types = [request.input_type or None] * len(texts)
+    prompted = opened.reader.prompted(texts, input_types, None, checked)
+
+    def answer(done: Any) -> Answer:
+        rows = span_rows(done.heads["SPAN_EMBEDDINGS"], done.heads["SPAN_WEIGHTS"], given)
+        return Answer(rows, done.tokens, opened.served)
+
+    return _run(opened, prompted, request, answer)
 
 
 def _score_pairs(opened: _OpenModel, request: Request) -> Answer:

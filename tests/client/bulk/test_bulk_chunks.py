@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import late_models
 import numpy as np
 import pyarrow.parquet as pq
 from conftest import MODEL
 
 from halimede import Embedder
 from halimede.bulk import BulkOptions, run
+from halimede_tools.build.plan import build, build_request
 from halimede_tools.settings import Settings
 
 TEXTS = [
@@ -52,3 +54,30 @@ def test_a_vector_for_each_chunk(settings: Settings, tmp_path: Path) -> None:
             assert not "".join(c for i, c in enumerate(text) if i not in covered).strip()
     assert sum(file.source_rows for file in manifest.files.values()) == len(TEXTS)
     assert len(table) > 20
+
+
+def test_late_chunks(tmp_path: Path) -> None:
+    """The vectors of `embed_documents(late=True)`; a text without a token gets an error."""
+    small = Settings(home=tmp_path / "home", repository=tmp_path / "repository")
+    folder = late_models.MODELS["bert"](tmp_path / "bert")
+    asked = build_request(str(folder), "bert", precisions=("fp32",), late_chunking=True)
+    build(asked, small)
+    texts = ["one two three four. " * 20, "five six. seven eight nine ten." * 6, None, "  "]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = BulkOptions(chunk_tokens=24, late=True, errors="collect")
+    config = {"provider": "onnx", "model_id": "bert", "path": str(small.repository)}
+    with Embedder(config={"models": {"bert": config}}) as embedder:
+        run(embedder, [str(source)], str(tmp_path / "out"), options)
+        table = pq.read_table(tmp_path / "out").to_pylist()
+        for number in (0, 1):
+            own = [row for row in table if row["row"] == number]
+            spans = [(row["start"], row["end"]) for row in own]
+            expected = embedder.embed_documents(
+                texts[number], spans=[spans], late=True, input_type=None
+            )
+            assert len(own) > 2
+            assert np.allclose([row["vector"] for row in own], expected.vectors, atol=1e-5)
+        for number in (2, 3):
+            [row] = [row for row in table if row["row"] == number]
+            assert row["vector"] is None and row["error"]

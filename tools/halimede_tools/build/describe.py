@@ -22,8 +22,10 @@ from halimede_ops import text
 from halimede_ops.errors import BuildError, InvalidModel, UntrustedCode
 from halimede_ops.spec import (
     CLASSIFIER,
+    DENSE,
     LATE_INTERACTION,
     MULTI_VECTOR,
+    POOLED_TOKENS,
     RERANKER,
     SPARSE,
     SPARSE_KIND,
@@ -33,9 +35,17 @@ from halimede_ops.spec import (
     ModelSpec,
 )
 from halimede_repository.checksums import sha256
-from halimede_tools.build.checks import space
+from halimede_tools.build.checks import space, spans
 from halimede_tools.build.keys import key_of
-from halimede_tools.build.kinds import activation, chat, contents, late, loaded, sparse, static
+from halimede_tools.build.kinds import (
+    activation,
+    chat,
+    contents,
+    late,
+    loaded,
+    sparse,
+    static,
+)
 from halimede_tools.build.kinds.files import read_json
 from halimede_tools.build.kinds.recognise import module_names, recognise
 from halimede_tools.build.vision import processor, two_towers
@@ -67,6 +77,8 @@ class ModelOptions(NamedTuple):
     layer_norm_before_cut: bool = False
     token_embeddings: bool = False
     """Whether the last hidden state becomes an output."""
+    late_chunking: bool = False
+    """Whether the model takes SPANS of a text."""
     space: str | None = None
     """Space of a model that shares it with another. None: the fingerprint of its folder."""
     kind: str | None = None
@@ -150,7 +162,13 @@ def library(kind: str) -> Any:
 
 
 def describe(model: Any, folder: Path, options: ModelOptions) -> ModelSpec:
-    """The ModelSpec of a loaded model."""
+    """The ModelSpec of a loaded model.
+
+    Raises:
+        InvalidModel: it has no form that is supported, or none that `options` ask for.
+    """
+    if options.late_chunking:
+        _check_spans(model, folder, options)
     if static.is_static(folder):
         return _describe_static(model, folder, options)
     if hasattr(model, "late"):
@@ -301,7 +319,20 @@ def heads(model: Any, folder: Path, options: ModelOptions) -> dict[str, int]:
         found[MULTI_VECTOR] = head_weights(folder / MULTI_VECTOR_FILE)["weight"].shape[0]
     if options.token_embeddings:
         found[TOKEN_EMBEDDINGS] = int(model[0].get_embedding_dimension())
+    if options.late_chunking:
+        found[POOLED_TOKENS] = int(model.get_embedding_dimension())
     return found
+
+
+def _check_spans(model: Any, folder: Path, options: ModelOptions) -> None:
+    if static.is_static(folder):
+        raise spans.unsupported(options.name, "has no context: it embeds each token alone")
+    kind = recognise(folder, options.name, options.kind)
+    if kind != DENSE:
+        raise spans.unsupported(options.name, f"is a {kind.replace('_', '-')} model")
+    if two_towers.has_two_towers(model):
+        raise spans.unsupported(options.name, "has a tower for images, and takes short texts")
+    spans.layers(model, options.name)
 
 
 def head_weights(path: Path) -> dict[str, Any]:

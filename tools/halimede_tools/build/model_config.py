@@ -20,7 +20,9 @@ from halimede_ops.spec import (
     MULTI_VECTOR,
     PIXELS,
     POOLED,
+    POOLED_TOKENS,
     RERANKER,
+    SPANS,
     SPARSE,
     SPARSE_KIND,
     TOKEN_EMBEDDINGS,
@@ -64,6 +66,7 @@ HEAD_OUTPUTS = {
     SPARSE: ("SPARSE_IDS", "SPARSE_WEIGHTS"),
     MULTI_VECTOR: ("MULTI_VECTORS",),
     TOKEN_EMBEDDINGS: ("TOKEN_EMBEDDINGS",),
+    POOLED_TOKENS: ("SPAN_EMBEDDINGS", "SPAN_WEIGHTS"),
 }
 """Outputs of an ensemble for each further head of its model."""
 ALIAS_OUTPUT = "OUTPUT_EMBEDDINGS"
@@ -160,6 +163,7 @@ def tokenizer(name: str, spec: ModelSpec) -> pb.ModelConfig:
         output=[
             *(_output(tokens, pb.TYPE_INT64, -1) for tokens in token_inputs(spec)),
             *([_output(KEPT, pb.TYPE_INT64, -1)] if spec.late else []),
+            *([_output(SPANS, pb.TYPE_INT64, -1, 2)] if POOLED_TOKENS in spec.heads else []),
             _output("TOKENS", pb.TYPE_INT32, 1),
         ],
         instance_group=[_on_cpu()],
@@ -175,6 +179,7 @@ def tokenizer(name: str, spec: ModelSpec) -> pb.ModelConfig:
                         input_data_file="input_type" if entry.name == "INPUT_TYPE" else "text",
                     )
                     for entry in _text_inputs(spec)
+                    if entry.data_type == pb.TYPE_STRING
                 },
             )
         ],
@@ -303,7 +308,10 @@ def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
     """
     pooled = [] if spec.late else [_input(POOLED, pb.TYPE_FP32, spec.dims)]
     heads = [_input(head, pb.TYPE_FP32, -1, width) for head, width in spec.heads.items()]
-    tokens = [_input(name, pb.TYPE_INT64, -1) for name in _pooled_tokens(spec)]
+    tokens = [
+        _input(name, pb.TYPE_INT64, -1, *([2] if name == SPANS else []))
+        for name in _pooled_tokens(spec)
+    ]
     return pb.ModelConfig(
         name=name,
         backend="pooler",
@@ -338,10 +346,13 @@ def pooler(name: str, spec: ModelSpec) -> pb.ModelConfig:
 
 
 def _pooled_tokens(spec: ModelSpec) -> list[str]:
-    """Names of the tokenizer's tensors that the pooler takes: all of a token, for heads."""
+    """Names of the tokenizer's tensors that the pooler takes: those of tokens, for heads, and the
+    tokens of spans.
+    """
     if spec.late:
         return [KEPT]
-    return ["input_ids", "attention_mask"] if spec.heads else []
+    per_token = ["input_ids", "attention_mask"] if spec.heads.keys() - {POOLED_TOKENS} else []
+    return [*per_token, *([SPANS] if POOLED_TOKENS in spec.heads else [])]
 
 
 def ensemble(described: Ensemble) -> pb.ModelConfig:
@@ -351,7 +362,8 @@ def ensemble(described: Ensemble) -> pb.ModelConfig:
     spec, steps = described.spec, described.steps
     outputs = [entry.name for entry in (*_vector_outputs(spec), *_head_outputs(spec))]
     heads = {head: head for head in spec.heads}
-    names = {"input_ids": "ids", "attention_mask": "mask", TOKEN_TYPES: "types", KEPT: KEPT}
+    names = {"input_ids": "ids", "attention_mask": "mask", TOKEN_TYPES: "types"}
+    names |= {KEPT: KEPT, SPANS: SPANS}
     tokens = {name: names[name] for name in token_inputs(spec)}
     to_pooler = {name: names[name] for name in _pooled_tokens(spec)}
     pooled = {} if spec.late else {POOLED: "pooled"}
@@ -632,7 +644,8 @@ def _text_inputs(spec: ModelSpec) -> list[pb.ModelInput]:
         return [_input("QUERY", pb.TYPE_STRING, 1), text]
     if spec.kind == CLASSIFIER:
         return [text, _input("TEXT_PAIR", pb.TYPE_STRING, 1, optional=True)]
-    return [text, _input_type()]
+    spans = [_input("SPANS", pb.TYPE_INT32, -1, 2, optional=True)]
+    return [text, _input_type(), *(spans if POOLED_TOKENS in spec.heads else [])]
 
 
 def _warm_texts(spec: ModelSpec, length: int) -> dict[str, pb.ModelWarmup.Input]:
@@ -691,6 +704,10 @@ def _head_outputs(spec: ModelSpec) -> list[pb.ModelOutput]:
     for head, width in spec.heads.items():
         if head == SPARSE:
             outputs += _sparse_outputs()
+        elif head == POOLED_TOKENS:
+            vector, weight = HEAD_OUTPUTS[head]
+            # -1, not the head's width: DIMENSIONS may ask for fewer.
+            outputs += [_output(vector, pb.TYPE_FP32, -1, -1), _output(weight, pb.TYPE_FP32, -1)]
         else:
             outputs += [_output(name, pb.TYPE_FP32, -1, width) for name in HEAD_OUTPUTS[head]]
     return outputs

@@ -39,7 +39,7 @@ from halimede_tools.build import (
     repository,
     towers,
 )
-from halimede_tools.build.checks import arguments
+from halimede_tools.build.checks import arguments, spans
 from halimede_tools.build.describe import ModelOptions
 from halimede_tools.build.download import HUB_FILES, download
 from halimede_tools.build.keys import key_of
@@ -113,6 +113,7 @@ class Fields(TypedDict, total=False):
     matryoshka: tuple[int, ...]
     layer_norm_before_cut: bool
     token_embeddings: bool
+    late_chunking: bool
     kind: str | None
 
 
@@ -264,6 +265,8 @@ def _build_router(
     """As `build`, of a model with a Router: each tower is built as a model of its own, and the
     model itself calls the tower of a text's input type.
     """
+    if request.options.late_chunking:
+        raise spans.unsupported(request.name, "has a Router, which does not take SPANS")
     if candidate:
         raise DeployError(
             f"{request.name} has a Router, and no candidate of it can be served beside it. Build "

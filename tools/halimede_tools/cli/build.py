@@ -34,6 +34,13 @@ Prompt = Annotated[
 TokenEmbeddings = Annotated[
     bool, typer.Option("--token-embeddings", help="Also serve the last hidden state.")
 ]
+LateChunking = Annotated[
+    bool,
+    typer.Option(
+        "--late-chunking",
+        help="Also serve vectors of spans of a text, each made with the whole text as context.",
+    ),
+]
 Calibration = Annotated[
     Path | None,
     typer.Option(help="File with 100 or more texts to calibrate INT8 on, one per line."),
@@ -77,6 +84,7 @@ def build(
     max_tokens: MaxTokens = None,
     prompt: Prompt = None,
     token_embeddings: TokenEmbeddings = False,
+    late_chunking: LateChunking = False,
     calibration: Calibration = None,
     calibration_images: CalibrationImages = None,
     kind: Kind = None,
@@ -99,6 +107,7 @@ def build(
         "trust_remote_code": trust_remote_code,
         "max_tokens": max_tokens,
         "token_embeddings": token_embeddings,
+        "late_chunking": late_chunking,
         "kind": kind,
         "alias": alias,
     }

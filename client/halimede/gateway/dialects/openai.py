@@ -13,6 +13,7 @@ from halimede.gateway.calls import UNIT, Asked, Call, Truncate, answer
 from halimede.gateway.dialects.dialect import Body, Dialect, reads, register, takes
 from halimede.gateway.errors import Problem
 from halimede.gateway.models.served import Model
+from halimede_ops.errors import ModelNotFound, SpaceRefused, UnsupportedInput
 from halimede_ops.quantise import quantise
 from halimede_ops.vectors import normalise
 
@@ -41,7 +42,8 @@ class EmbeddingsRequest(Body):
     task: str | None = None
     """Jina: `retrieval.query` or `retrieval.passage`."""
     late_chunking: bool = False
-    """Jina: vectors of parts of one long text. Not supported."""
+    """Jina: the texts are parts of one, and each vector is made with all of it as context. The
+    model must be built with `--late-chunking`."""
     embedding_type: Literal["float", "base64", "binary", "ubinary"] | None = Field(
         None, validation_alias=AliasChoices("embedding_type", "encoding_type")
     )
@@ -56,17 +58,26 @@ async def embeddings(
 ) -> Response:
     """Return one vector for each text, in the texts' order."""
     model = await call.model(body.model)
+    texts, asked = texts_of(body.input, call), input_type(body.input_type or body.task)
     if body.late_chunking:
-        raise Problem(400, f"{model.name} has no late chunking.", param="late_chunking")
-    truncate = body.truncate
-    result = await call.embed(
-        model,
-        texts_of(body.input, call),
-        input_type=input_type(body.input_type or body.task),
-        dimensions=body.dimensions,
-        truncate=truncate if isinstance(truncate, str) else "END" if truncate else "NONE",
-        user=body.user,
-    )
+        try:
+            result = await call.embed_parts(
+                model, texts, input_type=asked, dimensions=body.dimensions
+            )
+        except UnsupportedInput as error:
+            raise Problem(400, str(error), param="late_chunking") from None
+        except (ModelNotFound, SpaceRefused) as error:
+            raise Problem(501, str(error), param="late_chunking") from None
+    else:
+        truncate = body.truncate
+        result = await call.embed(
+            model,
+            texts,
+            input_type=asked,
+            dimensions=body.dimensions,
+            truncate=truncate if isinstance(truncate, str) else "END" if truncate else "NONE",
+            user=body.user,
+        )
     kind = body.embedding_type or body.encoding_format
     vectors = scaled(result.vectors, body.normalized, model)
     return answer(

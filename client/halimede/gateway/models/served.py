@@ -15,6 +15,7 @@ from typing import Any
 from halimede.classifier import AsyncClassifier
 from halimede.config.resolve import resolve
 from halimede.config.schema import Config
+from halimede.documents.parts import joined
 from halimede.embedder import AsyncEmbedder
 from halimede.gateway.models.gathering import Gatherer
 from halimede.providers import onnx
@@ -78,6 +79,17 @@ class Model:
         """Embed texts, as `Embedder.embed`."""
         options = given(input_type=input_type, dimensions=dimensions, sticky_key=sticky_key)
         return await self._gathered("embed", options).ask(texts)
+
+    async def embed_parts(
+        self,
+        parts: Sequence[str],
+        input_type: str | None = None,
+        dimensions: int | None = None,
+    ) -> Embeddings:
+        """Embed the parts of one text by late chunking, as `Embedder.embed_documents`."""
+        text, spans = joined(parts)
+        options = given(input_type=input_type, dimensions=dimensions)
+        return await self.client.embed_documents([text], spans=[spans], late=True, **options)
 
     async def embed_sparse(
         self, texts: Sequence[str], input_type: str | None = None

@@ -11,20 +11,33 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 from tritonclient.grpc import service_pb2 as messages
 
-from halimede.inputs.content import TEXT_KINDS, Content, InputKind, OutputKind, size_bytes
+from halimede.inputs.content import (
+    TEXT_KINDS,
+    Content,
+    InputKind,
+    OutputKind,
+    SpannedText,
+    size_bytes,
+)
 from halimede.observability import tracing
 from halimede.pipeline import canary
 from halimede.pipeline.pool import Pool
 from halimede.pipeline.sharing import Mapped
 from halimede.pipeline.waiting import Future
 from halimede.providers import input_kinds
-from halimede.providers.answers import multi_rows, sparse_rows, unknown_tokens
+from halimede.providers.answers import (
+    multi_rows,
+    padded_spans,
+    span_rows,
+    sparse_rows,
+    unknown_tokens,
+)
 from halimede.providers.base import DEFAULT_TIMEOUT_S, Answer, Request
 from halimede.providers.base import Options as BaseOptions
 from halimede.providers.triton import connection, served_model
@@ -45,6 +58,7 @@ VECTOR_OUTPUTS: dict[InputKind, tuple[str, ...]] = {
 TEXT_OUTPUTS: dict[OutputKind, tuple[str, ...]] = {
     "sparse": ("SPARSE_IDS", "SPARSE_WEIGHTS", "TOKENS"),
     "multi": ("MULTI_VECTORS", "TOKENS"),
+    "spans": ("SPAN_EMBEDDINGS", "SPAN_WEIGHTS", "TOKENS"),
 }
 """Outputs of an ensemble that are asked for further outputs of texts."""
 Outputs = dict[str, tuple[list[int], bytes]]
@@ -199,7 +213,7 @@ class Triton:
                 one.name: (list(one.shape), raw)
                 for one, raw in zip(response.outputs, response.raw_output_contents, strict=True)
             }
-            vectors = _vectors(outputs, request.output)
+            vectors = _vectors(outputs, request)
             if "TOKENS" in outputs:
                 tokens = _array(outputs["TOKENS"], INTEGER).reshape(count)
             else:
@@ -215,7 +229,13 @@ def _infer_request(model: ServedModel, request: Request) -> Any:
     rows = len(request.inputs)
     message = messages.ModelInferRequest(model_name=model.name)
     names = _input_names(request.kind, model)
-    if len(names) == 1:
+    if request.output == "spans":
+        texts = cast("Sequence[SpannedText]", request.inputs)
+        _add_bytes(message, names[0], [text.text for text in texts])
+        spans = padded_spans(texts)
+        message.inputs.add(name="SPANS", datatype="INT32", shape=spans.shape)
+        message.raw_input_contents.append(spans.astype("<i4").tobytes())
+    elif len(names) == 1:
         _add_bytes(message, names[0], request.inputs)
     else:
         for name, values in zip(names, zip(*request.inputs, strict=True), strict=True):
@@ -229,7 +249,7 @@ def _infer_request(model: ServedModel, request: Request) -> Any:
     for name in _output_names(request.kind, request.output, model):
         message.outputs.add(name=name)
     # `len` gives the size of a text faster than `size_bytes`.
-    size = len if request.kind == "text" else size_bytes
+    size = len if request.kind == "text" and request.output != "spans" else size_bytes
     total_bytes = sum(map(size, request.inputs)) if request.kind in TEXT_KINDS else 0
     if batching.is_bulk(rows, total_bytes):
         message.parameters["priority"].uint64_param = BULK_PRIORITY
@@ -254,13 +274,17 @@ def _output_names(kind: InputKind, output: OutputKind, model: ServedModel) -> tu
     return TEXT_OUTPUTS[output]
 
 
-def _vectors(outputs: Outputs, output: OutputKind) -> np.ndarray:
+def _vectors(outputs: Outputs, request: Request) -> np.ndarray:
     """The vectors of an `Answer`, from the tensors of an answer."""
-    if output == "sparse":
+    if request.output == "sparse":
         ids = _array(outputs["SPARSE_IDS"], INTEGER)
         return sparse_rows(ids, _array(outputs["SPARSE_WEIGHTS"], FLOAT))
-    if output == "multi":
+    if request.output == "multi":
         return multi_rows(_array(outputs["MULTI_VECTORS"], FLOAT))
+    if request.output == "spans":
+        embeddings, weights = outputs["SPAN_EMBEDDINGS"], outputs["SPAN_WEIGHTS"]
+        texts = cast("Sequence[SpannedText]", request.inputs)
+        return span_rows(_array(embeddings, FLOAT), _array(weights, FLOAT), texts)
     [name] = outputs.keys() & {"EMBEDDING", "SCORE", "SCORES"}
     return _array(outputs[name], FLOAT)
 

@@ -17,6 +17,7 @@ OUTPUTS: Mapping[str, OutputKind] = {
     "SCORES": "scores",
     "SPARSE_IDS": "sparse",
     "MULTI_VECTORS": "multi",
+    "SPAN_EMBEDDINGS": "spans",
 }
 """Output of an ensemble → what it is."""
 

@@ -16,6 +16,7 @@ from halimede_engine.session import PACKED, SPARSE_ROWS
 from halimede_ops import spec
 from halimede_ops.spec import PIXELS, POOLED, TOKEN_TYPES, ImageSpec, ModelSpec
 from halimede_tools.build import describe
+from halimede_tools.build.checks import spans
 from halimede_tools.build.graph import imaging, late, packing, padding, rewrite, scoring, splade
 from halimede_tools.build.kinds import windows
 from halimede_tools.build.vision import two_towers
@@ -189,6 +190,8 @@ def add_heads(model: Any, source: Path, facts: ModelSpec) -> None:
         model.append(_Head(source / describe.SPARSE_FILE, spec.SPARSE, torch.nn.ReLU()))
     if spec.MULTI_VECTOR in facts.heads:
         model.append(_Head(source / describe.MULTI_VECTOR_FILE, spec.MULTI_VECTOR, _Unit()))
+    if spec.POOLED_TOKENS in facts.heads:
+        model.append(_PooledTokens(spans.layers(model, facts.name)))
 
 
 class _Head(torch.nn.Module):
@@ -206,6 +209,18 @@ class _Head(torch.nn.Module):
     def forward(self, features: dict[str, torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
         hidden = features[spec.TOKEN_EMBEDDINGS]
         features[self.output] = self.activation(self.linear(hidden))
+        return features
+
+
+class _PooledTokens(torch.nn.Module):
+    """What a mean pools, behind the linear layers that follow it: their order changes nothing."""
+
+    def __init__(self, layers: list[torch.nn.Module]) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(*layers)
+
+    def forward(self, features: dict[str, torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
+        features[spec.POOLED_TOKENS] = self.layers(features[spec.TOKEN_EMBEDDINGS])
         return features
 
 

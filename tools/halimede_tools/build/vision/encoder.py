@@ -116,6 +116,7 @@ def _check_options(options: ModelOptions) -> None:
         "max_tokens": options.max_tokens,
         "prompts": options.prompts,
         "token_embeddings": options.token_embeddings,
+        "late_chunking": options.late_chunking,
         "kind": options.kind not in (None, DENSE),
     }
     for option, value in given.items():
