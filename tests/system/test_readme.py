@@ -31,7 +31,6 @@ ELSEWHERE = {
     "curl ": "test_serve.py: test_serve_shows_a_sample_and_stops_every_child prints this line",
     "docker build ": "needs a Docker engine: test_containers.py",
     "kubectl ": "needs a cluster: test_deploy.py checks the manifests",
-    "helm ": "needs a cluster: test_helm.py renders the chart",
     "halimede serve": "runs until Ctrl-C: test_serve.py, test_security.py, test_tracing.py",
     "halimede build": "needs a hub or minutes: test_build.py, test_models.py, test_clip.py",
     "halimede deploy": "needs a candidate: test_rollout.py",
