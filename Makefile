@@ -35,8 +35,9 @@ env: .venv/.installed  ## Make the virtual environment
 	@touch $@
 
 # What tests, lints and documents, besides.
-.venv/.developing: .venv/.installed
+.venv/.developing: .venv/.installed tests/system/cluster/cluster_programs.py
 	$(BIN)/python -m pip install --quiet $(CONSTRAIN) --editable '.[server,build,client,docker,gateway,bulk-ray,test,lint,docs]'
+	$(BIN)/python tests/system/cluster/cluster_programs.py
 	@touch $@
 
 build: env  ## Build MODEL (a name or a folder) into model_repository/; NAME=…, DEVICE=cuda
@@ -79,8 +80,8 @@ test: programs develop default  ## Lint, then run every test against a real Trit
 test-containers: develop default  ## The stack in containers, really run; needs root
 	tests/containers/engine.sh $(BIN)/python -m pytest -m containers $(ARGS)
 
-test-faults: develop default  ## What fails around a server, with a minute of overload
-	$(BIN)/python -m pytest tests/system/test_faults.py -m 'faults or not faults' $(ARGS)
+test-faults: develop default  ## What fails around a server, a minute of overload, an upgrade under load
+	$(BIN)/python -m pytest tests/system/test_faults.py tests/system/cluster/test_helm_upgrade.py -m 'faults or not faults' $(ARGS)
 
 security: develop default  ## Who may do what, what the logs hold, secrets, known vulnerabilities
 	$(BIN)/python -m pytest tests/system/test_security.py tests/system/test_audit.py $(ARGS)

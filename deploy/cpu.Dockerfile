@@ -9,7 +9,7 @@ WORKDIR /source
 COPY LICENSE README.md constraints-py311.txt pyproject.toml ./
 RUN mkdir --parents client/halimede python_backend tools/halimede_tools \
     && python3 -m venv /opt/halimede \
-    && /opt/halimede/bin/pip install --no-cache-dir --constraint constraints-py311.txt '.[server,gateway]' \
+    && /opt/halimede/bin/pip install --no-cache-dir --constraint constraints-py311.txt '.[server,gateway,redis]' \
     && /opt/halimede/bin/pip uninstall --yes halimede mpmath sympy
 COPY . .
 RUN /opt/halimede/bin/pip install --no-cache-dir --no-deps . \

@@ -30,7 +30,7 @@ ENTRYPOINT ["python3", "-m", "halimede_launch.start", "tritonserver", \
     "--http-address=0.0.0.0", "--http-port=8000", \
     "--grpc-address=0.0.0.0", "--grpc-port=8001", \
     "--grpc-infer-allocation-pool-size=1", \
-    "--grpc-max-connection-age=300000", "--grpc-max-connection-age-grace=60000", \
+    "--grpc-max-connection-age=30000", "--grpc-max-connection-age-grace=60000", \
     "--metrics-address=0.0.0.0", "--metrics-port=8002", \
     "--log-error=true", "--log-warning=true", "--log-info=false", "--log-verbose=0", \
     "--control-closed"]

@@ -40,6 +40,7 @@ ELSEWHERE = {
     "halimede rerank": "needs a reranker: test_kind_contract.py",
     "halimede classify": "needs a classifier: test_kind_contract.py",
     "halimede bulk": "needs a dataset, or a cluster: test_bulk.py, test_bulk_ray.py",
+    "helm ": "needs a cluster: test_helm.py renders the chart",
     "halimede gateway": "runs until Ctrl-C, or makes a key: tests/client/gateway",
     "halimede index": "needs a collection: test_index_reembed.py",
     "halimede monitor": "runs until Ctrl-C: test_monitor.py",

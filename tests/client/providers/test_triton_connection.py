@@ -262,6 +262,14 @@ def test_every_grpc_status_has_its_class(code: grpc.StatusCode) -> None:
     assert type(error) is EXPECTED.get(code.name, HalimedeError)
 
 
+def test_a_server_that_stops_is_no_missing_model() -> None:
+    """Triton unloads its models before it closes its connections: another server may have them."""
+    says = "Request for unknown model: 'm' has no available versions"
+    with failing(grpc.StatusCode.NOT_FOUND, says) as address:
+        error = failure(address)
+    assert type(error) is errors.ServerUnreachable
+
+
 def test_loopback_is_never_proxied(server: wheel.Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a proxy in the environment that answers nothing, this machine's servers are reached."""
     [dead] = ports.free_ports(1)

@@ -13,8 +13,8 @@ from halimede_tools.serve import addresses
 from halimede_tools.serve.addresses import LOOPBACK
 
 MAX_PORT = 65535
-CONNECTION_AGE_MS = 300_000
-"""Clients reconnect this often, and so find servers that were added to a DNS name."""
+CONNECTION_AGE_MS = 30_000
+"""Clients reconnect this often, and so find servers that joined or left a DNS name."""
 CONNECTION_GRACE_MS = 60_000
 """Time that the requests of an old connection have to end."""
 POOLED_MESSAGES = 1

@@ -30,9 +30,9 @@ MESSAGES: tuple[tuple[str, type[errors.HalimedeError], str], ...] = (
         "the key's file as --control-key-file.",
     ),
     (
-        "not (?:at )?ready|is unloading|being loaded",
+        "not (?:at )?ready|is unloading|being loaded|has no available versions",
         errors.ServerUnreachable,
-        "the server at {} is loading the model. Send again.",
+        "the server at {} is loading or unloading the model. Send again.",
     ),
     (  # of a model whose backend process was killed
         "is not healthy|stub process",

@@ -35,6 +35,9 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 0),
+    # A name is resolved again when a connection ends; gRPC's own minimum of 30 s would miss servers
+    # that join and leave in an upgrade.
+    ("grpc.dns_min_time_between_resolutions_ms", 5_000),
     # Requests go in turn to all addresses of a name, such as a headless service's.
     ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
     # A dead connection must not be shared with another embedder.
