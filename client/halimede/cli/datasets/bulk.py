@@ -33,8 +33,10 @@ Errors = Annotated[
     typer.Option(help="raise: a row that fails ends the job. collect: it gets an error."),
 ]
 Dedupe = Annotated[bool, typer.Option("--dedupe", help="Embed equal texts once.")]
-Chunk = Annotated[int | None, typer.Option(help="A vector for each chunk of so many tokens.")]
-Overlap = Annotated[int, typer.Option(help="Tokens that neighbouring chunks share.")]
+Chunk = Annotated[
+    int | None, typer.Option("--chunk", help="A vector for each chunk of so many tokens.")
+]
+Overlap = Annotated[int, typer.Option("--overlap", help="Tokens that neighbouring chunks share.")]
 Late = Annotated[bool, typer.Option("--late", help="Pool chunks from one pass over the text.")]
 RowsPerFile = Annotated[
     int | None, typer.Option(min=1, help="Rows of a source in one file. [32768]")
